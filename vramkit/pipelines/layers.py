@@ -1,0 +1,254 @@
+"""Layers and token-wise functions that the diffusion transformers share, written for few live bytes.
+
+A transformer pass needs three tensors as long as the token stream: the stream itself, the keys and the values. All else
+is done in chunks of tokens, in place, so that temporaries are chunk-sized, and one sample after the other, so that they do
+not grow with the batch. The functions below are the memory-bound part; their arithmetic is fp32, rounded once at the end.
+
+Shapes: B batch, S tokens, C channels, H heads, D channels per head, P = D / 2 rotated pairs, T text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "DEFAULT_CHUNK_TOKENS",
+    "FeedForward",
+    "PatchEmbedding",
+    "TextProjection",
+    "TimestepEmbedding",
+    "TokenOps",
+    "attention",
+    "gated_add",
+    "layer_norm",
+    "rms_rotate",
+    "rotary_axis",
+    "rotary_grid",
+    "sinusoidal_embedding",
+    "token_chunks",
+]
+
+DEFAULT_CHUNK_TOKENS = 8192
+
+
+def token_chunks(tokens: int, chunk_tokens: int) -> list[slice]:
+    """Cut `tokens` rows into slices of at most `chunk_tokens`, as even as possible.
+
+    Even, because a short last chunk would run at a fraction of the speed of the others.
+    """
+    count = max(1, math.ceil(tokens / chunk_tokens))
+    size = math.ceil(tokens / count)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+# -- token-wise functions ----------------------------------------------------------------------------------------------
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalize x [..., C] over its channels in fp32, then scale by weight and shift by bias, both [C] fp32.
+
+    Adaptive norms pass weight = 1 + scale and bias = shift, which saves them four passes over the tokens.
+    """
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def gated_add(x: Tensor, update: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Add update * gate to x in place, in fp32 with one rounding; x and update [..., C], gate [C] fp32 or None for 1."""
+    return x.add_(update) if gate is None else x.addcmul_(update, gate)
+
+
+def rotate_pairs_(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair of channels of x [S, H, D] fp32 by its angle; table [S, P, 2] holds cos and sin. May overwrite x."""
+    pairs = x.view(*x.shape[:-1], -1, 2)  # [S, H, P, 2]
+    if torch.compiler.is_compiling():  # inductor fuses real arithmetic only
+        cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+        even, odd = pairs.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    torch.view_as_complex(pairs).mul_(torch.view_as_complex(table)[:, None])
+    return x
+
+
+def rms_rotate(
+    x: Tensor, weight: Tensor, eps: float, *, heads: int, table: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Root-mean-square norm of x [S, C] over all heads, split into heads, then rotary embedding if a table is given.
+
+    Args:
+        x: queries or keys [S, C].
+        weight: norm weight [C], in the dtype of x.
+        eps: added to the mean square.
+        heads: H.
+        table: cos and sin [S, P, 2] fp32, or None for no rotation.
+        out: [S, H, D] to write to; a new tensor of the dtype of x without it.
+    """
+    y = F.rms_norm(x, x.shape[-1:], weight, eps).view(x.shape[0], heads, -1)
+    if table is not None:
+        y = y.float()  # drops the rounded tensor before the next one is made
+        y = rotate_pairs_(y, table)
+    return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot product attention of one sample: query [S, H, D], key and value [T, H, D] -> [S, C]."""
+    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))  # [1, H, S or T, D]
+    return F.scaled_dot_product_attention(query, key, value).squeeze(0).transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOps:
+    """How the token-wise work of a block is done: tokens per chunk, and which functions do it.
+
+    `compiled()` swaps the functions for fused ones. A block that is compiled as a whole traces through either.
+    """
+
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    layer_norm: Callable[..., Tensor] = layer_norm
+    rms_rotate: Callable[..., Tensor] = rms_rotate
+    gated_add: Callable[..., Tensor] = gated_add
+
+    def compiled(self) -> TokenOps:
+        """The same with the functions compiled at their first call, for any chunk length."""
+        return replace(
+            self,
+            layer_norm=torch.compile(layer_norm, dynamic=True),
+            rms_rotate=torch.compile(rms_rotate, dynamic=True),
+            gated_add=torch.compile(gated_add, dynamic=True),
+        )
+
+
+# -- rotary positions --------------------------------------------------------------------------------------------------
+
+
+def rotary_axis(channels: int, length: int, *, theta: float, device: torch.device) -> Tensor:
+    """Cos and sin of the angles of one axis, [length, channels / 2, 2] fp32, computed in float64.
+
+    Source: RoFormer (arXiv:2104.09864), frequencies theta ** (-2 i / channels).
+    """
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), 1.0 / theta**exponents)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def rotary_grid(
+    grid: Sequence[int], channels: Sequence[int], *, device: torch.device, theta: float = 10000.0
+) -> Tensor:
+    """Rotary table of a token grid whose last axis runs fastest: [prod(grid), sum(channels) / 2, 2] fp32.
+
+    Args:
+        grid: tokens along each axis, such as (frames, rows, columns).
+        channels: channels of a head that encode each axis.
+        device: where the table is made; nothing is sent there.
+        theta: base of the frequencies.
+    """
+    tables = []
+    for axis, (length, width) in enumerate(zip(grid, channels, strict=True)):
+        shape = [1] * len(grid) + [width // 2, 2]
+        shape[axis] = length
+        table = rotary_axis(width, length, theta=theta, device=device).view(shape)
+        tables.append(table.expand(*grid, -1, -1))
+    return torch.cat(tables, dim=-2).flatten(0, len(grid) - 1)
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+def sinusoidal_embedding(timestep: Tensor, channels: int, *, max_period: float = 10000.0) -> Tensor:
+    """Cosines, then sines of timestep [B] at geometrically falling frequencies: [B, channels] fp32.
+
+    Source: DDPM (arXiv:2006.11239), with the cosine half first.
+    """
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(max_period) / half)
+    angles = timestep[:, None].float() * exponents.exp()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between; computes in the dtype of its weights and returns it."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, in_channels] -> [B, channels]."""
+        features = features.to(self.linear_1.weight.dtype)
+        out: Tensor = self.linear_2(F.silu(self.linear_1(features)))
+        return out
+
+
+class TextProjection(nn.Module):
+    """Two linear layers with a tanh GELU between, from text encoder states to model channels."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """[B, T, in_channels] -> [B, T, channels]."""
+        out: Tensor = self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+        return out
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Non-overlapping video patches to tokens.
+
+    The weight is that of a convolution whose stride is its kernel; run as a matrix product on the cut video, which gives
+    the tokens in the order of the stream and spares the copy that a channels-first result needs.
+    """
+
+    def __init__(self, in_channels: int, channels: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Video [B, in_channels, frames, height, width] -> tokens [B, S, channels]."""
+        batch, channels, *sizes = video.shape
+        cuts = [n for size, patch in zip(sizes, self.kernel_size, strict=True) for n in (size // patch, patch)]
+        video = video.reshape(batch, channels, *cuts)  # [B, in, F, pf, R, ph, L, pw]
+        patches = video.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, F R L, in pf ph pw]
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+# -- feed-forward ------------------------------------------------------------------------------------------------------
+
+
+class _Gelu(nn.Module):
+    """The first half of the feed-forward; its own module because checkpoints name it `net.0.proj`."""
+
+    def __init__(self, channels: int, inner_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, inner_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Feed-forward of an adaptive block: x += gate * net(norm(x)), chunk by chunk in place."""
+
+    offload_unit: ClassVar[bool] = True
+
+    def __init__(self, channels: int, inner_channels: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        # Checkpoints leave index 1 to a dropout.
+        self.net = nn.ModuleList([_Gelu(channels, inner_channels), nn.Identity(), nn.Linear(inner_channels, channels)])
+
+    def forward(self, x: Tensor, *, weight: Tensor, bias: Tensor, gate: Tensor, ops: TokenOps) -> Tensor:
+        """Update the tokens x [B, S, C] in place and return them; weight, bias (of the norm) and gate [B, C] fp32."""
+        parts = token_chunks(x.shape[1], ops.chunk_tokens)
+        for b in range(x.shape[0]):
+            for part in parts:
+                tokens = x[b, part]
+                inner = self.net[0](ops.layer_norm(tokens, weight[b], bias[b], self.eps))
+                ops.gated_add(tokens, self.net[2](inner), gate[b])
+        return x

@@ -1,0 +1,256 @@
+"""The base of the models: a config, files, and the two memory options by their usual names."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from vramkit.errors import CheckpointError, ConfigError
+
+__all__ = ["AutoModel", "Model"]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+# Published class name -> the module that defines the class of that name here.
+MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "WanTransformer3DModel": "vramkit.pipelines.wan.transformer",
+        "AutoencoderKLWan": "vramkit.pipelines.wan.vae",
+    }
+)
+
+
+class Model(nn.Module):
+    """An nn.Module with a published config.
+
+    A subclass sets `config_class`, a frozen dataclass that lists the keys of the published config.json, and takes one as the
+    only argument of its constructor. It must be constructible on the meta device: nothing is computed from weights, and
+    tables are made at the first forward.
+    """
+
+    config_class: ClassVar[type[Any]]
+    # Fragments of the names of parameters that stay fp32 when a lower torch_dtype is asked for.
+    _keep_in_fp32: ClassVar[tuple[str, ...]] = ()
+    # Fragments of the names of modules that layerwise casting leaves alone.
+    skip_layerwise_casting: ClassVar[tuple[str, ...]] = ()
+
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__}: got a config of type {type(config).__name__}, expected "
+                f"{self.config_class.__name__}; use {type(self).__name__}.from_config(dict)"
+            )
+        self.config = config
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """A model with random weights, from a config object or from the dict of a config.json.
+
+        Raises:
+            ConfigError: keys that the model does not know; those that start with "_" are ignored.
+        """
+        if not isinstance(config, Mapping):
+            return cls(config)
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        if unknown := sorted(given.keys() - known):
+            raise ConfigError(f"{cls.__name__}: unknown config keys {unknown}, expected some of {sorted(known)}")
+        return cls(cls.config_class(**given))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a model from a folder in the diffusers layout, on disk or on the hub; weights are mapped, not copied.
+
+        Args:
+            path_or_repo: a folder, or a repo id of the Hugging Face hub.
+            subfolder: folder of the component inside it, such as "transformer".
+            torch_dtype: floating dtype of the weights; None keeps what the file holds. Parameters that the model keeps in
+                fp32 stay fp32.
+            variant: as in diffusion_pytorch_model.<variant>.safetensors.
+            revision: branch, tag or commit on the hub.
+
+        Returns:
+            The model in eval mode, on the CPU, its parameters frozen.
+
+        Raises:
+            CheckpointError: no config or no safetensors in the folder, or they do not fit the model.
+            ConfigError: config keys that the model does not know.
+        """
+        from vramkit.offload import load_mapped  # noqa: PLC0415 - the engine is needed only once weights are
+        from vramkit.pipelines.hub import local_folder  # noqa: PLC0415
+
+        folder = local_folder(path_or_repo, subfolder=subfolder, revision=revision)
+        config, files = read_config(folder), weights_file(folder, variant=variant)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        keep = cls._keep_in_fp32 if torch_dtype is not None else ()
+        load_mapped(model, files, dtype=torch_dtype, keep_fp32=keep)
+        return model.eval().requires_grad_(requires_grad=False)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
+        """Write config.json and safetensors, in the layout that from_pretrained reads.
+
+        Args:
+            folder: made if it is missing.
+            max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
+        """
+        from huggingface_hub import save_torch_state_dict  # noqa: PLC0415
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_torch_state_dict(
+            self.state_dict(),
+            folder,
+            filename_pattern=f"{WEIGHTS_NAME}{{suffix}}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+
+    # -- properties ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the weights, those that stay fp32 left out."""
+        return self._first_weight().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights rest."""
+        return self._first_weight().device
+
+    def _first_weight(self) -> Tensor:
+        weights = [(name, p) for name, p in self.named_parameters() if p.is_floating_point()]
+        free = (p for name, p in weights if not any(fragment in name for fragment in self._keep_in_fp32))
+        return next(free, weights[0][1])
+
+    # -- memory options ------------------------------------------------------------------------------------------------
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> Any:
+        """Stream the weights through a small window: `vramkit.offload.apply_group_offloading` on this model.
+
+        Returns its handle.
+        """
+        from vramkit.offload import apply_group_offloading  # noqa: PLC0415
+
+        return apply_group_offloading(
+            self, onload_device, offload_device=offload_device, offload_type=offload_type, **options
+        )
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Any:
+        """Store the weights of large layers in fp8: `vramkit.casting.apply_layerwise_casting` on this model.
+
+        The layers that this model needs exact are skipped; `skip_modules_pattern` replaces that list. compute_dtype is the
+        dtype of the model if it is None.
+        """
+        from vramkit.casting import apply_layerwise_casting  # noqa: PLC0415
+
+        options.setdefault("skip_modules_pattern", self.skip_layerwise_casting)
+        return apply_layerwise_casting(
+            self, storage_dtype=storage_dtype, compute_dtype=compute_dtype or self.dtype, **options
+        )
+
+
+class AutoModel:
+    """Loads whichever model a folder holds."""
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **options: Any) -> Model:
+        """Load a model by the `_class_name` in its config.json; options as in `Model.from_pretrained`.
+
+        Raises:
+            CheckpointError: no config.json, or one without a class name.
+            ConfigError: a class that vramkit does not have.
+        """
+        from vramkit.pipelines.hub import local_folder  # noqa: PLC0415
+
+        folder = local_folder(path_or_repo, subfolder=subfolder, revision=options.get("revision"))
+        model_class = cls.class_named(read_config(folder).get("_class_name"), source=folder / CONFIG_NAME)
+        return model_class.from_pretrained(path_or_repo, subfolder=subfolder, **options)
+
+    @staticmethod
+    def class_named(name: str | None, *, source: Path | str = "the config") -> type[Model]:
+        """The class here of a published class name."""
+        if name is None:
+            raise CheckpointError(f"{source}: no _class_name, so the model is unknown; load it through its own class")
+        if name not in MODELS:
+            raise ConfigError(f"{source}: _class_name {name!r} is not supported, expected one of {sorted(MODELS)}")
+        model_class: type[Model] = getattr(importlib.import_module(MODELS[name]), name)
+        return model_class
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or not an object.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG_NAME}; it holds {_listing(folder)}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def weights_file(folder: Path, *, variant: str | None = None) -> Path:
+    """The safetensors file or the index of shards of a folder.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    # The shards of a variant carry it behind the name (name.fp16-00001-of-...), their index before ".json".
+    stem = WEIGHTS_NAME if variant is None else f"{WEIGHTS_NAME}.{variant}"
+    index = ".".join(filter(None, (WEIGHTS_NAME, "safetensors.index", variant, "json")))
+    for name in (f"{stem}.safetensors", index, f"{stem}.safetensors.index.json"):
+        if (folder / name).is_file():
+            return folder / name
+    pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    reason = f"; {pickles} are pickles, which can run code when read: convert them to safetensors" if pickles else ""
+    raise CheckpointError(f"{folder}: no {stem}.safetensors and no index of it; it holds {_listing(folder)}{reason}")
+
+
+def _listing(folder: Path, *, limit: int = 12) -> str:
+    """The names in a folder, for an error message."""
+    if not folder.is_dir():
+        return "nothing: there is no such folder"
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "") if names else "nothing"

@@ -1,0 +1,320 @@
+"""The Wan2.1 text-to-video transformer.
+
+Parameter names and config keys are those of the published diffusers checkpoints (Wan-AI/Wan2.1-T2V-1.3B-Diffusers and
+-14B-Diffusers); the architecture is that of Wan (arXiv:2503.20314). Image-to-video is not covered.
+
+Shapes: B batch, S = F R L video tokens (frames, rows, columns of patches), C channels, H heads, D channels per head,
+P = D / 2 rotated pairs, T text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vramkit.errors import ConfigError
+from vramkit.pipelines.layers import (
+    FeedForward,
+    PatchEmbedding,
+    TextProjection,
+    TimestepEmbedding,
+    TokenOps,
+    attention,
+    rotary_grid,
+    sinusoidal_embedding,
+    token_chunks,
+)
+from vramkit.pipelines.modeling import Model
+
+__all__ = ["TransformerOutput", "WanTransformer3DModel", "WanTransformerBlock", "WanTransformerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanTransformerConfig:
+    """The keys of a published config.json, with diffusers' defaults (those of the 14B model)."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: None = None
+    added_kv_proj_dim: None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # a list in JSON
+        for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if getattr(self, key) is not None:
+                raise ConfigError(
+                    f"WanTransformer3DModel: {key}={getattr(self, key)!r} belongs to image-to-video checkpoints, "
+                    "which are not supported yet; use a text-to-video checkpoint"
+                )
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ConfigError(f"WanTransformer3DModel: qk_norm={self.qk_norm!r}, expected 'rms_norm_across_heads'")
+        if len(self.patch_size) != 3:
+            raise ConfigError(f"WanTransformer3DModel: patch_size={self.patch_size}, expected three numbers")
+        if self.attention_head_dim % 2:
+            raise ConfigError(f"WanTransformer3DModel: attention_head_dim={self.attention_head_dim} has to be even")
+
+    @property
+    def inner_dim(self) -> int:
+        """C."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def rotary_channels(self) -> tuple[int, int, int]:
+        """Channels of a head that encode frames, rows and columns."""
+        plane = 2 * (self.attention_head_dim // 6)
+        return self.attention_head_dim - 2 * plane, plane, plane
+
+
+class TransformerOutput(NamedTuple):
+    """What a transformer returns; also answers to [0]."""
+
+    sample: Tensor
+
+
+class _Attention(nn.Module):
+    """The projections that self- and cross-attention share."""
+
+    # The projections run once per chunk of tokens: streamed one by one, each weight would travel once per chunk.
+    offload_unit: ClassVar[bool] = True
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        channels = config.inner_dim
+        self.heads, self.eps = config.num_attention_heads, config.eps
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.norm_q = nn.RMSNorm(channels, eps=config.eps)
+        self.norm_k = nn.RMSNorm(channels, eps=config.eps)
+
+
+class WanSelfAttention(_Attention):
+    """x += gate * attention(norm(x)); keys and values of one sample whole, queries chunk by chunk, in place."""
+
+    def forward(
+        self, x: Tensor, *, weight: Tensor, bias: Tensor, gate: Tensor, rotary: Tensor, ops: TokenOps
+    ) -> Tensor:
+        """Update the tokens x [B, S, C] in place and return them.
+
+        weight and bias (of the norm) and gate are [B, C] fp32, rotary is [S, P, 2] fp32.
+        """
+        for b in range(x.shape[0]):
+            self._attend(x[b], weight=weight[b], bias=bias[b], gate=gate[b], rotary=rotary, ops=ops)
+        return x
+
+    def _attend(self, x: Tensor, *, weight: Tensor, bias: Tensor, gate: Tensor, rotary: Tensor, ops: TokenOps) -> None:
+        tokens, channels = x.shape
+        keys = x.new_empty(tokens, self.heads, channels // self.heads)
+        values = torch.empty_like(keys)
+        parts = token_chunks(tokens, ops.chunk_tokens)
+        normed = None
+        for part in parts:
+            normed = ops.layer_norm(x[part], weight, bias, self.eps)
+            ops.rms_rotate(
+                self.to_k(normed), self.norm_k.weight, self.eps, heads=self.heads, table=rotary[part], out=keys[part]
+            )
+            values[part] = self.to_v(normed).view_as(values[part])
+        for part in reversed(parts):  # the last chunk first: it is normed already
+            if normed is None:
+                normed = ops.layer_norm(x[part], weight, bias, self.eps)
+            query = ops.rms_rotate(
+                self.to_q(normed), self.norm_q.weight, self.eps, heads=self.heads, table=rotary[part]
+            )
+            normed = None
+            ops.gated_add(x[part], self.to_out[0](attention(query, keys, values)), gate)
+
+
+class WanCrossAttention(_Attention):
+    """x += attention(norm(x), text), queries chunk by chunk, in place."""
+
+    def forward(self, x: Tensor, *, text: Tensor, weight: Tensor | None, bias: Tensor | None, ops: TokenOps) -> Tensor:
+        """Update the tokens x [B, S, C] in place and return them.
+
+        text is [B, T, C]; weight and bias of the norm are [C] fp32, or None for no norm.
+        """
+        parts = token_chunks(x.shape[1], ops.chunk_tokens)
+        for b in range(x.shape[0]):
+            keys = ops.rms_rotate(self.to_k(text[b]), self.norm_k.weight, self.eps, heads=self.heads)
+            values = self.to_v(text[b]).unflatten(-1, (self.heads, -1))
+            for part in parts:
+                tokens = x[b, part]
+                normed = tokens if weight is None else ops.layer_norm(tokens, weight, bias, self.eps)
+                query = ops.rms_rotate(self.to_q(normed), self.norm_q.weight, self.eps, heads=self.heads)
+                ops.gated_add(tokens, self.to_out[0](attention(query, keys, values)))
+        return x
+
+
+class WanTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep.
+
+    The tokens are updated in place. The three parts are called once each, so that each can be streamed as a whole.
+    """
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        channels = config.inner_dim
+        self.attn1 = WanSelfAttention(config)
+        self.attn2 = WanCrossAttention(config)
+        self.norm2 = nn.LayerNorm(channels, eps=config.eps) if config.cross_attn_norm else None
+        self.ffn = FeedForward(channels, config.ffn_dim, eps=config.eps)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, channels) / channels**0.5)
+
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotary: Tensor, ops: TokenOps) -> Tensor:
+        """Update the tokens x [B, S, C] in place and return them.
+
+        text is [B, T, C], modulation (of the timestep) [B, 6, C], rotary [S, P, 2] fp32.
+        """
+        table = self.scale_shift_table.float() + modulation.float()
+        shift1, scale1, gate1, shift3, scale3, gate3 = table.unbind(dim=1)  # [B, C] each
+        weight2, bias2 = (None, None) if self.norm2 is None else (self.norm2.weight.float(), self.norm2.bias.float())
+        x = self.attn1(x, weight=1 + scale1, bias=shift1, gate=gate1, rotary=rotary, ops=ops)
+        x = self.attn2(x, text=text, weight=weight2, bias=bias2, ops=ops)
+        out: Tensor = self.ffn(x, weight=1 + scale3, bias=shift3, gate=gate3, ops=ops)
+        return out
+
+
+class WanConditionEmbedder(nn.Module):
+    """Timestep and text to what the blocks are conditioned on."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        channels = config.inner_dim
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TimestepEmbedding(config.freq_dim, channels)
+        self.time_proj = nn.Linear(channels, 6 * channels)
+        self.text_embedder = TextProjection(config.text_dim, channels)
+
+    def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timestep [B] and text [B, T, text_dim] -> embedding [B, C], modulation [B, 6, C], text [B, T, C]."""
+        time = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(text.dtype)
+        return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)), self.text_embedder(text)
+
+
+class WanTransformer3DModel(Model):
+    """Predicts the flow of a latent video from its noisy state, a timestep and text.
+
+    For inference: gradients are not recorded, since the token stream is updated in place.
+    """
+
+    config: WanTransformerConfig
+    config_class = WanTransformerConfig
+    _keep_in_fp32: ClassVar[tuple[str, ...]] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    skip_layerwise_casting: ClassVar[tuple[str, ...]] = ("patch_embedding", "condition_embedder", "norm")
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__(config)
+        channels = config.inner_dim
+        self.patch_embedding = PatchEmbedding(config.in_channels, channels, config.patch_size)
+        self.condition_embedder = WanConditionEmbedder(config)
+        self.blocks = nn.ModuleList([WanTransformerBlock(config) for _ in range(config.num_layers)])
+        self.proj_out = nn.Linear(channels, config.out_channels * math.prod(config.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, channels) / channels**0.5)
+        self._ops = TokenOps()
+        self._rotary: tuple[tuple[Any, ...], Tensor] | None = None  # the last grid and device, and their table
+
+    def set_chunk_size(self, tokens: int) -> None:
+        """Set how many tokens are computed at a time: fewer need less memory, results differ by rounding only."""
+        if tokens < 1:
+            raise ConfigError(f"chunk size: got {tokens} tokens, expected at least 1")
+        self._ops = replace(self._ops, chunk_tokens=tokens)
+
+    def compile_elementwise(self) -> None:
+        """Compile the few memory-bound functions of a block; the matrix products stay as they are."""
+        self._ops = self._ops.compiled()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> TransformerOutput | tuple[Tensor]:
+        """One prediction.
+
+        Args:
+            hidden_states: latents [B, in_channels, frames, height, width], in the dtype of the weights.
+            timestep: [B] or [1], in the range of the training schedule (0 to 1000).
+            encoder_hidden_states: text states [B, T, text_dim], in the dtype of the weights.
+            attention_kwargs: None; here because callers of the published model pass it.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            `.sample` [B, out_channels, frames, height, width].
+
+        Raises:
+            ConfigError: sizes that the patches do not divide, more positions than `rope_max_seq_len`, timesteps per
+                token, or attention_kwargs.
+        """
+        if attention_kwargs:
+            raise ConfigError(f"attention_kwargs: got {sorted(attention_kwargs)}, expected none; leave it out")
+        batch, grid = hidden_states.shape[0], self._grid(hidden_states)
+        if timestep.ndim != 1 or timestep.shape[0] not in (1, batch):
+            raise ConfigError(
+                f"timestep: got shape {tuple(timestep.shape)}, expected ({batch},); timesteps per token (Wan2.2 5B) "
+                "are not supported"
+            )
+        rotary, ops = self._rotary_table(grid, hidden_states.device), self._ops
+        time, modulation, text = self.condition_embedder(timestep.expand(batch), encoder_hidden_states)
+        x = self.patch_embedding(hidden_states)  # [B, S, C]
+        for block in self.blocks:
+            x = block(x, text, modulation, rotary, ops)
+        sample = self._unpatchify(self._head(x, time), grid)
+        return TransformerOutput(sample) if return_dict else (sample,)
+
+    def _grid(self, video: Tensor) -> tuple[int, int, int]:
+        """Tokens along frames, rows and columns."""
+        sizes, patch, limit = video.shape[2:], self.config.patch_size, self.config.rope_max_seq_len
+        if len(sizes) != 3 or any(size % p for size, p in zip(sizes, patch, strict=True)):
+            raise ConfigError(
+                f"latents: got shape {tuple(video.shape)}, expected [batch, channels, frames, height, width] with the "
+                f"last three divisible by {patch}"
+            )
+        frames, rows, columns = (size // p for size, p in zip(sizes, patch, strict=True))
+        if max(frames, rows, columns) > limit:
+            raise ConfigError(f"latents: {frames} x {rows} x {columns} patches, at most {limit} along an axis")
+        return frames, rows, columns
+
+    def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """The table [S, P, 2] of a grid, kept until another is asked for."""
+        if self._rotary is None or self._rotary[0] != (grid, device):
+            table = rotary_grid(grid, self.config.rotary_channels, device=device)
+            self._rotary = (grid, device), table
+        return self._rotary[1]
+
+    def _head(self, x: Tensor, time: Tensor) -> Tensor:
+        """Tokens [B, S, C] and time embedding [B, C] -> patches [B, S, out_channels * patch volume]."""
+        shift, scale = (self.scale_shift_table.float() + time.float()[:, None]).unbind(dim=1)  # [B, C] each
+        patches = x.new_empty(*x.shape[:2], self.proj_out.out_features)
+        for b in range(x.shape[0]):
+            for part in token_chunks(x.shape[1], self._ops.chunk_tokens):
+                normed = self._ops.layer_norm(x[b, part], 1 + scale[b], shift[b], self.config.eps)
+                patches[b, part] = self.proj_out(normed)
+        return patches
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Patches [B, F R L, pf ph pw out] -> video [B, out, F pf, R ph, L pw]."""
+        video = patches.view(patches.shape[0], *grid, *self.config.patch_size, -1)
+        video = video.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, out, F, pf, R, ph, L, pw]
+        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
