@@ -1,0 +1,108 @@
+"""Text encoders and tokenizers of the transformers library: loaded mapped, and run as the Wan checkpoints want."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vramkit.errors import CheckpointError, ConfigError
+from vramkit.offload import load_mapped
+from vramkit.pipelines.prompts import clean_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+
+def load_text_encoder(
+    folder: Path, *, class_name: str, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> nn.Module:
+    """Build a transformers text encoder on the meta device and map its safetensors weights.
+
+    Args:
+        folder: holds config.json and the safetensors weights (one file, or shards with an index).
+        class_name: a class of transformers, for example ``"UMT5EncoderModel"``.
+        torch_dtype: None keeps the dtype of the file. For fp16 the parameters that the class lists as too wide for
+            it (T5: ``wo``) stay fp32, as transformers itself does; for bf16 none do.
+        variant: reads ``model.<variant>.safetensors``.
+
+    Raises:
+        CheckpointError: transformers has no such class, or the files do not fit it.
+    """
+    import transformers  # noqa: PLC0415 - a few seconds to import, and not every pipeline has a text encoder
+
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        raise CheckpointError(f"transformers {transformers.__version__} has no class {class_name} for {folder}")
+    config = model_class.config_class.from_pretrained(folder)
+    with torch.device("meta"):
+        model = model_class(config)
+    if any(buffer.is_meta and name not in model.state_dict() for name, buffer in model.named_buffers()):
+        # Tables that __init__ computes and no file holds: only the class itself can fill them.
+        model = model_class.from_pretrained(folder, dtype=torch_dtype, variant=variant, use_safetensors=True)
+    else:
+        fragile = model._keep_in_fp32_modules or () if torch_dtype == torch.float16 else ()  # noqa: SLF001
+        keep_fp32 = [f".{module}." for module in fragile]
+        load_mapped(model, _weights_file(folder, variant), dtype=torch_dtype, keep_fp32=keep_fp32)
+    frozen: nn.Module = model.eval().requires_grad_(requires_grad=False)
+    return frozen
+
+
+def _weights_file(folder: Path, variant: str | None) -> Path:
+    stem = f"model.{variant}" if variant else "model"
+    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    for name in (f"{stem}.safetensors", index):
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        f"{folder} has neither {stem}.safetensors nor {index}: weights are read from safetensors alone, convert others"
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a checkpoint folder; CheckpointError when transformers cannot read it."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def encode_t5(
+    prompts: Sequence[str],
+    *,
+    tokenizer: Any,
+    text_encoder: nn.Module,
+    max_sequence_length: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Encode prompts to [B, S, C] with S = ``max_sequence_length``, zeros behind each prompt's last token.
+
+    Wan was trained with zeros there and not with what the encoder makes of padding tokens. Longer prompts are cut.
+
+    Args:
+        prompts: B prompts, cleaned here.
+        tokenizer: a T5 tokenizer.
+        text_encoder: a T5 encoder.
+        max_sequence_length: tokens per prompt, the end token included.
+        device: where the encoder computes, and where its output stays.
+    """
+    if max_sequence_length < 1:
+        raise ConfigError(f"max_sequence_length is {max_sequence_length}; expected at least 1 token")
+    tokens = tokenizer(
+        [clean_prompt(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    mask = tokens.attention_mask.to(device)  # [B, S], 1 on the prompt's tokens
+    embeds: torch.Tensor = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
+    return embeds.masked_fill_(mask[..., None] == 0, 0)

@@ -1,0 +1,117 @@
+"""What a text-to-video call may be given: every check runs before anything is computed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vramkit.errors import ConfigError
+
+Prompt = str | list[str] | None
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def check_positive(**counts: Any) -> None:
+    """Refuse counts that are not whole numbers of at least one."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"{name} is {count!r}; expected a whole number of at least 1")
+
+
+def check_choices(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names outside ``known``."""
+    unknown = [choice for choice in given if choice not in known]
+    if unknown:
+        raise ConfigError(f"{name} has {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
+
+
+def check_size(height: int, width: int, *, multiple: int) -> None:
+    """Refuse sizes that do not split into patches, naming the near ones that do."""
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % multiple:
+            below = pixels // multiple * multiple
+            near = f"{below} or {below + multiple}" if below else f"{multiple}"
+            raise ConfigError(f"{name} is {pixels}; expected a multiple of {multiple}, for example {near}")
+
+
+def whole_latent_frames(num_frames: int, *, factor: int) -> int:
+    """Round to ``factor`` * k + 1 frames, with a warning, exactly as the published pipeline does."""
+    if num_frames % factor == 1 or factor == 1:
+        return num_frames
+    rounded = num_frames // factor * factor + 1
+    warnings.warn(
+        f"num_frames is {num_frames}, but a latent frame stands for {factor} frames: it has to be {factor} * k + 1. "
+        f"Making {rounded} frames",
+        UserWarning,
+        stacklevel=4,  # the caller of the pipeline, past torch.no_grad
+    )
+    return rounded
+
+
+def check_prompts(
+    prompt: Prompt,
+    negative_prompt: Prompt,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+) -> int:
+    """Return how many prompts there are; refuse what is missing, given twice or of unequal number."""
+    batch = _count("prompt", prompt, prompt_embeds)
+    if batch is None:
+        raise ConfigError("there is no prompt: give prompt or prompt_embeds")
+    negative_batch = _count("negative_prompt", negative_prompt, negative_prompt_embeds)
+    one_for_all = negative_batch is None or isinstance(negative_prompt, str)
+    if not one_for_all and negative_batch != batch:
+        raise ConfigError(f"there are {batch} prompts and {negative_batch} negative prompts: give one for each")
+    if prompt_embeds is not None and negative_prompt_embeds is not None:
+        width, negative_width = prompt_embeds.shape[-1], negative_prompt_embeds.shape[-1]
+        if width != negative_width:
+            raise ConfigError(f"prompt_embeds has {width} channels, negative_prompt_embeds {negative_width}")
+    return batch
+
+
+def _count(name: str, texts: Prompt, embeds: torch.Tensor | None) -> int | None:
+    if texts is not None and embeds is not None:
+        raise ConfigError(f"both {name} and {name}_embeds are given: give one of the two")
+    if embeds is not None:
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+            shape = getattr(embeds, "shape", type(embeds).__name__)
+            raise ConfigError(f"{name}_embeds is {shape}; expected a tensor [prompts, tokens, channels]")
+        return embeds.shape[0]
+    if texts is None:
+        return None
+    if isinstance(texts, str):
+        return 1
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{name} is {texts!r}; expected a string or a list of strings")
+    return len(texts)
+
+
+def check_noise(
+    shape: tuple[int, ...], generator: Generators, latents: torch.Tensor | None, *, device: torch.device
+) -> None:
+    """Refuse given latents of another shape, and generators that cannot make the noise."""
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ConfigError(
+            f"latents has shape {tuple(latents.shape)}; height, width, frames and prompts ask for {shape}"
+        )
+    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
+        raise ConfigError(f"there are {len(generator)} generators for {shape[0]} clips: give one, or one for each clip")
+    for each in generator if isinstance(generator, list) else [generator]:
+        if each is not None and each.device.type not in ("cpu", device.type):
+            raise ConfigError(
+                f"the generator is on {each.device} and the latents are on {device}: use a generator of that device, or "
+                "one on the CPU"
+            )
+
+
+def make_noise(shape: tuple[int, ...], generator: Generators, *, device: torch.device) -> torch.Tensor:
+    """Draw float32 noise on the generator's device, clip by clip when there is one generator per clip."""
+    if isinstance(generator, list) and len(generator) > 1:
+        each = [make_noise((1, *shape[1:]), source, device=device) for source in generator]
+        return torch.cat(each)
+    source = generator[0] if isinstance(generator, list) else generator
+    drawn_on = device if source is None else source.device
+    return torch.randn(shape, generator=source, device=drawn_on, dtype=torch.float32).to(device)

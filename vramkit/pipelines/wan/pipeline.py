@@ -1,0 +1,383 @@
+"""Wan2.1 text-to-video: encode the prompt, denoise latents with guidance, decode them into frames.
+
+Shapes: B clips, C channels, F frames, H x W pixels; small letters are latent sizes (f, h, w), S prompt tokens.
+Mirrors the call of diffusers' WanPipeline: the same folder, seed and arguments give the same clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+
+from vramkit.errors import CheckpointError, ConfigError
+from vramkit.pipelines.pipeline import Pipeline, execution_device
+from vramkit.pipelines.text_encoders import encode_t5
+from vramkit.pipelines.video import OUTPUT_TYPES, postprocess_video
+from vramkit.pipelines.wan.inputs import (
+    Generators,
+    Prompt,
+    check_choices,
+    check_noise,
+    check_positive,
+    check_prompts,
+    check_size,
+    make_noise,
+    whole_latent_frames,
+)
+
+# (pipeline, step, timestep, tensors) -> replacements for the tensors
+StepCallback: TypeAlias = Callable[["WanPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True, slots=True)
+class WanPipelineOutput:
+    """What a call returns."""
+
+    frames: Any  # by output_type: array [B, F, H, W, C], tensor [B, F, C, H, W], B lists of pictures, latents
+
+
+class WanPipeline(Pipeline):
+    """Text-to-video with a Wan2.1 checkpoint.
+
+    Args:
+        tokenizer: T5 tokenizer of transformers.
+        text_encoder: UMT5 encoder of transformers. It and the tokenizer may be None when embeds are given.
+        vae: AutoencoderKLWan. May be None when latents are wanted.
+        scheduler: UniPC or flow-match Euler.
+        transformer: WanTransformer3DModel.
+        transformer_2: the second expert of Wan2.2, which is not supported: must be None.
+        boundary_ratio: of Wan2.2: must be None.
+        expand_timesteps: of Wan2.2: must be False.
+    """
+
+    component_names: ClassVar[tuple[str, ...]] = (
+        "tokenizer",
+        "text_encoder",
+        "transformer",
+        "transformer_2",
+        "scheduler",
+        "vae",
+    )
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        scheduler: Any,
+        transformer: Any = None,
+        transformer_2: None = None,
+        boundary_ratio: None = None,
+        expand_timesteps: Literal[False] = False,
+    ) -> None:
+        if transformer_2 is not None or boundary_ratio is not None or expand_timesteps:
+            raise CheckpointError(
+                "transformer_2, boundary_ratio or expand_timesteps is set: this is a Wan2.2 checkpoint, and only "
+                "Wan2.1 text-to-video is supported"
+            )
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+        self.transformer_2 = None
+        self.scheduler = scheduler
+        self.vae = vae
+        self.boundary_ratio = None
+        self.expand_timesteps = False
+        self.vae_scale_factor_temporal: int = vae.config.scale_factor_temporal if vae is not None else 4
+        self.vae_scale_factor_spatial: int = vae.config.scale_factor_spatial if vae is not None else 8
+        self._guidance_scale = 1.0
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._num_timesteps = 0
+        self._current_timestep: Any = None
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the call in progress."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress runs the transformer on the negative prompt too."""
+        return self._guidance_scale > 1.0
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """The attention arguments of the call in progress."""
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the call in progress takes."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Any:
+        """The timestep being computed, None between calls."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set it to True from a step callback to skip the remaining steps and decode what is there."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the transformer computes (the first module's when there is none)."""
+        return super().device if self.transformer is None else execution_device(self.transformer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's dtype (float32 when there is none)."""
+        dtype: torch.dtype = self.transformer.dtype if self.transformer is not None else torch.float32
+        return dtype
+
+    @torch.no_grad()  # not inference_mode: the slots that weights stream through are ordinary tensors
+    def __call__(
+        self,
+        prompt: Prompt = None,
+        negative_prompt: Prompt = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """Generate clips.
+
+        Args:
+            prompt: one prompt, or a list. Alternatively ``prompt_embeds``.
+            negative_prompt: what to steer away from; used when ``guidance_scale`` > 1. Default: the empty prompt.
+            height: pixels, a multiple of 16.
+            width: pixels, a multiple of 16.
+            num_frames: 4k + 1; other numbers are rounded, with a warning, as the published pipeline does.
+            num_inference_steps: denoising steps.
+            guidance_scale: weight of the prompt against the negative prompt; up to 1 means no guidance, one transformer
+                pass per step instead of two.
+            num_videos_per_prompt: clips per prompt.
+            generator: source of the noise, or one per clip. A generator on the CPU gives the same noise everywhere.
+            latents: the noise itself, float [B, c, f, h, w].
+            prompt_embeds: ready text embeddings [B, S, C].
+            negative_prompt_embeds: the same for the negative prompt.
+            output_type: ``"np"`` float32 [B, F, H, W, C] in 0 .. 1, ``"pt"`` [B, F, C, H, W] in 0 .. 1, ``"pil"``
+                lists of pictures, ``"latent"`` float32 latents, not decoded.
+            return_dict: False returns a tuple of one.
+            attention_kwargs: passed to the transformer.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after each step; may return
+                replacements for the tensors.
+            callback_on_step_end_tensor_inputs: which of latents, prompt_embeds, negative_prompt_embeds it is given.
+            max_sequence_length: tokens per prompt; longer prompts are cut.
+
+        Returns:
+            WanPipelineOutput, whose ``frames`` has one entry per clip.
+
+        Raises:
+            ConfigError: arguments that do not fit, before anything is computed.
+        """
+        # A callback object may say for itself what it wants, as those of diffusers do.
+        wanted = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ())
+        self._check_call(height, width, output_type, wanted)
+        check_positive(
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            num_videos_per_prompt=num_videos_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal)
+        prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        self._guidance_scale = guidance_scale
+        self._check_encoder(prompt_embeds, negative_prompt_embeds)
+        shape = self._latent_shape(prompts * num_videos_per_prompt, height, width, num_frames)
+        check_noise(shape, generator, latents, device=self.device)
+
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        positive, negative = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+        )
+        if latents is None:
+            latents = make_noise(shape, generator, device=self.device)
+        latents = self._denoise(
+            latents.to(self.device, torch.float32),
+            _Guidance(positive, negative),
+            num_inference_steps=num_inference_steps,
+            callback=callback_on_step_end,
+            wanted=wanted,
+        )
+        frames = latents if output_type == "latent" else postprocess_video(self.decode_latents(latents), output_type)
+        return WanPipelineOutput(frames) if return_dict else (frames,)
+
+    def encode_prompt(
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt = None,
+        *,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = 512,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the text embeddings [B, S, C] of prompts and negative prompts, in the transformer's dtype.
+
+        Ready embeddings pass through. The second is None without guidance. Each prompt stands ``num_videos_per_prompt``
+        times in a row.
+        """
+
+        def embed(texts: list[str], ready: torch.Tensor | None) -> torch.Tensor:
+            embeds = ready if ready is not None else self._encode(texts, max_sequence_length)
+            return embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+
+        positive = embed([prompt] if isinstance(prompt, str) else prompt or [], prompt_embeds)
+        if not do_classifier_free_guidance:
+            return positive, None
+        prompts = positive.shape[0] // num_videos_per_prompt
+        texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * prompts
+        return positive, embed(texts, negative_prompt_embeds)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents [B, c, f, h, w] of unit variance into video [B, 3, F, H, W] in -1 .. 1."""
+        config = self.vae.config
+        latents = latents.to(execution_device(self.vae), self.vae.dtype)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        # Divided by the reciprocal rather than multiplied: the published pipeline rounds that way.
+        video: torch.Tensor = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
+        return video
+
+    def _encode(self, texts: list[str], max_sequence_length: int) -> torch.Tensor:
+        return encode_t5(
+            texts,
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            max_sequence_length=max_sequence_length,
+            device=execution_device(self.text_encoder),
+        )
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        guidance: _Guidance,
+        *,
+        num_inference_steps: int,
+        callback: StepCallback | None,
+        wanted: tuple[str, ...],
+    ) -> torch.Tensor:
+        """Walk the latents (float32) from noise to the clip."""
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            for step, timestep in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                self._current_timestep = timestep
+                noise = self._predict_noise(latents, timestep, guidance)
+                latents = self.scheduler.step(noise, timestep, latents, return_dict=False)[0]
+                if callback is not None:
+                    tensors = {"latents": latents, **guidance.tensors()}
+                    changed = callback(self, step, timestep, {name: tensors[name] for name in wanted}) or {}
+                    latents = changed.get("latents", latents)
+                    guidance = guidance.replaced(changed)
+                bar.update()
+        self._current_timestep = None
+        return latents
+
+    def _predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, guidance: _Guidance) -> torch.Tensor:
+        def predict(embeds: torch.Tensor) -> torch.Tensor:
+            noise: torch.Tensor = self.transformer(
+                hidden_states=latents.to(self.dtype),
+                timestep=timestep.expand(latents.shape[0]),
+                encoder_hidden_states=embeds,
+                attention_kwargs=self._attention_kwargs,
+                return_dict=False,
+            )[0]
+            return noise
+
+        positive = predict(guidance.positive)
+        if guidance.negative is None:
+            return positive
+        negative = predict(guidance.negative)
+        return negative + self._guidance_scale * (positive - negative)
+
+    def _check_call(self, height: int, width: int, output_type: str, wanted: tuple[str, ...]) -> None:
+        if self.transformer is None:
+            raise ConfigError(
+                "this pipeline has no transformer: load the checkpoint with it, or set pipeline.transformer"
+            )
+        if self.vae is None and output_type != "latent":
+            raise ConfigError('this pipeline has no vae: ask for output_type="latent", or set pipeline.vae')
+        check_positive(height=height, width=width)
+        # The published pipeline asks for 16 in any case; larger factors or patches ask for more.
+        patch = max(self.transformer.config.patch_size[1:])
+        check_size(height, width, multiple=math.lcm(16, self.vae_scale_factor_spatial * patch))
+        check_choices("output_type", [output_type], (*OUTPUT_TYPES, "latent"))
+        check_choices("callback_on_step_end_tensor_inputs", wanted, CALLBACK_TENSORS)
+
+    def _check_encoder(self, prompt_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None) -> None:
+        ready = prompt_embeds is not None and (
+            negative_prompt_embeds is not None or not self.do_classifier_free_guidance
+        )
+        if not ready and (self.text_encoder is None or self.tokenizer is None):
+            raise ConfigError(
+                "this pipeline has no text encoder or tokenizer: give prompt_embeds (and negative_prompt_embeds when "
+                "guidance_scale > 1)"
+            )
+
+    def _latent_shape(self, clips: int, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        return (
+            clips,
+            self.transformer.config.in_channels,
+            (num_frames - 1) // self.vae_scale_factor_temporal + 1,
+            height // self.vae_scale_factor_spatial,
+            width // self.vae_scale_factor_spatial,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Guidance:
+    """Text embeddings [B, S, C] of a call; ``negative`` is None without guidance."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+
+    def tensors(self) -> dict[str, Any]:
+        """Name them as callbacks do."""
+        return {"prompt_embeds": self.positive, "negative_prompt_embeds": self.negative}
+
+    def replaced(self, changed: dict[str, torch.Tensor]) -> _Guidance:
+        """Return the same with what a callback gave back."""
+        return _Guidance(
+            changed.get("prompt_embeds", self.positive), changed.get("negative_prompt_embeds", self.negative)
+        )
