@@ -1,0 +1,241 @@
+"""What the schedulers share: a config that can be handed from one to another, the schedule's bookkeeping, the output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import Self
+
+from vramkit.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "Scheduler",
+    "SchedulerConfig",
+    "SchedulerOutput",
+    "check_steps",
+    "check_supported",
+    "dynamic_shift",
+    "shift_sigmas",
+    "stretch_to_terminal",
+]
+
+CONFIG_NAME = "scheduler_config.json"
+
+Sigmas = NDArray[np.floating[Any]]
+
+
+class SchedulerOutput(NamedTuple):
+    """What a step returns; also answers to [0]."""
+
+    prev_sample: Tensor
+
+
+class SchedulerConfig(Mapping[str, Any]):
+    """The options of a scheduler, read as items or attributes.
+
+    Options that belong to other schedulers are kept, so that a config survives being handed around.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._options[key]
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("__") or key not in self.__dict__.get("_options", {}):
+            raise AttributeError(f"the scheduler config has no option {key!r}")
+        return self._options[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._options)
+
+    def __len__(self) -> int:
+        return len(self._options)
+
+    def __repr__(self) -> str:
+        return f"SchedulerConfig({self._options})"
+
+
+class Scheduler:
+    """A schedule of noise levels and the rule that goes from one to the next.
+
+    The levels rest on the host as fp32 (`sigmas`, one more than steps) and the position in them is counted there, so that a
+    step never waits for the device. A subclass sets `options_class`, a frozen dataclass of the published options that checks
+    itself, and computes `_schedule` and `step`.
+    """
+
+    options_class: ClassVar[type[Any]]
+    order: ClassVar[int] = 1
+    init_noise_sigma: ClassVar[float] = 1.0
+
+    def __init__(self, **options: Any) -> None:
+        known = {field.name for field in dataclasses.fields(self.options_class)}
+        if unknown := sorted(options.keys() - known):
+            raise ConfigError(f"{type(self).__name__}: unknown options {unknown}, expected some of {sorted(known)}")
+        self.options = self.options_class(**options)
+        self.config = SchedulerConfig({"_class_name": type(self).__name__, **dataclasses.asdict(self.options)})
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self.num_inference_steps = 0
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._host_timesteps: list[float] = []
+
+    # -- configs -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """A scheduler from the config of any scheduler, with some options changed.
+
+        Options of the config that this scheduler does not have are kept in `.config` and not used.
+
+        Raises:
+            ConfigError: an override that this scheduler does not have, or a value that it cannot use.
+        """
+        known = {field.name for field in dataclasses.fields(cls.options_class)}
+        used = {key: value for key, value in config.items() if key in known}
+        scheduler = cls(**{**used, **overrides})
+        others = {key: value for key, value in config.items() if key not in known and not key.startswith("_")}
+        scheduler.config = SchedulerConfig({**others, **scheduler.config})
+        return scheduler
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **overrides: Any) -> Self:
+        """A scheduler from the scheduler_config.json of a folder or hub repository.
+
+        Raises:
+            CheckpointError: the file is missing or not a JSON object.
+            ConfigError: as in from_config.
+        """
+        from vramkit.pipelines.hub import local_folder  # noqa: PLC0415 - a scheduler from a config needs no hub
+
+        path = local_folder(path_or_repo, subfolder=subfolder) / CONFIG_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent}: no {CONFIG_NAME}")
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
+        return cls.from_config(config, **overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write scheduler_config.json into a folder, which is made if it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n")
+
+    # -- schedule ------------------------------------------------------------------------------------------------------
+
+    @property
+    def step_index(self) -> int | None:
+        """Steps done; None before the first."""
+        return self._step_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the next run at this step, without a look at the timestep that the first call of step is given."""
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """The sample as it is: flow models take it unscaled."""
+        del timestep
+        return sample
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Mix a clean sample with noise to the level of a timestep [1] or [B]: sigma * noise + (1 - sigma) * sample."""
+        if self._begin_index is not None:
+            levels = self.sigmas[self._step_index if self._step_index is not None else self._begin_index][None]
+        else:
+            levels = self.sigmas[[self._index_of(t) for t in timestep]]
+        sigma = levels.to(sample.device, sample.dtype).view(-1, *[1] * (sample.ndim - 1))
+        return sigma * noise + (1.0 - sigma) * sample
+
+    def _start(self, timesteps: Tensor, sigmas: Sigmas, *, device: torch.device | str | None) -> None:
+        """Take a new schedule, one more sigma than timesteps, and go to its beginning."""
+        self.sigmas = torch.from_numpy(sigmas.astype(np.float32))
+        self.timesteps = timesteps.to(device)
+        self.num_inference_steps = len(timesteps)
+        self._host_timesteps = timesteps.tolist()
+        self._step_index = self._begin_index = None
+
+    def _index_of(self, timestep: Tensor | float) -> int:
+        """The step of a timestep; of repeated ones the second, so that a run begun in the middle skips none."""
+        if isinstance(timestep, Tensor) and _is_view(timestep, self.timesteps):
+            wanted = self._host_timesteps[timestep.storage_offset()]  # no wait for the device
+        else:
+            wanted = float(timestep)
+        found = [i for i, t in enumerate(self._host_timesteps) if t == wanted]
+        if not found:
+            raise ConfigError(f"timestep {wanted} is not in the schedule; pass one of scheduler.timesteps")
+        return found[1] if len(found) > 1 else found[0]
+
+    def _current_index(self, timestep: Tensor | float) -> int:
+        """The step to do now; looked up at the first step only."""
+        if self.num_inference_steps == 0:
+            raise ConfigError(f"{type(self).__name__}: call set_timesteps before step")
+        if self._step_index is None:
+            self._step_index = self._begin_index if self._begin_index is not None else self._index_of(timestep)
+        if self._step_index >= self.num_inference_steps:
+            raise ConfigError(f"all {self.num_inference_steps} steps are done; call set_timesteps for another run")
+        return self._step_index
+
+
+def check_supported(options: Any, supported: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ConfigError for the first option whose value is not among the supported ones."""
+    for name, values in supported.items():
+        value = getattr(options, name)
+        if value not in values:
+            expected = " or ".join(repr(v) for v in values)
+            raise ConfigError(f"scheduler option {name}={value!r} is not supported, expected {expected}")
+
+
+def shift_sigmas(sigmas: Any, shift: float) -> Any:
+    """Move noise levels towards 1, for large samples: shift s / (1 + (shift - 1) s). Source: SD3 (arXiv:2403.03206)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def dynamic_shift(sigmas: Sigmas, mu: float, *, kind: str) -> Sigmas:
+    """Move noise levels by an amount mu that depends on the size of the sample; kind is exponential or linear."""
+    amount = math.exp(mu) if kind == "exponential" else mu
+    shifted: Sigmas = amount / (amount + (1 / sigmas - 1))
+    return shifted
+
+
+def stretch_to_terminal(sigmas: Sigmas, terminal: float) -> Sigmas:
+    """Stretch the distances from 1 so that the last level is `terminal`. Source: LTX-Video (arXiv:2501.00103)."""
+    distances = 1 - sigmas
+    stretched: Sigmas = 1 - distances / (distances[-1] / (1 - terminal))
+    return stretched
+
+
+def check_steps(num_inference_steps: int | None, sigmas: Sequence[float] | None) -> int:
+    """How many steps are asked for.
+
+    Raises:
+        ConfigError: none, or not as many as there are sigmas.
+    """
+    steps = num_inference_steps if sigmas is None else len(sigmas)
+    if steps is None:
+        raise ConfigError("set_timesteps: give num_inference_steps or sigmas")
+    if num_inference_steps not in {None, steps}:
+        raise ConfigError(f"set_timesteps: {num_inference_steps} steps but {steps} sigmas; leave one out")
+    if steps < 1:
+        raise ConfigError(f"set_timesteps: got {steps} steps, expected at least 1")
+    return steps
+
+
+def _is_view(timestep: Tensor, timesteps: Tensor) -> bool:
+    """Whether a timestep is an element of the schedule, by where it lies rather than by its value."""
+    same_storage = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    return same_storage and timestep.numel() == 1 and timestep.dtype == timesteps.dtype
