@@ -128,6 +128,7 @@ class WanSelfAttention(_Attention):
         parts = token_chunks(tokens, ops.chunk_tokens)
         normed = None
         for part in parts:
+            normed = None  # frees the last chunk before the next is made; so do the other lines of this kind
             normed = ops.layer_norm(x[part], weight, bias, self.eps)
             ops.rms_rotate(
                 self.to_k(normed), self.norm_k.weight, self.eps, heads=self.heads, table=rotary[part], out=keys[part]
@@ -141,6 +142,7 @@ class WanSelfAttention(_Attention):
             )
             normed = None
             ops.gated_add(x[part], self.to_out[0](attention(query, keys, values)), gate)
+            del query
 
 
 class WanCrossAttention(_Attention):
@@ -159,7 +161,9 @@ class WanCrossAttention(_Attention):
                 tokens = x[b, part]
                 normed = tokens if weight is None else ops.layer_norm(tokens, weight, bias, self.eps)
                 query = ops.rms_rotate(self.to_q(normed), self.norm_q.weight, self.eps, heads=self.heads)
+                del normed
                 ops.gated_add(tokens, self.to_out[0](attention(query, keys, values)))
+                del query
         return x
 
 
