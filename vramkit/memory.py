@@ -1,0 +1,99 @@
+"""Sizes in bytes: parse and print them, count a module's, read what the machine has, probe the link."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from vramkit import tensors
+from vramkit.errors import ConfigError
+
+__all__ = ["available_ram_bytes", "format_bytes", "module_bytes", "parse_bytes", "probe_link_gbps", "tensor_bytes"]
+
+GIB = 2**30
+MIB = 2**20
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{middle}b": base**power
+    for middle, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("kmgt", start=1)
+}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Read a size: a whole number of bytes, or text such as ``"6GiB"``, ``"512 MiB"``, ``"4.5GB"`` (GB = 10^9, GiB = 2^30).
+
+    Raises:
+        ConfigError: the text is not a size, or is negative.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if not isinstance(size, str) or match is None or match[2] not in _UNITS:
+        raise ConfigError(f'a size was given as {size!r}; expected bytes or text such as "6GiB", "512MiB" or "4.5GB"')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(count: float) -> str:
+    """Print a size in binary units with three significant digits: ``26.6 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.3g} {unit}" if abs(count) < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB" if abs(count) < 1000 else f"{count:.0f} GiB"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Count the bytes that `tensor` keeps in memory, inner tensors of wrapper subclasses included."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tensors.leaves(tensor))
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Count the bytes of all parameters and buffers of `module`, tied ones once. Works on the meta device too."""
+    distinct = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor_bytes(tensor) for tensor in distinct.values())
+
+
+def available_ram_bytes() -> int:
+    """Return how much RAM this process may still take: what the system has free, or what its container leaves.
+
+    Inside a container the system's figure is the host's; the cgroup limit (v2 or v1) is the one that kills.
+    """
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = Path(limit_file).read_text().strip(), int(Path(usage_file).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            available = min(available, max(0, int(limit) - usage))
+    return available
+
+
+def probe_link_gbps(device: torch.device | str, *, probe_bytes: int = 256 * MIB, repeats: int = 5) -> float:
+    """Measure the host-to-device bandwidth of `device` with page-locked memory, in GB/s (10^9 bytes), best of `repeats`.
+
+    Raises:
+        ConfigError: `device` is not an accelerator.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        raise ConfigError("the link of the CPU to itself was asked for; give an accelerator such as 'cuda'")
+    host = torch.empty(probe_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+    target = torch.empty(probe_bytes, dtype=torch.uint8, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(host, non_blocking=True)
+        torch.accelerator.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return probe_bytes / best / 1e9

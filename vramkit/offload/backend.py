@@ -1,0 +1,200 @@
+"""Devices behind one small interface: memory for slots, a queue that copies beside the computation, and fences between.
+
+On an accelerator the queue is a stream of its own and fences are its events, so the host never waits. On the CPU the same
+engine runs one tier lower: slots are RAM, the queue is one worker thread, and a fence is waited for by the computing thread.
+Stores that must touch bytes on the host first (disk, staging) run their fills on the worker thread on every device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["AcceleratorBackend", "Backend", "CopyQueue", "CpuBackend", "Fence", "backend_for"]
+
+
+class Fence(Protocol):
+    """A point in a queue of work."""
+
+    def wait(self) -> float:
+        """Let computation issued from now on start after this point. Returns the seconds that the host was held up."""
+
+    def synchronize(self) -> None:
+        """Hold the host until this point is reached."""
+
+
+class CopyQueue(Protocol):
+    """Copies in order, beside the computation."""
+
+    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+        """Run `job` after all that was submitted and after the fences; the result is passed when the job is done."""
+
+    def drain(self) -> None:
+        """Hold the host until everything submitted is done, whether it failed or not."""
+
+    def close(self) -> None:
+        """Drain and end the queue."""
+
+
+class Backend(Protocol):
+    """One device that computes."""
+
+    device: torch.device
+
+    def memory(self, size_bytes: int) -> torch.Tensor:
+        """Return uninitialized device memory as a 1-D uint8 tensor, never an inference tensor."""
+
+    def queue(self, *, threaded: bool) -> CopyQueue:
+        """Return a new copy queue; a `threaded` one runs its jobs on a thread of its own."""
+
+    def fence(self) -> Fence:
+        """Return a fence at the end of what the calling thread has issued so far on its current stream."""
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Return the backend of `device`."""
+    return CpuBackend() if device.type == "cpu" else AcceleratorBackend(device)
+
+
+class _Passed:
+    """A fence that was passed long ago: computation on the CPU is done when it is issued."""
+
+    def wait(self) -> float:
+        return 0.0
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _JobFence:
+    """A job of a worker thread, and on an accelerator the event that the job recorded last."""
+
+    def __init__(self, job: Future[Fence]) -> None:
+        self._job = job
+
+    def wait(self) -> float:
+        if self._job.done():
+            return self._job.result().wait()
+        start = time.perf_counter()
+        fence = self._job.result()
+        return time.perf_counter() - start + fence.wait()
+
+    def synchronize(self) -> None:
+        self._job.result().synchronize()
+
+
+class _WorkerQueue:
+    """Jobs on one thread, each inside `inner` (the copy stream of an accelerator, or nothing)."""
+
+    def __init__(self, inner: CopyQueue) -> None:
+        self._inner = inner
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vramkit-copy")
+
+    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+        fences = tuple(after)
+        return _JobFence(self._thread.submit(self._inner.submit, job, fences))
+
+    def drain(self) -> None:
+        self._thread.submit(self._inner.drain).result()
+
+    def close(self) -> None:
+        self.drain()
+        self._thread.shutdown()
+
+
+class _DirectQueue:
+    """Jobs run where they are submitted: what a worker thread does on the CPU."""
+
+    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+        for fence in after:
+            fence.synchronize()
+        job()
+        return _Passed()
+
+    def drain(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class CpuBackend:
+    """The CPU as a device: slots in RAM, one worker thread as the copy stream."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def memory(self, size_bytes: int) -> torch.Tensor:
+        """Return RAM that is taken page by page when it is first written."""
+        with torch.inference_mode(False):
+            return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def queue(self, *, threaded: bool) -> CopyQueue:
+        """Return a queue on a worker thread, so that reading goes on while the caller computes."""
+        return _WorkerQueue(_DirectQueue())
+
+    def fence(self) -> Fence:
+        """Return a passed fence: what the CPU was asked to compute is done."""
+        return _Passed()
+
+
+class _EventFence:
+    def __init__(self, api: Any, stream: Any) -> None:
+        self._api = api
+        self._device = stream.device
+        self._event = api.Event()
+        self._event.record(stream)
+
+    def wait(self) -> float:
+        self._api.current_stream(self._device).wait_event(self._event)
+        return 0.0
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
+class _StreamQueue:
+    """A stream of its own: jobs issue asynchronous copies, fences are events, nothing waits on the host."""
+
+    def __init__(self, api: Any, device: torch.device) -> None:
+        self._api = api
+        self._stream = api.Stream(device=device)
+
+    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+        with self._api.stream(self._stream):
+            for fence in after:
+                fence.wait()  # "computation issued from now on" is what this stream does next
+            job()
+            return _EventFence(self._api, self._stream)
+
+    def drain(self) -> None:
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        self.drain()
+
+
+class AcceleratorBackend:
+    """A device with streams and events of the ``torch.cuda`` form; ``torch.xpu`` has the same one and is untested."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._api = getattr(torch, device.type)
+
+    def memory(self, size_bytes: int) -> torch.Tensor:
+        """Return device memory from torch's caching allocator."""
+        with torch.inference_mode(False):
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+    def queue(self, *, threaded: bool) -> CopyQueue:
+        """Return a queue on a new stream, driven by a worker thread when asked for."""
+        queue = _StreamQueue(self._api, self.device)
+        return _WorkerQueue(queue) if threaded else queue
+
+    def fence(self) -> Fence:
+        """Record an event on the stream that computes now."""
+        return _EventFence(self._api, self._api.current_stream(self.device))
