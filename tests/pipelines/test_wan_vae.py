@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import asdict
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan as Oracle
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.wan.vae import AutoencoderKLWan, AutoencoderKLWanConfig
@@ -371,3 +374,56 @@ def test_tiles_between_latents_are_refused_and_change_nothing(pair):
         ours.enable_tiling(tile_sample_min_height=100, tile_sample_stride_height=96)
     assert not ours.use_tiling
     assert ours.tiling.height == 256
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators return and their peak; on the meta device it costs no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = self.live_bytes = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.watch(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return result
+
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        key, size_bytes = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def forget():
+            self.known.remove(key)
+            self.live_bytes -= size_bytes
+
+        self.known.add(key)
+        self.live_bytes += size_bytes
+        weakref.finalize(storage, forget)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "tiled", "limit"),
+    [
+        ("decode", (1, 16, 3, 60, 104), False, 0.65),
+        ("decode", (1, 16, 2, 40, 72), True, 0.8),
+        ("encode", (1, 3, 9, 480, 832), False, 0.6),
+        ("encode", (1, 3, 5, 320, 576), True, 0.8),
+    ],
+)
+@torch.no_grad()
+def test_fewer_bytes_are_alive_than_in_the_oracle(method, shape, tiled, limit):
+    peaks_bytes = []
+    for vae in (AutoencoderKLWan, Oracle):
+        with torch.device("meta"):
+            model, x = vae.from_config(PUBLISHED).eval(), torch.empty(shape)
+        if tiled:
+            model.enable_tiling()
+        with LiveBytes() as count:
+            getattr(model, method)(x)
+        peaks_bytes.append(count.peak_bytes)
+    assert peaks_bytes[0] <= limit * peaks_bytes[1]

@@ -87,6 +87,7 @@ def fill_by_tiles(out: Tensor, tiling: Tiling, compute_tile: Callable[[int, int]
             out[..., top : top + kept.shape[-2], left : left + kept.shape[-1]] = kept
             right_edge = _last(tile, overlap_width, dim=-1).clone()
             lower_edges.append(_last(tile, overlap_height, dim=-2).clone())
+            del tile, kept  # before the next one is computed
         above = lower_edges
     return out
 

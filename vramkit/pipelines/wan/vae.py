@@ -35,8 +35,8 @@ from vramkit.pipelines.wan.vae_layers import (
 
 __all__ = ["AutoencoderKLWan", "AutoencoderKLWanConfig"]
 
-# Pixels of video in the layers of full size at once: four frames of a 256 x 256 tile, one of a picture above two tiles.
-_PART_PIXELS = 4 * 256 * 256
+# Pixels of video in the layers of full size at once: two frames of a 256 x 256 tile, one of anything larger.
+_PART_PIXELS = 2 * 256 * 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +237,7 @@ class AutoencoderKLWan(Model):
         self.use_slicing = False
 
     @torch.no_grad()
-    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:  # noqa: ARG002
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
         """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
 
         The first frame becomes the first latent frame, every four after it one more; what is left over at the end is not
@@ -257,7 +257,7 @@ class AutoencoderKLWan(Model):
         return EncoderOutput(LatentDistribution(parameters))
 
     @torch.no_grad()
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput:  # noqa: ARG002
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput:
         """Decode latents [B, Z, T, h, w] in the dtype of the weights; any `latents_mean` and `latents_std` are undone.
 
         The result is a named tuple, so `.sample` and `[0]` both work whatever `return_dict` says. Its sample is

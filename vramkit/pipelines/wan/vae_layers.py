@@ -89,9 +89,11 @@ class FeatureCache:
         window = torch.empty(
             (batch, channels, past + frames, height, width), dtype=x.dtype, device=x.device, memory_format=layout
         )
-        kept = self._past.pop(conv, None)
         before, new = window[:, :, :past], window[:, :, past:]
-        before.zero_() if kept is None else before.copy_(kept)
+        if conv in self._past:
+            before.copy_(self._past.pop(conv))
+        else:
+            before.zero_()
         if norm is None:
             new.copy_(x)
         else:
@@ -133,7 +135,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # noqa: ARG002  (called as the causal layers are)
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[B, C, F, H, W] -> the same."""
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
