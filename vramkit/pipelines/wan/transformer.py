@@ -29,6 +29,7 @@ from vramkit.pipelines.layers import (
     rotary_grid,
     sinusoidal_embedding,
     token_chunks,
+    write,
 )
 from vramkit.pipelines.modeling import Model
 
@@ -133,7 +134,7 @@ class WanSelfAttention(_Attention):
             ops.rms_rotate(
                 self.to_k(normed), self.norm_k.weight, self.eps, heads=self.heads, table=rotary[part], out=keys[part]
             )
-            values[part] = self.to_v(normed).view_as(values[part])
+            write(values[part], self.to_v(normed).view_as(values[part]))
         for part in reversed(parts):  # the last chunk first: it is normed already
             if normed is None:
                 normed = ops.layer_norm(x[part], weight, bias, self.eps)
