@@ -41,7 +41,7 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
     pin_budget: int | str | None = None,
     entry_points: Sequence[str] | None = None,
 ) -> Offload:
-    """Run `module` on a device that is smaller than it: weights rest in host memory or files and travel just in time.
+    """Run `module` on a device smaller than it: weights rest in host memory or files and travel just in time.
 
     Mirrors ``diffusers.hooks.apply_group_offloading``. The results are the same bytes as with everything on the device.
 
@@ -59,7 +59,7 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         offload_to_disk_path: folder to write weights to (a new subfolder each time, removed by ``remove()``).
         block_modules: names of submodules that are block lists or blocks (default: found).
         exclude_kwargs: keyword arguments of the forward that are not moved to the device.
-        slots: groups that the device has room for (default 2: one computes, one loads).
+        slots: groups that the device has room for (default 2: one computes, one loads; 3 at leaf level).
         resident: weights that stay on the device, spread evenly over the blocks: bytes, or text such as ``"4GiB"``.
         store: ``"registered"``, ``"mapped"``, ``"pageable"`` or ``"disk"``; None chooses the fastest that works.
         unit_bytes: upper bound for what travels together; blocks are cut at their submodules to meet it.

@@ -189,7 +189,10 @@ def _group(plan: _Plan, place: RestingPlace, copies: dict[int, torch.Tensor]) ->
         bindings.append(
             (item.slot_for(holders), [None if goes else _copied(leaf, place, copies) for leaf, goes in parts])
         )
-    return ModuleGroup(plan.unit.name, plan.unit.entries, bindings, layout, place.stores(layout, leaves))
+    # Norms and the like, whose tensors stay on the device, do not enter the group: they may be called out of order.
+    needing = {module for slot, _ in bindings for module, _ in slot.owners}
+    entries = [entry for entry in plan.unit.entries if not needing.isdisjoint(entry.modules())]
+    return ModuleGroup(plan.unit.name, entries, bindings, layout, place.stores(layout, leaves))
 
 
 def _copied(leaf: torch.Tensor, place: RestingPlace, copies: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -78,7 +78,7 @@ class OffloadConfig:
                 "num_blocks_per_group", 1 if num_blocks_per_group is None else num_blocks_per_group
             ),
             block_names=None if block_modules is None else _submodules(module, block_modules),
-            slots=_at_least_one("slots", (1 if use_stream is False else 2) if slots is None else slots),
+            slots=_at_least_one("slots", _default_slots(offload_type, use_stream) if slots is None else slots),
             unit_bytes=None if unit_bytes is None else _at_least_one("unit_bytes", parse_bytes(unit_bytes)),
             resident_bytes=parse_bytes(resident),
             store=None if store is None else _choice("store", store, get_args(StoreKind)),
@@ -88,6 +88,11 @@ class OffloadConfig:
             entry_points=_methods(module, entry_points),
             unmoved_kwargs=frozenset(exclude_kwargs or ()),
         )
+
+
+def _default_slots(offload_type: str, use_stream: bool | None) -> int:
+    # Single layers differ more than blocks do in compute per byte: a third slot bridges the ones that load for longer.
+    return 1 if use_stream is False else 3 if offload_type == "leaf_level" else 2
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

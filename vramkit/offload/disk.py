@@ -15,6 +15,7 @@ import dataclasses
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,7 @@ class MappedFile:
         self.path = Path(path)
         try:
             self._file = self.path.open("rb")
+            weakref.finalize(self, self._file.close)
             self.size_bytes = os.fstat(self._file.fileno()).st_size
             self._private = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size_bytes else None
         except OSError as error:
