@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -197,34 +197,46 @@ def plot(
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - draws without a display
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    top_bytes = max([trace.peak_bytes for trace in traces.values()] + [budget_bytes or 0])
-    axes.set(xlabel="seconds", ylabel="MiB", ylim=(0, top_bytes / MIB * 1.18), title=title or "")
+    top_mib = max([trace.peak_bytes for trace in traces.values()] + [budget_bytes or 0]) / MIB
+    end_s = max([trace.seconds for trace in traces.values()], default=1.0)
+    row = 0
     for index, (label, trace) in enumerate(traces.items()):
         colour = f"C{index}"
         seconds = [sample.time_s for sample in trace.samples]
         mebibytes = [sample.used_bytes / MIB for sample in trace.samples]
         name = f"{label}: peak {trace.peak_bytes / MIB:.0f} MiB, {trace.seconds:.1f} s"
-        axes.plot(seconds, mebibytes, color=colour, linewidth=1.6, label=name)
+        axes.plot(seconds, mebibytes, color=colour, linewidth=1.4, label=name)
         axes.fill_between(seconds, mebibytes, color=colour, alpha=0.12)
-        for mark in trace.marks:
-            axes.axvline(mark.time_s, color=colour, linewidth=0.8, linestyle=":", alpha=0.9)
-            # One row of phase names per trace, so that names of two runs do not cover each other.
-            axes.annotate(
-                mark.name,
-                (mark.time_s, 1.0 - 0.05 * index),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -3),
-                textcoords="offset points",
-                va="top",
-                fontsize=8,
-                color=colour,
-            )
+        row = _draw_marks(axes, trace.marks, colour=colour, row=row, close_s=0.09 * end_s) + 1
     if budget_bytes is not None:
         label = f"budget: {budget_bytes / MIB:.0f} MiB"
         axes.axhline(budget_bytes / MIB, color="black", linewidth=1.2, linestyle="--", label=label)
-    axes.margins(x=0.01)
-    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9), fontsize=9)
+    # Above the curves, one line of height for each row of phase names.
+    axes.set(xlabel="seconds", ylabel="MiB", xlim=(0, end_s * 1.02), ylim=(0, top_mib * 1.05 / (1 - _ROW * row)))
+    axes.set_title(title or "")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(os.fspath(path), dpi=140)
+
+
+_ROW = 0.045  # height of a line of phase names, as a part of the axes
+
+
+def _draw_marks(axes: Any, marks: list[Mark], *, colour: str, row: int, close_s: float) -> int:
+    """Draw phases from row ``row`` downwards, each name a row below the one that it would cover; return the last row."""
+    free_row_s = [float("-inf")]  # where the last name of each row began
+    for mark in marks:
+        depth = next((depth for depth, begun_s in enumerate(free_row_s) if mark.time_s - begun_s >= close_s), None)
+        if depth is None:
+            depth = len(free_row_s)
+            free_row_s.append(mark.time_s)
+        free_row_s[depth] = mark.time_s
+        axes.axvline(mark.time_s, color=colour, linewidth=0.8, linestyle=":")
+        place = (mark.time_s, 1.0 - _ROW * (row + depth))
+        offset = {"xytext": (3, -3), "textcoords": "offset points"}
+        axes.annotate(
+            mark.name, place, xycoords=("data", "axes fraction"), va="top", fontsize=8, color=colour, **offset
+        )
+    return row + len(free_row_s) - 1

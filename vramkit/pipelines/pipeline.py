@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vramkit import __version__
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.offload import apply_model_offload, offload_of
+from vramkit.offload import ModelOffload, apply_model_offload, offload_of
 from vramkit.pipelines.components import MODEL_INDEX, Source, is_component, load_component, read_model_index
 from vramkit.pipelines.hub import CHECKPOINT_PATTERNS, local_folder
 
@@ -34,6 +34,7 @@ class Pipeline:
 
     def __init__(self) -> None:
         self._progress_bar_config: dict[str, Any] = {}
+        self._model_offload: ModelOffload | None = None
 
     @classmethod
     def from_pretrained(
@@ -143,7 +144,14 @@ class Pipeline:
         """
         if device is None and not torch.cuda.is_available():
             raise ConfigError('no GPU was found: name the device, for example enable_model_cpu_offload("cpu")')
-        apply_model_offload(self, torch.device(device or "cuda"))
+        if self._model_offload is not None:
+            self._model_offload.remove()
+        self._model_offload = apply_model_offload(self, device or "cuda")
+
+    def maybe_free(self) -> None:
+        """Take the model that `enable_model_cpu_offload` brought to the device off it again; calls end with this."""
+        if self._model_offload is not None:
+            self._model_offload.evict()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write all components and model_index.json in the published folder layout."""
@@ -173,7 +181,7 @@ def execution_device(module: nn.Module) -> torch.device:
     """Return where ``module`` computes: the onload device when it is offloaded, else where its weights lie."""
     offload = offload_of(module)
     if offload is not None:
-        return offload.onload_device
+        return offload.config.device
     tensor = next(module.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

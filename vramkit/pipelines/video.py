@@ -74,7 +74,7 @@ def export_to_video(
         ConfigError: no frames, frames of a wrong form, or a path or setting that cannot be used.
         StoreError: the encoder failed, for example because the disk is full.
     """
-    target = _checked_target(path)
+    target = check_video_path(path)
     if not 0 < fps < float("inf"):
         raise ConfigError(f"fps is {fps}; expected a positive number of frames per second.")
     if not 0 <= quality <= 10:
@@ -124,7 +124,8 @@ def _image_bytes(name: str) -> bytes:
     return path.read_bytes()
 
 
-def _checked_target(path: str | os.PathLike[str]) -> Path:
+def check_video_path(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if a video can be written there; ConfigError for a wrong ending or a missing folder."""
     target = Path(path).expanduser()
     if target.suffix.lower() not in VIDEO_SUFFIXES:
         raise ConfigError(f"{target} does not name a video: its ending must be one of {', '.join(VIDEO_SUFFIXES)}.")

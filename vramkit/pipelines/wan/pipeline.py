@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -34,9 +34,8 @@ StepCallback: TypeAlias = Callable[["WanPipeline", int, Any, dict[str, Any]], di
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
-@dataclass(frozen=True, slots=True)
-class WanPipelineOutput:
-    """What a call returns."""
+class WanPipelineOutput(NamedTuple):
+    """What a call returns: ``.frames`` and ``[0]`` are the same."""
 
     frames: Any  # by output_type: array [B, F, H, W, C], tensor [B, F, C, H, W], B lists of pictures, latents
 
@@ -165,7 +164,7 @@ class WanPipeline(Pipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
-    ) -> WanPipelineOutput | tuple[Any]:
+    ) -> WanPipelineOutput:
         """Generate clips.
 
         Args:
@@ -184,7 +183,7 @@ class WanPipeline(Pipeline):
             negative_prompt_embeds: the same for the negative prompt.
             output_type: ``"np"`` float32 [B, F, H, W, C] in 0 .. 1, ``"pt"`` [B, F, C, H, W] in 0 .. 1, ``"pil"``
                 lists of pictures, ``"latent"`` float32 latents, not decoded.
-            return_dict: False returns a tuple of one.
+            return_dict: accepted; the output is a named tuple and serves as either.
             attention_kwargs: passed to the transformer.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after each step; may return
                 replacements for the tensors.
@@ -234,7 +233,8 @@ class WanPipeline(Pipeline):
             wanted=wanted,
         )
         frames = latents if output_type == "latent" else postprocess_video(self.decode_latents(latents), output_type)
-        return WanPipelineOutput(frames) if return_dict else (frames,)
+        self.maybe_free()
+        return WanPipelineOutput(frames)
 
     def encode_prompt(
         self,

@@ -1,0 +1,240 @@
+"""The command line: ``vramkit demo`` and ``vramkit run wan``.
+
+Heavy libraries are imported by the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vramkit import __version__
+from vramkit.errors import ConfigError, VramkitError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vramkit.pipelines.wan.pipeline import WanPipeline
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# What typer raises for wrong arguments; it brings its own click or uses the installed one, by version.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    help="Run PyTorch models that are larger than the memory of the device that computes them.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+run_app = typer.Typer(help="Generate with a published checkpoint.")
+app.add_typer(run_app, name="run")
+
+
+class Offload(str, Enum):
+    """Where weights are while they do not compute."""
+
+    none = "none"
+    model = "model"
+    block = "block"
+    leaf = "leaf"
+
+
+class Dtype(str, Enum):
+    """The dtype that text encoder and transformer compute in."""
+
+    auto = "auto"
+    bfloat16 = "bf16"
+    float16 = "fp16"
+    float32 = "fp32"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; errors of the user's making are one line on stderr."""
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name="vramkit", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except _UsageError as error:
+        return _fail(f"error: {error.format_message()}", 2)  # type: ignore[attr-defined]
+    except (VramkitError, OSError) as error:
+        return _fail(f"error: {error}", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        return _fail("error: the device memory is not enough; try --offload leaf, --slots 1, --fp8 or --vae-tiling", 1)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)  # noqa: T201 - one line, whatever the message was
+    return status
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vramkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@run_app.callback(invoke_without_command=True)
+def _run(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    *,
+    budget: Annotated[str | None, typer.Option(help='Memory for the second run, such as "200MiB".')] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the video and the picture.")] = Path(),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Write the checkpoint again.")] = False,
+    preset: Annotated[str, typer.Option(hidden=True)] = "small",
+) -> None:
+    """Write a small checkpoint, generate a clip resident and under a budget, and compare the bytes."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from vramkit.demo.job import run_demo  # noqa: PLC0415
+    from vramkit.demo.presets import PRESETS  # noqa: PLC0415
+    from vramkit.memory import parse_bytes  # noqa: PLC0415
+
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+    outcome = run_demo(
+        PRESETS[preset],
+        out=out,
+        device=device,
+        budget_bytes=None if budget is None else parse_bytes(budget),
+        fresh=fresh,
+        console=Console(),
+    )
+    if not outcome.identical:
+        raise VramkitError("the two clips differ: this is a defect of vramkit or of this machine, please report it")
+    if not outcome.within_budget:
+        raise VramkitError("the second run went above its budget: raise --budget")
+
+
+@run_app.command()
+def wan(
+    *,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face repository id.")],
+    prompt: Annotated[str, typer.Option(help="What the clip shows.")],
+    out: Annotated[Path, typer.Option(help="The video to write (.mp4, .mov, .mkv, .avi).")] = Path("clip.mp4"),
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    frames: Annotated[int, typer.Option(help="Frames, 4 k + 1.")] = 81,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    fps: Annotated[float, typer.Option(help="Frames per second of the video.")] = 16.0,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the schedule: 3 for 480p, 5 for 720p.")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: bf16 on a GPU, fp32 on the CPU. The VAE stays in fp32.")
+    ] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    offload: Annotated[
+        Offload, typer.Option(help="Stream weights by block or leaf, whole models, or not.")
+    ] = Offload.block,
+    store: Annotated[
+        str | None, typer.Option(help="Where streamed weights rest; chosen by itself when left out.")
+    ] = None,
+    resident: Annotated[str, typer.Option(help='Transformer weights that stay on the device, such as "4GiB".')] = "0",
+    slots: Annotated[int, typer.Option(help="Device slots that weights pass through.", min=1)] = 2,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Keep the transformer's large weights in fp8.")] = False,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, more time.")] = False,
+) -> None:
+    """Generate a clip with a Wan2.1 text-to-video checkpoint."""
+    from vramkit.demo.job import resolve_device  # noqa: PLC0415
+    from vramkit.pipelines.video import check_video_path, export_to_video  # noqa: PLC0415
+
+    check_video_path(out)  # before minutes of work, not after them
+    if frames % 4 != 1 or frames < 1:
+        below = max(frames - 2, 0) // 4 * 4 + 1
+        raise ConfigError(f"--frames is {frames}; expected 4 k + 1, for example {below} or {below + 4}")
+    device = resolve_device(device)
+    pipeline = _load_wan(model, dtype, device)
+    if flow_shift is not None:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
+    if fp8:
+        pipeline.transformer.enable_layerwise_casting()
+    if vae_tiling:
+        pipeline.vae.enable_tiling()
+    place(pipeline, device, offload, store=store, resident=resident, slots=slots)
+    clip = pipeline(
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=_generator(seed),
+    ).frames[0]
+    typer.echo(export_to_video(clip, out, fps=fps))
+
+
+def place(
+    pipeline: WanPipeline, device: str, offload: Offload, *, store: str | None, resident: str, slots: int
+) -> None:
+    """Put the models where ``--offload`` says."""
+    from vramkit.offload import apply_group_offloading  # noqa: PLC0415
+
+    if offload is Offload.none:
+        pipeline.to(device)
+    elif offload is Offload.model:
+        pipeline.enable_model_cpu_offload(device)
+    else:
+        modules: list[nn.Module] = [pipeline.text_encoder, pipeline.transformer, pipeline.vae]
+        for module in modules:
+            apply_group_offloading(
+                module,
+                device,
+                offload_type=f"{offload.value}_level",
+                store=store,
+                slots=slots,
+                resident=resident if module is pipeline.transformer else 0,
+            )
+
+
+def _load_wan(model: str, dtype: Dtype, device: str) -> WanPipeline:
+    from vramkit.pipelines.wan.pipeline import WanPipeline  # noqa: PLC0415
+
+    return WanPipeline.from_pretrained(model, torch_dtype=_dtypes(dtype, device))
+
+
+def _dtypes(dtype: Dtype, device: str) -> dict[str, Any]:
+    import torch  # noqa: PLC0415
+
+    if dtype is Dtype.auto:
+        dtype = Dtype.float32 if device == "cpu" else Dtype.bfloat16
+    # The published VAE loses detail in 16 bits.
+    return {"default": getattr(torch, dtype.name), "vae": torch.float32}
+
+
+def _generator(seed: int) -> torch.Generator:
+    """Return a generator on the CPU, whose noise is the same for every device."""
+    import torch  # noqa: PLC0415
+
+    return torch.Generator().manual_seed(seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
