@@ -1,1 +1,6 @@
-"""."""
+"""Weights stored in fp8 and computed in a wider dtype."""
+
+from vramkit.casting.api import LayerwiseCasting, apply_layerwise_casting
+from vramkit.casting.narrow import NarrowTensor, narrowed
+
+__all__ = ["LayerwiseCasting", "NarrowTensor", "apply_layerwise_casting", "narrowed"]

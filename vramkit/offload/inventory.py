@@ -13,7 +13,7 @@ from vramkit import tensors
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload.group import TensorSlot
 
-__all__ = ["Inventory", "Item"]
+__all__ = ["Inventory", "Item", "refuse_foreign_hooks"]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -52,7 +52,7 @@ class Inventory:
         """
         self._by_id: dict[int, Item] = {}
         for prefix, module in root.named_modules():
-            _refuse_foreign_hooks(prefix or type(root).__name__, module)
+            refuse_foreign_hooks(prefix or type(root).__name__, module)
             for held, is_buffer in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
                 for key, tensor in held.items():
                     if tensor is not None:
@@ -83,7 +83,8 @@ class Inventory:
         self._by_id[id(tensor)] = Item(name, tensor, [owner], is_buffer)
 
 
-def _refuse_foreign_hooks(name: str, module: nn.Module) -> None:
+def refuse_foreign_hooks(name: str, module: nn.Module) -> None:
+    """Raise ConflictError where another library moves or casts the weights of `module`."""
     if hasattr(module, "_hf_hook"):
         raise ConflictError(
             f"{name} carries an accelerate hook ({type(module._hf_hook).__name__}), which moves weights too; "  # noqa: SLF001
