@@ -186,7 +186,7 @@ def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]], chosen: _
                     f"{label} is on {str(parameter.device)!r}; fp8 storage works on {', '.join(_DEVICES)}"
                 )
             if isinstance(parameter, NarrowTensor):
-                present = (parameter.values.dtype, parameter.dtype)
+                present = (parameter.stored.dtype, parameter.dtype)
                 if present != (chosen.storage_dtype, chosen.compute_dtype):
                     raise ConflictError(
                         f"{label} is stored in {present[0]} for {present[1]} already; remove() that casting first"

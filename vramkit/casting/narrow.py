@@ -28,44 +28,44 @@ _aten = torch.ops.aten
 class NarrowTensor(torch.Tensor):
     """fp8 values, with a scale per row or none, that computes as `dtype`. Made by `narrowed`."""
 
-    values: torch.Tensor
+    stored: torch.Tensor
     scale: torch.Tensor | None
 
     @staticmethod
     def __new__(
-        cls: type[NarrowTensor], values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+        cls: type[NarrowTensor], stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
     ) -> NarrowTensor:
-        """Wrap fp8 `values` and a float32 `scale` of shape [rows, 1, ...]; `dtype` is what it computes as."""
+        """Wrap fp8 `stored` and a float32 `scale` of shape [rows, 1, ...]; `dtype` is what it computes as."""
         return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 (torch's extension point)
-            cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device, requires_grad=False
+            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device, requires_grad=False
         )
 
-    def __init__(self, values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
-        self.values = values
+    def __init__(self, stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self.stored = stored
         self.scale = scale
 
     def widened(self) -> torch.Tensor:
         """Return the values as an ordinary tensor of the compute dtype."""
         if self.scale is None:
-            return self.values.to(self.dtype)
+            return self.stored.to(self.dtype)
         if self.dtype == torch.float16:  # a scale below 2^-24 is zero in fp16 though the product is not
-            return (self.values.to(torch.float32) * self.scale).to(torch.float16)
-        return self.values.to(self.dtype).mul_(self.scale.to(self.dtype))
+            return (self.stored.to(torch.float32) * self.scale).to(torch.float16)
+        return self.stored.to(self.dtype).mul_(self.scale.to(self.dtype))
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         """Name the inner tensors (an interface of torch)."""
-        return ["values"] if self.scale is None else ["values", "scale"], self.dtype
+        return ["stored"] if self.scale is None else ["stored", "scale"], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
     ) -> NarrowTensor:
         """Wrap other inner tensors (an interface of torch)."""
-        return NarrowTensor(inner["values"], inner.get("scale"), dtype)
+        return NarrowTensor(inner["stored"], inner.get("scale"), dtype)
 
     def __repr__(self) -> str:  # type: ignore[override]
         scales = "unscaled" if self.scale is None else "a scale per row"
-        return f"NarrowTensor({list(self.shape)}, {self.dtype} in {self.values.dtype}, {scales}, device={self.device})"
+        return f"NarrowTensor({list(self.shape)}, {self.dtype} in {self.stored.dtype}, {scales}, device={self.device})"
 
     # Composite functions (linear, conv) are taken apart before they come here, and then run on widened weights.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 (torch's extension point)
@@ -75,7 +75,7 @@ class NarrowTensor(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Keep fp8 for what only moves or copies the tensor; widen it for everything else."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func in _MOVING:
             return _each(args[0], lambda inner: func(inner, *args[1:], **kwargs))
         if func is _TO_COPY:
@@ -84,11 +84,11 @@ class NarrowTensor(torch.Tensor):
             return _assign(args[0], args[1])
         if any(isinstance(arg, NarrowTensor) for arg in _written(func, args)):
             raise UnsupportedTensorError(
-                f"{func} would write to a weight that is stored in {args[0].values.dtype}, and the change would be lost; "
+                f"{func} would write to a weight that is stored in {args[0].stored.dtype}, and the change would be lost; "
                 "call remove() on the casting first, change the weight, and cast again"
             )
-        args, kwargs = tree_map_only(NarrowTensor, NarrowTensor.widened, (tuple(args), kwargs))
-        return func(*args, **kwargs)
+        wide_args, wide_kwargs = tree_map_only(NarrowTensor, NarrowTensor.widened, (tuple(args), kwargs))
+        return func(*wide_args, **wide_kwargs)
 
 
 _MOVING = {_aten.detach.default, _aten.clone.default, _aten.alias.default}
@@ -99,13 +99,13 @@ def _each(
     tensor: NarrowTensor, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
 ) -> NarrowTensor:
     scale = None if tensor.scale is None else change(tensor.scale)
-    return NarrowTensor(change(tensor.values), scale, dtype or tensor.dtype)
+    return NarrowTensor(change(tensor.stored), scale, dtype or tensor.dtype)
 
 
 def _assign(target: NarrowTensor, source: torch.Tensor) -> NarrowTensor:
     wide = source.widened() if isinstance(source, NarrowTensor) else source
-    new = narrowed(wide.to(target.device), target.values.dtype, target.dtype, scaled=target.scale is not None)
-    target.values.copy_(new.values)
+    new = narrowed(wide.to(target.device), target.stored.dtype, target.dtype, scaled=target.scale is not None)
+    target.stored.copy_(new.stored)
     if target.scale is not None and new.scale is not None:
         target.scale.copy_(new.scale)
     return target

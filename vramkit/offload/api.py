@@ -50,7 +50,7 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         onload_device: where it computes: ``"cuda"``, ``"xpu"`` (untested), or ``"cpu"`` (weights stream from files to RAM).
         offload_device: where weights rest; only ``"cpu"``. Files are chosen by `store` or `offload_to_disk_path`.
         offload_type: ``"block_level"``: the blocks of every ``ModuleList`` or ``Sequential``, at any depth;
-            ``"leaf_level"``: single layers, neighbours joined where they are small; ``"model_level"``: everything for each call.
+            ``"leaf_level"``: single layers, small neighbours joined; ``"model_level"``: everything for each call.
         num_blocks_per_group: consecutive blocks that travel together at block level (default 1).
         non_blocking: accepted; copies never block where the memory allows that.
         use_stream: False keeps one group on the device at a time (slots=1); otherwise loading overlaps computing.
