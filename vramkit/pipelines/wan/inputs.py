@@ -97,8 +97,10 @@ def check_noise(
         raise ConfigError(
             f"latents has shape {tuple(latents.shape)}; height, width, frames and prompts ask for {shape}"
         )
-    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
-        raise ConfigError(f"there are {len(generator)} generators for {shape[0]} clips: give one, or one for each clip")
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ConfigError(
+            f"there is a list of {len(generator)} generators for {shape[0]} clips: give one for each clip"
+        )
     for each in generator if isinstance(generator, list) else [generator]:
         if each is not None and each.device.type not in ("cpu", device.type):
             raise ConfigError(
@@ -109,9 +111,7 @@ def check_noise(
 
 def make_noise(shape: tuple[int, ...], generator: Generators, *, device: torch.device) -> torch.Tensor:
     """Draw float32 noise on the generator's device, clip by clip when there is one generator per clip."""
-    if isinstance(generator, list) and len(generator) > 1:
-        each = [make_noise((1, *shape[1:]), source, device=device) for source in generator]
-        return torch.cat(each)
-    source = generator[0] if isinstance(generator, list) else generator
-    drawn_on = device if source is None else source.device
-    return torch.randn(shape, generator=source, device=drawn_on, dtype=torch.float32).to(device)
+    if isinstance(generator, list):
+        return torch.cat([make_noise((1, *shape[1:]), each, device=device) for each in generator])
+    drawn_on = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=drawn_on, dtype=torch.float32).to(device)
