@@ -17,7 +17,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO
 
@@ -138,6 +138,7 @@ class FileReader:
         view = memoryview(target.numpy().data)
         starts = range(0, len(view), _PIECE_BYTES)
         jobs = [self._pool.submit(self._read_piece, offset + at, view[at : at + _PIECE_BYTES]) for at in starts]
+        wait(jobs)  # all, also where one has failed: nobody may write to `target` any more after this
         for job in jobs:
             job.result()
 
