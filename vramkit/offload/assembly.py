@@ -207,7 +207,8 @@ def _resident(item: Item, covered: set[tuple[int, str]], place: RestingPlace) ->
         return None
     leaves = tensors.leaves(item.tensor)
     moved = [place.to_device(leaf) for leaf in leaves]
-    unmoved = all(new is old for new, old in zip(moved, leaves, strict=True))
+    # A parameter that asks for gradients is shown frozen, as streamed ones are, also where it need not move.
+    unmoved = not item.tensor.requires_grad and all(new is old for new, old in zip(moved, leaves, strict=True))
     on_device = item.tensor if unmoved else tensors.as_owned(tensors.rebuild(item.tensor, moved), like=item.tensor)
     return Resident(TensorSlot(item.tensor, owners), on_device, item.is_buffer)
 
