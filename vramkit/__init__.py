@@ -1,3 +1,86 @@
-"""vramkit: run PyTorch models that are larger than the memory of the device that computes them."""
+"""vramkit: run PyTorch models that are larger than the memory of the device that computes them.
+
+The names below load what they need when they are first used: importing vramkit imports neither transformers nor a compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vramkit.casting import apply_layerwise_casting
+    from vramkit.errors import (
+        CheckpointError,
+        ConcurrentUseError,
+        ConfigError,
+        ConflictError,
+        StoreError,
+        TrainingError,
+        UnsupportedTensorError,
+        VramkitError,
+    )
+    from vramkit.offload import (
+        Offload,
+        OffloadStats,
+        apply_group_offloading,
+        apply_model_offload,
+        load_mapped,
+        offload_of,
+    )
+    from vramkit.pipelines.modeling import AutoModel
+    from vramkit.pipelines.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from vramkit.pipelines.video import export_to_video, load_image
+    from vramkit.pipelines.wan.pipeline import WanPipeline
+    from vramkit.pipelines.wan.transformer import WanTransformer3DModel
+    from vramkit.pipelines.wan.vae import AutoencoderKLWan
+    from vramkit.trace import MemoryTimeline
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "vramkit.casting": ("apply_layerwise_casting",),
+    "vramkit.errors": (
+        "CheckpointError",
+        "ConcurrentUseError",
+        "ConfigError",
+        "ConflictError",
+        "StoreError",
+        "TrainingError",
+        "UnsupportedTensorError",
+        "VramkitError",
+    ),
+    "vramkit.offload": (
+        "Offload",
+        "OffloadStats",
+        "apply_group_offloading",
+        "apply_model_offload",
+        "load_mapped",
+        "offload_of",
+    ),
+    "vramkit.pipelines.modeling": ("AutoModel",),
+    "vramkit.pipelines.schedulers": ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"),
+    "vramkit.pipelines.video": ("export_to_video", "load_image"),
+    "vramkit.pipelines.wan.pipeline": ("WanPipeline",),
+    "vramkit.pipelines.wan.transformer": ("WanTransformer3DModel",),
+    "vramkit.pipelines.wan.vae": ("AutoencoderKLWan",),
+    "vramkit.trace": ("MemoryTimeline",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 (the names are strings, made from the table above)
+    "__version__",
+    *sorted(_HOME_OF),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vramkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
