@@ -95,15 +95,14 @@ class Engine:
             was_torn = entry_point in self._open or (
                 not self._open and self._turns is None and not self._streamer.is_clean
             )
-            if was_torn:
+            if was_torn:  # first of all, because it left groups on show that a check would take for replaced weights
                 self._open.clear()
+                self._forget_pass()
             is_outermost = not self._open
             if is_outermost:
                 self._check_use()
             self._thread = threading.get_ident()
             self._open.append(entry_point)
-        if was_torn:
-            self._forget_pass()
         if is_outermost and self._turns is not None:
             self._turns.take(self)
         if self._is_whole:
@@ -116,13 +115,11 @@ class Engine:
             if self._thread != threading.get_ident() or entry_point not in self._open:
                 return
             del self._open[self._open.index(entry_point) :]
-            is_outermost = not self._open
-            if is_outermost:
-                self._thread = None
-        if self._turns is None and (is_outermost or not self._is_whole):
-            self._streamer.release_all()
-        if is_outermost or entry_point == "forward":
-            self._streamer.end_pass()
+        try:
+            self._let_go(entry_point, is_outermost=not self._open)
+        finally:
+            if not self._open:
+                self._thread = None  # only now, so that no other thread begins while groups are being released
 
     def enter(self, hook: GroupHook) -> bool:
         """Acquire a group for one of its modules, after letting go of groups that nothing runs in; tell if in a pass."""
@@ -169,6 +166,16 @@ class Engine:
     def moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the arguments of a call with tensors on the device."""
         return moved_call(args, kwargs, self.config.device, self.config.unmoved_kwargs)
+
+    def _let_go(self, entry_point: str, *, is_outermost: bool) -> None:
+        if is_outermost:
+            for hook in self._group_hooks:  # a KeyboardInterrupt skips the hooks of the modules that it went through
+                hook.learn_last()
+                hook.forget()
+        if self._turns is None and (is_outermost or not self._is_whole):
+            self._streamer.release_all()
+        if is_outermost or entry_point == "forward":
+            self._streamer.end_pass()
 
     def _forget_pass(self) -> None:
         self._streamer.reset()
