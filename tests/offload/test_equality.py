@@ -1,0 +1,246 @@
+"""Acceptance 1-4: offloaded modules compute the same bytes, whatever the mode, the store, the slots and the delays."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modules import CASES, BlockNet, Codec, OrderNet, mapped_copy, tokens
+from torch import nn
+
+from vramkit.offload import apply_group_offloading
+from vramkit.offload.stores import DiskStore, PageableStore
+
+LEVELS: dict[str, dict[str, Any]] = {
+    "block": {"offload_type": "block_level"},
+    "two_blocks": {"offload_type": "block_level", "num_blocks_per_group": 2},
+    "cut_blocks": {"offload_type": "block_level", "unit_bytes": 20_000},
+    "leaf": {"offload_type": "leaf_level"},
+    "tiny_leaf": {"offload_type": "leaf_level", "unit_bytes": 1},
+    "half_resident": {"offload_type": "block_level", "resident": 100_000},
+    "model": {"offload_type": "model_level"},
+}
+STORES = ("ram", "file", "file_direct", "file_pageable", "spilled")
+
+
+def offloaded(model: nn.Module, store: str, folder: Path, **options: Any) -> nn.Module:
+    """Return a copy of `model` that is offloaded on the CPU, with its weights in the given kind of place."""
+    places: dict[str, dict[str, Any]] = {
+        "ram": {"store": "pageable"},
+        "file": {"store": "disk"},
+        "file_direct": {"store": "disk", "direct_io": True},
+        "file_pageable": {"store": "pageable"},
+        "spilled": {"offload_to_disk_path": folder / "spill"},
+    }
+    module = mapped_copy(model, folder) if store.startswith("file") else copy.deepcopy(model)
+    apply_group_offloading(module, "cpu", **places[store], **options)
+    return module
+
+
+def handle(module: nn.Module) -> Any:
+    from vramkit.offload import offload_of
+
+    found = offload_of(module)
+    assert found is not None
+    return found
+
+
+# Every model at every level with every number of slots; the stores take turns, and two models meet every one of them.
+GRID = [
+    (case, level, store, slots)
+    for at, case in enumerate(CASES)
+    for by, level in enumerate(LEVELS)
+    for slots in (1, 2, 3)
+    for turn, store in enumerate(STORES)
+    if case in ("blocks", "strided") or turn == (at + by + slots) % len(STORES)
+]
+
+
+@pytest.mark.parametrize(("case", "level", "store", "slots"), GRID)
+def test_three_forwards_are_the_same_bytes_as_resident(
+    case: str, level: str, store: str, slots: int, tmp_path: Path
+) -> None:
+    build, arguments = CASES[case]
+    model = build().eval()
+    module = offloaded(model, store, tmp_path, slots=slots, **LEVELS[level])
+    with torch.no_grad():
+        for _ in range(3):
+            args = arguments()
+            assert torch.equal(module(*args), model(*args))
+    stats = handle(module).stats()
+    assert stats.returned_bytes == 0
+    assert stats.loaded_bytes > 0 or stats.streamed_bytes == 0
+    handle(module).remove()
+
+
+@pytest.mark.parametrize("level", ["block", "leaf", "model"])
+def test_streaming_really_streams(level: str, tmp_path: Path) -> None:
+    model = BlockNet().eval()
+    module = offloaded(model, "file", tmp_path, **LEVELS[level])
+    with torch.inference_mode():
+        for _ in range(3):
+            module(tokens(8))
+    stats = handle(module).stats()
+    assert stats.passes == 3
+    assert stats.stores.keys() == {"disk"}
+    assert 0.98 * stats.streamed_bytes <= stats.stores["disk"] <= stats.streamed_bytes  # the rest is alignment
+    assert stats.loaded_bytes >= 3 * stats.streamed_bytes
+    assert stats.dropped_loads == 0
+    assert stats.demand_loads <= (3 if level == "model" else 1)
+    total = sum(p.numel() * 4 for p in model.parameters())
+    assert stats.streamed_bytes + stats.resident_bytes >= total
+    handle(module).remove()
+
+
+@pytest.fixture(params=["slow_copies", "slow_compute", "both"])
+def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Sleep in every fill of a slot, in every linear layer, or in both at uneven times."""
+
+    def sleepy(method: Any, seconds: float, every: int) -> Any:
+        calls = iter(range(10**9))
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) % every == 0:
+                time.sleep(seconds)
+            return method(*args, **kwargs)
+
+        return wrapper
+
+    if request.param != "slow_compute":
+        for store in (DiskStore, PageableStore):
+            monkeypatch.setattr(store, "fill", sleepy(store.fill, 0.004, 1 if request.param == "slow_copies" else 3))
+    if request.param != "slow_copies":
+        monkeypatch.setattr(nn.Linear, "forward", sleepy(nn.Linear.forward, 0.002, 2))
+    return str(request.param)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("level", ["block", "leaf", "model"])
+@pytest.mark.parametrize("store", ["file", "ram"])
+def test_delays_change_no_byte(store: str, level: str, slots: int, delay: str, tmp_path: Path) -> None:
+    model = BlockNet(blocks=5).eval()
+    module = offloaded(model, store, tmp_path, slots=slots, **LEVELS[level])
+    with torch.inference_mode():
+        for _ in range(3):
+            x = tokens(8)
+            assert torch.equal(module(x), model(x))
+    handle(module).remove()
+
+
+ORDERS = {
+    "skip": [[0, 1, 2, 3, 4, 5], [0, 2, 4], [0, 2, 4], [0, 1, 2, 3, 4, 5]],
+    "skip_first_and_last": [[0, 1, 2, 3, 4, 5], [2, 3], [0, 1, 2, 3, 4, 5], [5], [0]],
+    "repeat": [[0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 2, 3], [2, 2, 2], [0, 0, 1, 1, 2, 2]],
+    "reorder": [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2], [5, 4, 3, 2, 1, 0]],
+    "new_branch": [[0, 1, 2], [0, 1, -1, 2], [3, -1, 4, -1], [0, 1, 2]],
+    "nothing": [[0, 1, 2, 3, 4, 5], [], [], [0, 1, 2, 3, 4, 5]],
+    "prefix": [[0, 1, 2, 3, 4, 5], [0, 1], [0, 1], [0, 1], [0, 1, 2, 3, 4, 5]],
+}
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("level", ["block", "two_blocks", "cut_blocks", "leaf", "half_resident"])
+@pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
+def test_calls_that_differ_from_the_one_before_are_right(
+    orders: list[list[int]], level: str, slots: int, tmp_path: Path
+) -> None:
+    model = OrderNet().eval()
+    module = offloaded(model, "file", tmp_path, slots=slots, **LEVELS[level])
+    with torch.inference_mode():
+        for order in orders:
+            x = tokens(48)
+            assert torch.equal(module(x, order), model(x, order))
+    handle(module).remove()
+
+
+def test_random_orders_are_right_and_never_leave_the_ring(tmp_path: Path) -> None:
+    model = OrderNet().eval()
+    module = offloaded(model, "file", tmp_path, slots=2, offload_type="block_level")
+    ring = handle(module)._engine.ring
+    made: list[int] = []
+    ring.make = lambda size_bytes: made.append(size_bytes) or pytest.fail("memory outside the ring was taken")
+    generator = torch.Generator().manual_seed(7)
+    with torch.inference_mode():
+        for _ in range(40):
+            order = torch.randint(-1, 6, (int(torch.randint(0, 9, (), generator=generator)),), generator=generator)
+            x = tokens(48)
+            assert torch.equal(module(x, order.tolist()), model(x, order.tolist()))
+    handle(module).remove()
+
+
+@pytest.mark.parametrize("level", ["block", "leaf", "model"])
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+@pytest.mark.parametrize("first", ["encode", "decode", "forward"])
+def test_any_entry_point_may_be_the_first_call(first: str, tiled: bool, level: str, tmp_path: Path) -> None:
+    model = Codec().eval()
+    model.use_tiling = tiled
+    module = offloaded(model, "file", tmp_path, **LEVELS[level])
+    x, z = tokens(8), tokens(48)
+    with torch.inference_mode():
+        for name in (first, "decode", "encode", "forward"):
+            argument = z if name == "decode" else x
+            assert torch.equal(getattr(module, name)(argument), getattr(model, name)(argument))
+    assert handle(module).stats().passes >= 3
+    handle(module).remove()
+
+
+def test_an_entry_point_named_by_the_user_is_one_pass(tmp_path: Path) -> None:
+    class Model(OrderNet):
+        def sample(self, x: torch.Tensor) -> torch.Tensor:
+            for block in (*self.blocks, *self.branch):
+                x = block(x)
+            return x
+
+    model = Model().eval()
+    module = offloaded(model, "file", tmp_path, entry_points=["sample"])
+    with torch.inference_mode():
+        for _ in range(3):
+            x = tokens(48)
+            assert torch.equal(module.sample(x), model.sample(x))
+    stats = handle(module).stats()
+    assert (stats.passes, stats.demand_loads, stats.dropped_loads) == (3, 0, 0)
+    handle(module).remove()
+    assert "sample" not in vars(module)
+
+
+def test_a_block_called_by_itself_works(tmp_path: Path) -> None:
+    model = BlockNet().eval()
+    module = offloaded(model, "file", tmp_path)
+    x = tokens(48)
+    with torch.inference_mode():
+        for index in (3, 3, 0, 6):
+            assert torch.equal(module.blocks[index](x), model.blocks[index](x))
+        y = tokens(8)
+        assert torch.equal(module(y), model(y))
+    handle(module).remove()
+
+
+def test_an_entry_point_that_calls_itself_works(tmp_path: Path) -> None:
+    class Sliced(Codec):
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.decode(part) for part in z.split(1)]) if len(z) > 1 else super().decode(z)
+
+    model = Sliced().eval()
+    module = offloaded(model, "file", tmp_path)
+    z = tokens(48, batch=3)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(module.decode(z), model.decode(z))
+    handle(module).remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_converted_weights_are_the_same_bytes_as_a_converted_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = BlockNet().eval()
+    module = mapped_copy(model, tmp_path, dtype=dtype)
+    apply_group_offloading(module, "cpu", slots=2)
+    model = model.to(dtype)
+    with torch.inference_mode():
+        x = tokens(8).to(dtype)
+        assert torch.equal(module(x), model(x))
+    handle(module).remove()
