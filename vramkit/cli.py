@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="vramkit", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", INTERRUPTED)
+        status = INTERRUPTED
     except _UsageError as error:
         return _fail(f"error: {error.format_message()}", 2)  # type: ignore[attr-defined]
     except (VramkitError, OSError) as error:
@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         return _fail("error: the device memory is not enough; try --offload leaf, --slots 1, --fp8 or --vae-tiling", 1)
+    if status == INTERRUPTED:  # typer may have turned Ctrl-C into this status by itself
+        return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 
@@ -163,9 +165,9 @@ def wan(
 ) -> None:
     """Generate a clip with a Wan2.1 text-to-video checkpoint."""
     from vramkit.demo.job import resolve_device  # noqa: PLC0415
-    from vramkit.pipelines.video import check_video_path, export_to_video  # noqa: PLC0415
+    from vramkit.pipelines.video import check_video, export_to_video  # noqa: PLC0415
 
-    check_video_path(out)  # before minutes of work, not after them
+    check_video(out, fps=fps)  # before minutes of work, not after them
     if frames % 4 != 1 or frames < 1:
         below = max(frames - 2, 0) // 4 * 4 + 1
         raise ConfigError(f"--frames is {frames}; expected 4 k + 1, for example {below} or {below + 4}")

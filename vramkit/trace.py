@@ -189,7 +189,7 @@ def plot(
     """Draw traces over each other: seconds against MiB, phases marked, the budget as a line.
 
     Args:
-        traces: label -> trace, drawn in this order.
+        traces: label -> trace, at least one, drawn in this order.
         path: the picture to write; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
         budget_bytes: drawn as a dashed line.
         title: printed above the picture.
@@ -201,7 +201,7 @@ def plot(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     top_mib = max([trace.peak_bytes for trace in traces.values()] + [budget_bytes or 0]) / MIB
-    end_s = max([trace.seconds for trace in traces.values()], default=1.0)
+    end_s = max(trace.seconds for trace in traces.values())
     row = 0
     for index, (label, trace) in enumerate(traces.items()):
         colour = f"C{index}"

@@ -74,11 +74,7 @@ def export_to_video(
         ConfigError: no frames, frames of a wrong form, or a path or setting that cannot be used.
         StoreError: the encoder failed, for example because the disk is full.
     """
-    target = check_video_path(path)
-    if not 0 < fps < float("inf"):
-        raise ConfigError(f"fps is {fps}; expected a positive number of frames per second.")
-    if not 0 <= quality <= 10:
-        raise ConfigError(f"quality is {quality}; expected 0 (smallest file) to 10 (best picture).")
+    target = check_video(path, fps=fps, quality=quality)
     if len(frames) == 0:
         raise ConfigError("There are no frames to write.")
     pictures = _pictures(frames)
@@ -124,8 +120,15 @@ def _image_bytes(name: str) -> bytes:
     return path.read_bytes()
 
 
-def check_video_path(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` if a video can be written there; ConfigError for a wrong ending or a missing folder."""
+def check_video(path: str | os.PathLike[str], *, fps: float = 16, quality: float = 7) -> Path:
+    """Return ``path`` if a video can be written there with these settings; ConfigError if not.
+
+    For callers that work for minutes before there is something to write.
+    """
+    if not 0 < fps < float("inf"):
+        raise ConfigError(f"fps is {fps}; expected a positive number of frames per second.")
+    if not 0 <= quality <= 10:
+        raise ConfigError(f"quality is {quality}; expected 0 (smallest file) to 10 (best picture).")
     target = Path(path).expanduser()
     if target.suffix.lower() not in VIDEO_SUFFIXES:
         raise ConfigError(f"{target} does not name a video: its ending must be one of {', '.join(VIDEO_SUFFIXES)}.")
