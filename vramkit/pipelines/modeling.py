@@ -103,7 +103,7 @@ class Model(nn.Module):
         from vramkit.pipelines.hub import local_folder  # noqa: PLC0415
 
         folder = local_folder(path_or_repo, subfolder=subfolder, revision=revision)
-        config, files = read_config(folder), weights_file(folder, variant=variant)
+        config, files = read_config(folder), weights_files(folder, variant=variant)
         with torch.device("meta"):
             model = cls.from_config(config)
         keep = cls._keep_in_fp32 if torch_dtype is not None else ()
@@ -231,18 +231,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def weights_file(folder: Path, *, variant: str | None = None) -> Path:
-    """The safetensors file or the index of shards of a folder.
+def weights_files(folder: Path, *, variant: str | None = None) -> list[Path]:
+    """The safetensors file of a folder, or the index of its shards, or the shards of a variant.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: none of them is there.
     """
-    # The shards of a variant carry it behind the name (name.fp16-00001-of-...), their index before ".json".
     stem = WEIGHTS_NAME if variant is None else f"{WEIGHTS_NAME}.{variant}"
-    index = ".".join(filter(None, (WEIGHTS_NAME, "safetensors.index", variant, "json")))
-    for name in (f"{stem}.safetensors", index, f"{stem}.safetensors.index.json"):
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
+    # The index of a variant has no fixed name: before ".json" or before ".safetensors". The shards do.
+    if variant is not None and (shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors"))):
+        return shards
     pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
     reason = f"; {pickles} are pickles, which can run code when read: convert them to safetensors" if pickles else ""
     raise CheckpointError(f"{folder}: no {stem}.safetensors and no index of it; it holds {_listing(folder)}{reason}")

@@ -1,0 +1,131 @@
+"""The token-wise functions against their plain formulas and diffusers' embeddings."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_timestep_embedding
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from vramkit.pipelines import layers
+from vramkit.pipelines.layers import TokenOps
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(tokens=st.integers(1, 300), chunk=st.integers(1, 400))
+def test_chunks_cover_all_tokens_once_and_evenly(tokens, chunk):
+    parts = layers.token_chunks(tokens, chunk)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
+    assert len(parts) <= math.ceil(tokens / chunk)
+    assert max(part.stop - part.start for part in parts) <= chunk
+    # No chunk but the last is short, and that one by less than a row per chunk.
+    assert len({part.stop - part.start for part in parts[:-1]}) <= 1
+    assert parts[0].stop - (parts[-1].stop - parts[-1].start) < len(parts) or len(parts) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_rounds_once(dtype):
+    x, weight, bias = randn(5, 16, dtype=dtype), randn(16, seed=1), randn(16, seed=2)
+    expected = F.layer_norm(x.double(), (16,), eps=1e-6) * weight.double() + bias.double()
+    got = layers.layer_norm(x, weight, bias, 1e-6)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_add_is_in_place_and_rounds_once(dtype):
+    base, update, gate = randn(6, 16, dtype=dtype), randn(3, 16, dtype=dtype, seed=1), randn(16, seed=2)
+    x = base.clone()
+    layers.gated_add(x[1:4], update, gate)
+    expected = base.clone()
+    expected[1:4] = (base[1:4].float() + update.float() * gate).to(dtype)
+    torch.testing.assert_close(x, expected)
+    layers.gated_add(x, x.clone())
+    torch.testing.assert_close(x, expected * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rms_rotate_is_a_rotation_of_the_normed_pairs(dtype, compiled):
+    heads, channels = 3, 24
+    x, weight = randn(7, channels, dtype=dtype), randn(channels, dtype=dtype, seed=1)
+    table = layers.rotary_grid((7,), (channels // heads,), device=torch.device("cpu"))
+    normed = F.rms_norm(x, (channels,), weight, 1e-6).view(7, heads, -1, 2).double()
+    turned = torch.view_as_complex(normed) * torch.view_as_complex(table.double())[:, None]
+    expected = torch.view_as_real(turned).flatten(-2).to(dtype)
+
+    rms_rotate = torch.compile(layers.rms_rotate, backend="eager", fullgraph=True) if compiled else layers.rms_rotate
+    got = rms_rotate(x, weight, 1e-6, heads=heads, table=table)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected)
+    whole = torch.zeros(9, heads, channels // heads, dtype=dtype)
+    rms_rotate(x, weight, 1e-6, heads=heads, table=table, out=whole[1:8])
+    assert torch.equal(whole[1:8], got)
+    assert not whole[0].any()
+    plain = rms_rotate(x, weight, 1e-6, heads=heads)
+    torch.testing.assert_close(plain, normed.flatten(-2).to(dtype))
+
+
+def test_attention_of_one_sample():
+    query, key, value = randn(5, 2, 8), randn(9, 2, 8, seed=1), randn(9, 2, 8, seed=2)
+    weights = (torch.einsum("shd,thd->hst", query, key) / math.sqrt(8)).softmax(-1)
+    expected = torch.einsum("hst,thd->shd", weights, value).flatten(1)
+    torch.testing.assert_close(layers.attention(query, key, value), expected)
+
+
+def test_rotary_axis_equals_diffusers_bit_for_bit():
+    cos, sin = get_1d_rotary_pos_embed(12, 50, use_real=True, freqs_dtype=torch.float64)
+    table = layers.rotary_axis(12, 50, theta=10000.0, device=torch.device("cpu"))
+    assert torch.equal(table[..., 0], cos[:, ::2])
+    assert torch.equal(table[..., 1], sin[:, ::2])
+
+
+def test_rotary_grid_runs_its_last_axis_fastest():
+    device = torch.device("cpu")
+    grid = layers.rotary_grid((2, 3, 4), (4, 2, 6), device=device).view(2, 3, 4, 6, 2)
+    for axis, (length, channels, start) in enumerate([(2, 4, 0), (3, 2, 2), (4, 6, 3)]):
+        table = layers.rotary_axis(channels, length, theta=10000.0, device=device)
+        for position in range(length):
+            part = grid.select(axis, position)[..., start : start + channels // 2, :]
+            assert torch.equal(part, table[position].expand_as(part))
+
+
+def test_sinusoidal_embedding_equals_diffusers():
+    timestep = torch.tensor([0.0, 0.5, 17.0, 999.0])
+    expected = get_timestep_embedding(timestep, 32, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(layers.sinusoidal_embedding(timestep, 32), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3), (1, 1, 1)])
+def test_patch_embedding_is_the_convolution(patch):
+    torch.manual_seed(0)
+    embedding = layers.PatchEmbedding(3, 8, patch)
+    video = randn(2, 3, 4, 6, 12)
+    expected = torch.nn.Conv3d.forward(embedding, video).flatten(2).transpose(1, 2)
+    got = embedding(video)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, expected)
+
+
+def test_timestep_embedding_computes_in_the_dtype_of_its_weights():
+    embedding = layers.TimestepEmbedding(8, 16).to(torch.float64)
+    assert embedding(randn(2, 8)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_feed_forward_updates_in_place(chunk):
+    torch.manual_seed(0)
+    ffn = layers.FeedForward(8, 32, eps=1e-6).requires_grad_(False)
+    x, weight, bias, gate = (randn(2, n, 8, seed=n) for n in (10, 1, 2, 3))
+    weight, bias, gate = weight[:, 0], bias[:, 0], gate[:, 0]
+    normed = F.layer_norm(x, (8,), eps=1e-6) * weight[:, None] + bias[:, None]
+    inner = F.gelu(ffn.net[0].proj(normed), approximate="tanh")
+    expected = x + ffn.net[2](inner) * gate[:, None]
+    out = ffn(x, weight=weight, bias=bias, gate=gate, ops=TokenOps(chunk_tokens=chunk))
+    assert out is x
+    torch.testing.assert_close(out, expected)

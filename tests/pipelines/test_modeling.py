@@ -1,0 +1,119 @@
+"""Models to and from folders in the diffusers layout."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from vramkit.errors import CheckpointError, ConfigError
+from vramkit.pipelines.modeling import MODELS, AutoModel
+from vramkit.pipelines.wan.transformer import WanTransformer3DModel
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 2,
+}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return WanTransformer3DModel.from_config(TINY).eval()
+
+
+def assert_same_weights(got, expected):
+    assert got.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", 20_000])
+def test_round_trip(model, tmp_path, shard_size):
+    model.save_pretrained(tmp_path / "transformer", max_shard_size=shard_size)
+    files = sorted(p.name for p in (tmp_path / "transformer").iterdir())
+    assert ("diffusion_pytorch_model.safetensors" in files) == (shard_size == "10GB")
+    assert ("diffusion_pytorch_model.safetensors.index.json" in files) == (shard_size != "10GB")
+
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer")
+    assert_same_weights(loaded, model)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert type(AutoModel.from_pretrained(tmp_path, subfolder="transformer")) is WanTransformer3DModel
+    # diffusers reads what we write.
+    assert_same_weights(diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer"), model)
+
+
+def test_reads_what_diffusers_writes_with_a_variant(tmp_path):
+    torch.manual_seed(0)
+    reference = diffusers.WanTransformer3DModel(**TINY)
+    reference.save_pretrained(tmp_path, variant="fp16")
+    assert_same_weights(WanTransformer3DModel.from_pretrained(tmp_path, variant="fp16"), reference)
+    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.safetensors.*it holds config\.json"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+
+
+def test_reads_the_shards_of_a_variant(tmp_path):
+    torch.manual_seed(0)
+    reference = diffusers.WanTransformer3DModel(**TINY)
+    reference.save_pretrained(tmp_path, variant="fp16", max_shard_size="30KB")
+    assert not (tmp_path / "diffusion_pytorch_model.fp16.safetensors").exists()
+    assert_same_weights(WanTransformer3DModel.from_pretrained(tmp_path, variant="fp16"), reference)
+
+
+def test_a_lower_dtype_leaves_some_parameters_fp32(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    reference = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert_same_weights(loaded, reference)
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in reference.named_parameters()}
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.scale_shift_table.dtype == torch.float32
+    assert loaded.device == torch.device("cpu")
+
+
+def test_models_of_the_registry_exist():
+    for name in MODELS:
+        assert AutoModel.class_named(name).__name__ == name
+
+
+def test_missing_and_damaged_files_are_named(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json; it holds nothing"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{,")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected a JSON object, got list"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"\['diffusion_pytorch_model\.bin'\] are pickles"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"ffn_dim": 50}))
+    with pytest.raises(CheckpointError, match="ffn"):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        (TINY, CheckpointError, "no _class_name"),
+        (TINY | {"_class_name": "UNet2DModel"}, ConfigError, r"'UNet2DModel' is not supported, expected one of"),
+    ],
+)
+def test_unknown_classes(tmp_path, config, kind, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(kind, match=message):
+        AutoModel.from_pretrained(tmp_path)
