@@ -64,11 +64,25 @@ class MappedFile:
         if offset % dtype.itemsize:
             raw = bytearray(memoryview(self._private)[offset : offset + count * dtype.itemsize])
             return torch.frombuffer(raw, dtype=dtype).view(shape)
-        flat = torch.frombuffer(self._private, dtype=dtype, count=count, offset=offset)
+        with torch.inference_mode(False):  # inference tensors do not count how often they are written
+            tensor = torch.frombuffer(self._private, dtype=dtype, count=count, offset=offset).view(shape)
         span = FileSpan(self, offset, count * dtype.itemsize)
         # The storage carries the note, because it outlives detach() and Parameter(): it goes where the bytes go.
-        setattr(flat.untyped_storage(), _SPAN, span)
-        return flat.view(shape)
+        setattr(tensor.untyped_storage(), _SPAN, span)
+        return tensor
+
+    def may_be_written(self) -> bool:
+        """Tell whether tensors of this file may differ from it: False where the kernel knows of no private page."""
+        if self._private is None:
+            return False
+        start = np.frombuffer(self._private, dtype=np.uint8).ctypes.data
+        try:
+            lines = iter(Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines())
+        except OSError:
+            return True  # only Linux counts them
+        next((line for line in lines if line.startswith(f"{start:x}-")), None)
+        count = next((line.split()[1] for line in lines if line.startswith("Anonymous:")), "1")
+        return count != "0"
 
     def shared(self) -> torch.Tensor:
         """Return all bytes of the file as a uint8 tensor over the read-only mapping. Writing to it is a memory fault."""

@@ -196,6 +196,12 @@ class Engine:
                 f"{type(self._module).__name__} is offloaded and in training mode with gradients on; streamed weights are "
                 "overwritten before a backward could use them. Call it under torch.no_grad() (or .eval()), or remove() first"
             )
+        for group in self.assembly.groups:
+            if group.is_outdated():
+                raise ConflictError(
+                    f"weights of {group.name or type(self._module).__name__} were written to, but they are read from a file "
+                    "that does not change; change weights inside `with offload_of(module).edit():`"
+                )
         holders: list[ModuleGroup | Resident] = [r for r in self.assembly.residents if not r.is_buffer]
         holders += self.assembly.groups if self._turns is None else []
         for replaced in filter(None, (holder.replaced() for holder in holders)):

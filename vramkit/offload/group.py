@@ -88,6 +88,8 @@ class ModuleGroup:
             _Binding(slot, [next(specs) if part is None else part for part in parts]) for slot, parts in bindings
         ]
         self._placed: dict[int, list[torch.Tensor]] = {}
+        self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
+        self._version_in_files = self.version()
 
     @property
     def size_bytes(self) -> int:
@@ -111,6 +113,10 @@ class ModuleGroup:
         """Return the name of an owner that does not hold its tensor at rest, or None."""
         found = (binding.slot.replaced(binding.slot.rest) for binding in self._bindings)
         return next((name for name in found if name is not None), None)
+
+    def is_outdated(self) -> bool:
+        """Tell whether tensors were written in place although their bytes travel from a file, which does not change."""
+        return self._is_read_from_files and self.version() != self._version_in_files
 
     def fill(self, memory: torch.Tensor) -> None:
         """Put the bytes into `memory`, in order with the current stream."""

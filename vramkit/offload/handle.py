@@ -13,7 +13,7 @@ from vramkit import hooks, tensors
 from vramkit.memory import tensor_bytes
 from vramkit.offload.backend import backend_for
 from vramkit.offload.config import OffloadConfig
-from vramkit.offload.disk import forget_span, span_of
+from vramkit.offload.disk import MappedFile, forget_span, span_of
 from vramkit.offload.engine import Engine, PassHook
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.streamer import Counters
@@ -96,8 +96,11 @@ class Offload:
             yield self.module
         finally:
             if was_active:
-                self._forget_changed_spans()
-                self._engine = self._start()
+                try:
+                    self._engine = self._start()
+                except BaseException:
+                    self._place.close()
+                    raise
 
     def reset(self) -> None:
         """Forget a pass that was torn off in a thread that is gone. A later call in the same thread does that by itself."""
@@ -131,6 +134,7 @@ class Offload:
         )
 
     def _start(self) -> Engine:
+        self._forget_changed_spans()
         return Engine(self.module, self.config, self._place, self._counters, turns=self._turns, owner=self)
 
     def _stop(self) -> None:
@@ -139,10 +143,16 @@ class Offload:
         self._engine = None
 
     def _forget_changed_spans(self) -> None:
-        for parameter in self.module.parameters():
-            for leaf in tensors.leaves(parameter):
+        """Take tensors of files that were written through ``.data``, which leaves no other trace, for ordinary memory."""
+        may_be_written: dict[MappedFile, bool] = {}
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            for leaf in tensors.leaves(tensor):
                 span = span_of(leaf)
-                if span is not None and not span.holds(leaf):
+                if span is None:
+                    continue
+                if span.file not in may_be_written:
+                    may_be_written[span.file] = span.file.may_be_written()
+                if may_be_written[span.file] and not span.holds(leaf):
                     forget_span(leaf)
 
 

@@ -131,7 +131,8 @@ class RestingPlace:
         memory = tensors.byte_view(leaf, size_bytes) if span is None else span.shared()
         if self._pins.covers(memory):
             return PinnedStore(memory, "registered" if span is None else "mapped")
-        return PageableStore(memory, self._staging)
+        # Not the shared mapping of a file: the one that the tensor has shows what is written to the tensor later.
+        return PageableStore(tensors.byte_view(leaf, size_bytes), self._staging)
 
     def pinned_memory(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """Return the page-locked bytes of `leaf`, which the device can read by address, or None."""
@@ -190,13 +191,14 @@ class RestingPlace:
         if self._folder is None:
             self._folder = _own_folder(self._config.disk_folder)
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        leaves = {f"{item.name}#{at}": x for item in items for at, x in enumerate(tensors.leaves(item.tensor))}
+        named = [(f"{item.name}#{at}", x) for item in items for at, x in enumerate(tensors.leaves(item.tensor))]
+        leaves = dict(sorted(named, key=lambda pair: -pair[1].element_size()))  # wide ones first: all are aligned then
         path = self._folder / f"{len(list(self._folder.iterdir())):05d}.safetensors"
-        write_checkpoint(path, {name: _in_memory_order(leaf) for name, leaf in leaves.items()})
+        write_checkpoint(path, {name: _bytes_in_memory_order(leaf) for name, leaf in leaves.items()})
         entries = read_checkpoint(path)
         for item in items:
             old = enumerate(tensors.leaves(item.tensor))
-            flat = [(entries[f"{item.name}#{at}"].tensor(), leaf) for at, leaf in old]
+            flat = [(entries[f"{item.name}#{at}"].tensor().view(leaf.dtype), leaf) for at, leaf in old]
             item.move_to([new.as_strided(leaf.shape, tensors.dense_like(leaf)) for new, leaf in flat])
             self._spilled[item] = None
 
@@ -211,10 +213,9 @@ def _must_move(leaf: torch.Tensor) -> bool:
     return leaf.device.type != "cpu" or not tensors.is_dense(leaf) or span_of(leaf) is not None
 
 
-def _in_memory_order(leaf: torch.Tensor) -> torch.Tensor:
-    """Return `leaf` on the host as one dimension, so that a file keeps transposed weights transposed."""
-    dense = leaf.cpu() if tensors.is_dense(leaf) else leaf.cpu().contiguous()
-    return dense.as_strided((dense.numel(),), (1,))
+def _bytes_in_memory_order(leaf: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of `leaf` on the host, so that a file keeps any dtype, and transposed weights transposed."""
+    return tensors.byte_view(leaf.cpu() if tensors.is_dense(leaf) else leaf.cpu().contiguous())
 
 
 def _own_folder(parent: Path | None) -> Path:
