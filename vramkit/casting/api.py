@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from vramkit import hooks
 from vramkit.casting.narrow import STORAGE_DTYPES, NarrowTensor, narrowed
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload import offload_of
+from vramkit.offload.engine import GroupHook
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.tensors import as_owned
 
@@ -171,6 +173,16 @@ def _owned(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return owned
 
 
+def _refuse_part_of_offloaded(module: nn.Module) -> None:
+    covered = {part for root in module.modules() if offload_of(root) is not None for part in root.modules()}
+    for name, part in module.named_modules():
+        if part not in covered and any(hooks.attached(part, GroupHook)):
+            raise ConflictError(
+                f"{name or type(module).__name__} belongs to a larger module that is offloaded; cast it inside "
+                "`with offload_of(that module).edit():`, or cast that module"
+            )
+
+
 @contextlib.contextmanager
 def _editable(module: nn.Module) -> Iterator[None]:
     """Open every offloaded part of `module` for changes."""
@@ -185,6 +197,7 @@ def _editable(module: nn.Module) -> Iterator[None]:
 def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]], chosen: _Choice) -> None:
     for name, part in module.named_modules():
         refuse_foreign_hooks(name or type(module).__name__, part)
+    _refuse_part_of_offloaded(module)
     if not layers:
         raise ConfigError(f"{type(module).__name__} has no layer to cast: all are skipped or of other classes")
     for name, layer in layers:
@@ -200,3 +213,11 @@ def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]], chosen: _
                     raise ConflictError(
                         f"{label} is stored in {present[0]} for {present[1]} already; remove() that casting first"
                     )
+            elif chosen.scaled and chosen.accepts(parameter) and not _is_finite(parameter):
+                raise ConfigError(
+                    f"{label} holds infinities or NaN, which fp8 with scales cannot store; skip that layer"
+                )
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    return not parameter.numel() or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(parameter.detach()))

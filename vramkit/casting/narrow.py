@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from vramkit.errors import ConfigError, UnsupportedTensorError
+from vramkit.errors import UnsupportedTensorError
 
 __all__ = ["STORAGE_DTYPES", "NarrowTensor", "narrowed"]
 
@@ -130,20 +130,15 @@ def narrowed(
     """Store `tensor` in fp8.
 
     Args:
-        tensor: floating point, any shape; a scale belongs to each index of its first dimension.
+        tensor: finite floating point, any shape; a scale belongs to each index of its first dimension.
         storage_dtype: ``torch.float8_e4m3fn`` (SQNR of 31 dB) or ``torch.float8_e5m2`` (25 dB).
         compute_dtype: what it computes as.
         scaled: False casts plainly, as the peers do.
-
-    Raises:
-        ConfigError: the tensor holds infinities or NaN, which scales cannot serve.
     """
     tensor = tensor.detach()
     if not scaled or not tensor.ndim or not tensor.numel():
         return NarrowTensor(tensor.to(storage_dtype), None, compute_dtype)
     peak = tensor.abs().amax(dim=tuple(range(1, tensor.ndim)), keepdim=True).float()  # [rows, 1, ...]
-    if not bool(torch.isfinite(peak).all()):
-        raise ConfigError(f"a weight of shape {list(tensor.shape)} holds infinities or NaN; it cannot be stored in fp8")
     _, exponent = torch.frexp(peak / torch.finfo(storage_dtype).max)  # the quotient is below 2 ** exponent
     scale = torch.ldexp(torch.ones_like(peak), exponent.clamp(-126, 126))
     return NarrowTensor((tensor.float() / scale).to(storage_dtype), scale, compute_dtype)
