@@ -113,7 +113,14 @@ def _renamed(entries: dict[str, TensorEntry], key_map: KeyMap | None) -> dict[st
     if key_map is None:
         return entries
     rename = key_map if callable(key_map) else lambda name: key_map.get(name, name)
-    return {new: entry for name, entry in entries.items() if (new := rename(name)) is not None}
+    renamed: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        new = rename(name)
+        if new in renamed:
+            raise CheckpointError(f"{entry.file.path}: key_map gives {name!r} and another tensor the same name {new!r}")
+        if new is not None:
+            renamed[new] = entry
+    return renamed
 
 
 def _refuse(names: Sequence[str], problem: str, entries: Mapping[str, TensorEntry]) -> None:
