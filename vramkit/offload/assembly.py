@@ -123,7 +123,7 @@ def assemble(module: nn.Module, config: OffloadConfig, place: RestingPlace) -> A
     plans = [plan for plan, does in zip(plans, streams, strict=True) if does]
     sizes = [size for size, does in zip(sizes, streams, strict=True) if does]
 
-    table_items = inventory.parameters_of(tables)
+    table_items = [item for table in tables for item in inventory.parameters_of([table])]  # tied tables share one
     place.check(leaf for plan in plans for leaf in plan.leaves())
     for plan in plans:
         place.settle([(item, tensors.leaves(item.tensor)) for item, _ in plan.items], inventory)
