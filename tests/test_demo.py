@@ -206,7 +206,7 @@ class TestJob:
         with pytest.raises(ConfigError, match="'tpu'"):
             job.resolve_device("tpu")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert job.resolve_device("auto") == "cuda"
+        assert job.resolve_device("auto") == job.resolve_device("cuda") == "cuda:0"
         assert job.resolve_device("cuda:1") == "cuda:1"
 
 

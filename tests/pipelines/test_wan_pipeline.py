@@ -282,7 +282,9 @@ class TestLoading:
         wide = [name for name, parameter in ours.named_parameters() if parameter.dtype == torch.float32]
         assert bool(wide) == (dtype == torch.float16)
 
-    @pytest.mark.parametrize("layout", [{"max_shard_size": "100KB"}, {"variant": "fp16"}])
+    @pytest.mark.parametrize(
+        "layout", [{"max_shard_size": "100KB"}, {"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "100KB"}]
+    )
     def test_shards_and_variants(self, layout: dict[str, str], tmp_path: Path, oracle: Any) -> None:
         write_wan_checkpoint(tmp_path, **layout)
         shards = [len(list((tmp_path / part).glob("*-of-*.safetensors"))) for part in ("transformer", "text_encoder")]

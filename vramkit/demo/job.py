@@ -105,14 +105,14 @@ def run_demo(
 
 
 def resolve_device(device: str) -> str:
-    """Return ``"cpu"`` or a CUDA device; ConfigError when it is not there."""
+    """Return ``"cpu"`` or a CUDA device with its number, which memory limits ask for; ConfigError when it is not there."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda was given, but torch sees no CUDA device: use --device cpu")
     if device != "cpu" and not device.startswith("cuda"):
         raise ConfigError(f"--device is {device!r}; expected auto, cpu or cuda")
-    return device
+    return "cuda:0" if device == "cuda" else device
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:

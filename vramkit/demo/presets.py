@@ -51,7 +51,7 @@ SMALL = Preset(
     # Upright: below 160 rows torch's CPU convolution of so few channels unfolds its input, which takes 27 times its memory.
     height=176,
     width=96,
-    num_frames=17,
+    num_frames=13,
     num_inference_steps=4,
     cpu_budget_bytes=256 * MIB,
     cuda_budget_bytes=256 * MIB,

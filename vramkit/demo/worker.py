@@ -100,7 +100,7 @@ def stream_weights(pipeline: WanPipeline, device: torch.device) -> None:
     """Leave all weights in the checkpoint's files and send them through small rings of slots in ``device``'s memory."""
     store = "disk" if device.type == "cpu" else None
     for module in _modules(pipeline):
-        apply_group_offloading(module, device, offload_type="leaf_level", store=store)
+        apply_group_offloading(module, device, offload_type="leaf_level", store=store, slots=2)
 
 
 def _run(pipeline: WanPipeline, preset: Preset, timeline: MemoryTimeline) -> Any:
