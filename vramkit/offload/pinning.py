@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +31,8 @@ class Pins:
         self._budget_bytes = budget_bytes
         self._ranges: dict[Range, object] = {}  # with what must stay alive while it is locked
         self.refused_bytes = 0
+        # A module may go without remove(); memory that stays registered could never be page-locked again.
+        weakref.finalize(self, _unlock_all, self._ranges, device).atexit = False
 
     @property
     def pinned_bytes(self) -> int:
@@ -60,8 +63,7 @@ class Pins:
 
     def close(self) -> None:
         """Unlock everything. Copies from it must be done."""
-        for span in list(self._ranges):
-            self._unlock(span)
+        _unlock_all(self._ranges, self._device)
 
     def _lock(self, span: Range, owner: object, flags: int) -> bool:
         start, stop = span
@@ -88,6 +90,14 @@ class Pins:
         supported = ctypes.c_int(0)
         driver.cuDeviceGetAttribute(ctypes.byref(supported), _ATTRIBUTE_READ_ONLY_REGISTER, self._device.index or 0)
         return bool(supported.value)
+
+
+def _unlock_all(ranges: dict[Range, object], device: torch.device) -> None:
+    if ranges:
+        torch.cuda.synchronize(device)  # copies in flight read from it
+    while ranges:
+        span, _owner = ranges.popitem()
+        torch.cuda.cudart().cudaHostUnregister(span[0])  # type: ignore[no-untyped-call]
 
 
 def _forget_cuda_error(device: torch.device) -> None:
