@@ -1,1 +1,1 @@
-"""."""
+"""Reference pipelines: models written lean, checkpoints loaded mapped, one folder per model family."""
