@@ -51,10 +51,18 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(call: Callable[[], T], *, repeats: int = 3, warm_up: int = 1) -> tuple[Measurement, T]:
-    """Time `call` on the current CUDA device after `warm_up` calls that are not counted; also return its last result."""
-    for _ in range(warm_up):
+def measure(call: Callable[[], T], *, repeats: int = 3, warm_up_s: float = 1.5) -> tuple[Measurement, T]:
+    """Time `call` on the current CUDA device; also return its last result.
+
+    Calls before `warm_up_s` seconds have passed (at least one) are not counted: a device that has just been idle runs faster
+    than one that works, which would flatter whatever is measured first.
+    """
+    start = time.perf_counter()
+    while True:
         call()
+        torch.cuda.synchronize()
+        if time.perf_counter() - start > warm_up_s:
+            break
     release_memory()
     torch.cuda.reset_peak_memory_stats()
     seconds = []

@@ -1,6 +1,7 @@
 """One forward of a Wan2.1-14B-shaped transformer, resident and streamed, ours and diffusers', in one process.
 
     python -m benchmarks.wan14b --out results/wan14b --cases resident,block,leaf,lean
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python -m benchmarks.wan14b   # reserved stays close to allocated
 
 Random bf16 weights at the published shapes, written once to a safetensors file and mapped from there. Each row tells the
 seconds, the allocator's peaks, the floor max(resident seconds, streamed bytes / link) and how far from it the row is.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -135,9 +137,9 @@ def offloaded(model: nn.Module, **options: Any) -> Iterator[tuple[Offload, float
 
 def case_resident(bench: Bench) -> None:
     """Everything on the device: diffusers' module and ours."""
-    for like, build, shapes in (("diffusers", their_model, SMALL), ("vramkit", our_model, tuple(SHAPES))):
+    for like, build in (("diffusers", their_model), ("vramkit", our_model)):
         model = load_mapped(build(), bench.file).to(DEVICE)
-        bench.run(f"resident {like}", model, shapes, like=like, remember=True, repeats=2)
+        bench.run(f"resident {like}", model, SMALL, like=like, remember=True)
         del model
         release_memory()
 
@@ -155,14 +157,22 @@ def _streamed(bench: Bench, case: str, build: Callable[[], nn.Module], shapes: t
 
 
 def case_block(bench: Bench) -> None:
-    """Block level, eager: diffusers' module and ours under our engine."""
+    """Block level, eager, diffusers' module under our engine."""
     _streamed(bench, "block, diffusers' module", their_model, SMALL)
+
+
+def case_ours(bench: Bench) -> None:
+    """Block level, eager, our module."""
     _streamed(bench, "block, our module", our_model, SMALL)
 
 
 def case_leaf(bench: Bench) -> None:
-    """Leaf level: diffusers' module and ours under our engine."""
+    """Leaf level, diffusers' module under our engine."""
     _streamed(bench, "leaf, diffusers' module", their_model, SMALL, offload_type="leaf_level")
+
+
+def case_lean(bench: Bench) -> None:
+    """Leaf level, our module: attention and feed-forward travel as wholes; the least memory."""
     _streamed(bench, "leaf, our module", our_model, tuple(SHAPES), offload_type="leaf_level")
 
 
@@ -178,9 +188,7 @@ def case_capped(bench: Bench) -> None:
 
 def case_ram(bench: Bench) -> None:
     """Weights in ordinary RAM: how long until the first forward can start."""
-    model = load_mapped(their_model(), bench.file)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    model = _in_ram(their_model(), bench.file)
     with offloaded(model) as (offload, applied_s):
         stats = offload.stats()
         notes = {"ready_s": round(applied_s, 2), "stores": stats.stores}
@@ -188,52 +196,49 @@ def case_ram(bench: Bench) -> None:
         bench.run("block, diffusers' module, from RAM", model, ("480p f5",), **options)
 
 
+def _in_ram(model: nn.Module, file: Path) -> nn.Module:
+    for parameter in load_mapped(model, file).parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def _resident_then_streamed(
+    bench: Bench, model: nn.Module, name: str, shapes: tuple[str, ...], notes: Row | None = None
+) -> None:
+    """Measure one module with every group on the device, then streamed: the same code, and compiled code, in both."""
+    with offloaded(model, resident="100GiB"):
+        bench.run(f"resident, {name}", model, shapes, like=name, remember=True)
+    with offloaded(model) as (offload, applied_s):
+        stats = offload.stats()
+        notes = {"ready_s": round(applied_s, 2), "stores": stats.stores} | (notes or {})
+        bench.run(f"block, {name}", model, shapes, like=name, streamed_bytes=stats.streamed_bytes, notes=notes)
+
+
 def case_compiled(bench: Bench) -> None:
-    """Blocks compiled fullgraph: resident, then streamed; recompiles are counted."""
+    """Our module with blocks compiled fullgraph, resident and streamed; recompiles while streaming are counted."""
     from torch._dynamo.utils import counters
 
-    for like, build in (("vramkit compiled", our_model), ("diffusers compiled", their_model)):
-        torch._dynamo.reset()
-        model = load_mapped(build(), bench.file).to(DEVICE)
-        for block in cast("nn.ModuleList", model.blocks):
-            block.compile(fullgraph=True, dynamic=False)
-        bench.run(f"resident, {like}", model, ("480p f5", "480p f81"), like=like, remember=True, warm_up=2)
-        del model
-        release_memory()
-        torch._dynamo.reset()
-        model = load_mapped(build(), bench.file)
-        with offloaded(model) as (offload, _):
-            for block in cast("nn.ModuleList", model.blocks):
-                block.compile(fullgraph=True, dynamic=False)
-            given = inputs("480p f5"), inputs("480p f81")
-            with torch.no_grad():
-                for each in given:
-                    model(**each)
-            graphs = counters["stats"]["unique_graphs"]
-            options = {"like": like, "streamed_bytes": offload.stats().streamed_bytes}
-            bench.run(f"block, {like}", model, ("480p f5", "480p f81"), **options)
-            recompiles = counters["stats"]["unique_graphs"] - graphs
-            bench.rows.append({"case": f"recompiles, {like}", "s": recompiles})
+    model = load_mapped(our_model(), bench.file)
+    for block in cast("nn.ModuleList", model.blocks):
+        block.compile(fullgraph=True, dynamic=False)
+    with offloaded(model), torch.no_grad():
+        for shape in ("480p f5", "480p f81"):
+            model(**inputs(shape))
+    graphs = counters["stats"]["unique_graphs"]
+    _resident_then_streamed(bench, model, "our module compiled", ("480p f5", "480p f81"))
+    recompiles = counters["stats"]["unique_graphs"] - graphs
+    bench.rows.append({"case": "graphs, then recompiles of our module", "s": graphs, "ratio": recompiles})
 
 
 def case_fp8(bench: Bench) -> None:
-    """fp8 storage with a scale per row: resident, then streamed; the link carries half the bytes."""
+    """fp8 storage with a scale per row, resident and streamed: the link carries half the bytes."""
     from vramkit.casting import apply_layerwise_casting
 
-    for streams in (False, True):
-        model = load_mapped(our_model(), bench.file)
-        start = time.perf_counter()
-        apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
-        cast_s = time.perf_counter() - start
-        if not streams:
-            bench.run("resident fp8", model.to(DEVICE), ("480p f5", "480p f81"), like="fp8", remember=True)
-        else:
-            with offloaded(model) as (offload, applied_s):
-                notes = {"ready_s": round(applied_s, 2), "cast_s": round(cast_s, 2), "stores": offload.stats().stores}
-                options = {"like": "fp8", "streamed_bytes": offload.stats().streamed_bytes, "notes": notes}
-                bench.run("block, fp8", model, ("480p f5", "480p f81"), **options)
-        del model
-        release_memory()
+    model = load_mapped(our_model(), bench.file)
+    start = time.perf_counter()
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
+    notes = {"cast_s": round(time.perf_counter() - start, 2)}
+    _resident_then_streamed(bench, model, "our module in fp8", ("480p f5", "480p f81"), notes)
 
 
 def case_diffusers(bench: Bench) -> None:
@@ -241,22 +246,25 @@ def case_diffusers(bench: Bench) -> None:
     from diffusers.hooks import apply_group_offloading as theirs
 
     for kind, kwargs in (("block", {"num_blocks_per_group": 1}), ("leaf", {})):
-        model = load_mapped(their_model(), bench.file)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+        model = _in_ram(their_model(), bench.file)
         start = time.perf_counter()
         options = {"onload_device": DEVICE, "offload_device": torch.device("cpu"), "use_stream": True}
         theirs(model, offload_type=f"{kind}_level", **options, **kwargs)
         torch.cuda.synchronize()
         notes = {"ready_s": round(time.perf_counter() - start, 2)}
         streamed = {"like": "diffusers", "streamed_bytes": module_bytes(model)}
-        bench.run(f"diffusers {kind} + stream", model, SMALL, warm_up=2, notes=notes, **streamed)
+        bench.run(f"diffusers {kind} + stream", model, SMALL, repeats=2, notes=notes, **streamed)
         del model
         release_memory()
         torch._C._host_emptyCache()
 
 
 CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
+
+
+def _report(bench: Bench, notes: Row) -> str:
+    facts = "".join(f"- {name}: {value}\n" for name, value in (environment() | notes).items())
+    return f"# One forward of a Wan2.1-14B-shaped transformer\n\n{facts}\n{table(bench.rows, COLUMNS)}\n"
 
 
 def main() -> None:
@@ -282,10 +290,10 @@ def main() -> None:
             start = time.perf_counter()
             CASES[name](bench)
             print(f"-- {name}: {time.perf_counter() - start:.0f} s", flush=True)
-            write_json(args.out.with_suffix(".json"), "wan14b", bench.rows, link_gbps=round(bench.link_gbps, 2))
-    text = table(bench.rows, COLUMNS)
-    args.out.with_suffix(".md").write_text(f"{environment()}\n\nlink: {bench.link_gbps:.1f} GB/s\n\n{text}\n")
-    print(text)
+            notes = {"link_gbps": round(bench.link_gbps, 2), "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")}
+            write_json(args.out.with_suffix(".json"), "wan14b", bench.rows, **notes)
+            args.out.with_suffix(".md").write_text(_report(bench, notes))
+    print(table(bench.rows, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class Engine:
         self.ring = SlotRing(backend, config.slots, self.assembly.slot_bytes)
         self._streamer = Streamer(self.assembly.groups, self.ring, backend, counters)
         self._trainable = any(parameter.requires_grad for parameter in module.parameters())
+        self._lingering: GroupHook | None = None  # held although none of its modules runs
         self._open: list[str] = []  # entry points that are running, outermost first
         self._thread: int | None = None  # that they run in
         self._lock = threading.Lock()
@@ -124,16 +125,18 @@ class Engine:
     def enter(self, hook: GroupHook) -> bool:
         """Acquire a group for one of its modules, after letting go of groups that nothing runs in; tell if in a pass."""
         self._refuse_other_threads()
-        for other in self._group_hooks:
-            if other is not hook and other.is_idle:
-                other.learn_last()
-                self._streamer.release(other.group)
+        other, self._lingering = self._lingering, None
+        if other is not None and other is not hook:
+            other.learn_last()
+            self._streamer.release(other.group)
         self._streamer.acquire(hook.group)
         return bool(self._open)
 
-    def leave(self, hook: GroupHook) -> None:
-        """Release a group after the last of its modules."""
-        self._streamer.release(hook.group)
+    def leave(self, hook: GroupHook, *, is_last: bool) -> None:
+        """Release a group after the last of its modules; after others, when the next group is entered."""
+        self._lingering = None if is_last else hook
+        if is_last:
+            self._streamer.release(hook.group)
 
     @property
     def _is_whole(self) -> bool:
@@ -168,6 +171,7 @@ class Engine:
         return moved_call(args, kwargs, self.config.device, self.config.unmoved_kwargs)
 
     def _let_go(self, entry_point: str, *, is_outermost: bool) -> None:
+        self._lingering = None
         if is_outermost:
             for hook in self._group_hooks:  # a KeyboardInterrupt skips the hooks of the modules that it went through
                 hook.learn_last()
@@ -179,6 +183,7 @@ class Engine:
 
     def _forget_pass(self) -> None:
         self._streamer.reset()
+        self._lingering = None
         for hook in self._group_hooks:
             hook.forget()
 
@@ -241,11 +246,6 @@ class GroupHook(hooks.ModuleHook):
         self._recent: nn.Module | None = None  # left since the group was acquired
         self._running = 0
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether the group is held although none of its modules runs."""
-        return self._recent is not None and not self._running
-
     def learn_last(self) -> None:
         """Take the module that was left most recently for the last one of a pass."""
         self._last, self._recent = self._recent or self._last, None
@@ -276,6 +276,5 @@ class GroupHook(hooks.ModuleHook):
             return
         self._running -= 1
         self._recent = module
-        if module is self._last and not self._running:
-            self._recent = None
-            self._engine.leave(self)
+        if not self._running:
+            self._engine.leave(self, is_last=module is self._last)
