@@ -331,9 +331,13 @@ def test_write_cut_short_by_the_kernel_keeps_the_file_before_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_interrupted_write_leaves_nothing_behind(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), atomic_write(tmp_path / "x.bin") as file:
-        file.write(b"half")
-        raise error
+    def write_half() -> None:
+        with atomic_write(tmp_path / "x.bin") as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,6 +38,11 @@ def raising(method: Any, error: type[BaseException], at: int) -> Callable[..., A
     return wrapper
 
 
+def call(module: nn.Module, *, times: int) -> None:
+    for _ in range(times):
+        module(tokens(8))
+
+
 def assert_right(module: nn.Module, model: nn.Module, offload: Offload) -> None:
     """Three calls in a row are right, and nothing but the ring is in use between them."""
     with torch.no_grad():
@@ -66,8 +71,7 @@ def test_call_after_a_torn_forward_is_right(
         with torch.no_grad(), monkeypatch.context() as patch:
             patch.setattr(broken, "forward", raising(broken.forward, error, at))
             with pytest.raises(error):
-                for _ in range(2):
-                    module(tokens(8))
+                call(module, times=2)
         assert_right(module, model, offload)
     offload.remove()
 
@@ -105,8 +109,7 @@ def test_call_after_a_failed_read_is_right(
         with torch.no_grad(), monkeypatch.context() as patch:
             patch.setattr(DiskStore, "fill", raising(DiskStore.fill, error, at))
             with pytest.raises(error):
-                for _ in range(3):
-                    module(tokens(8))
+                call(module, times=3)
         with torch.no_grad(), contextlib.suppress(error):
             module(tokens(8))  # may still meet the read that failed for it ahead of time
         assert_right(module, model, offload)
@@ -313,7 +316,7 @@ def test_many_threads_in_one_model_are_right_or_refused(tmp_path: Path) -> None:
                 try:
                     if not torch.equal(module(x), expected):
                         wrong.append("wrong numbers")
-                except ConcurrentUseError:
+                except ConcurrentUseError:  # noqa: PERF203 (each call may be refused)
                     pass
                 except BaseException as error:  # noqa: BLE001 (reported below)
                     wrong.append(error)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from modules import AttentionNet, Block, BlockNet, NestedNet, TableNet, TwiceNet
+from torch import nn
+
+from vramkit.memory import module_bytes
+from vramkit.offload.partition import Unit, partition, slot_bytes_for
+
+
+def names(root: nn.Module, units: tuple[Unit, ...]) -> list[list[str]]:
+    known = {module: name for name, module in root.named_modules()}
+    return [[known[entry] for entry in unit.entries] for unit in units]
+
+
+def unit_bytes(unit: Unit) -> int:
+    return sum(p.numel() * p.element_size() for holder in unit.holders for p in holder.parameters(recurse=False))
+
+
+def test_every_block_of_every_list_is_a_unit_at_any_depth() -> None:
+    net = NestedNet()
+    units = partition(net, granularity="block_level").units
+    expected = [[f"body.stages.{i}.{j}"] for i in range(3) for j in range(2)]
+    assert names(net, units)[:6] == expected
+    assert names(net, units)[6:] == [["tail.0"], ["tail.1.0"], ["tail.2"]]  # a container is not entered
+
+
+def test_blocks_travel_in_groups_and_the_last_group_may_be_smaller() -> None:
+    net = BlockNet(blocks=7)
+    units = partition(net, granularity="block_level", blocks_per_group=3).units
+    blocks = [group for group in names(net, units) if group[0].startswith("blocks")]
+    assert blocks == [[f"blocks.{i}" for i in part] for part in (range(3), range(3, 6), range(6, 7))]
+
+
+def test_named_blocks_are_the_only_ones() -> None:
+    net = NestedNet()
+    units = partition(net, granularity="block_level", block_names=["body.stages.1"]).units
+    assert [
+        u for u in names(net, units) if u[0].startswith("body.stages.1")
+    ] == [["body.stages.1.0"], ["body.stages.1.1"]]
+
+
+def test_named_single_module_is_a_block() -> None:
+    net = BlockNet()
+    assert ["head"] in names(net, partition(net, granularity="block_level", block_names=["head"]).units)
+
+
+def test_blocks_are_cut_to_a_number_of_bytes() -> None:
+    net = BlockNet()
+    limit = 20_000
+    units = partition(net, granularity="block_level", unit_bytes=limit).units
+    assert max(map(unit_bytes, units)) <= limit
+    assert len(units) == 14
+    held = [id(holder) for unit in units for holder in unit.holders]
+    assert len(held) == len(set(held))
+
+
+def test_leaf_units_join_small_neighbours_up_to_the_limit() -> None:
+    net = BlockNet()
+    whole = partition(net, granularity="leaf_level", unit_bytes=2**30).units
+    single = partition(net, granularity="leaf_level", unit_bytes=1).units
+    assert len(whole) == 1
+    assert all(len(unit.entries) == 1 for unit in single)
+    for limit in (20_000, 40_000, 100_000):
+        units = partition(net, granularity="leaf_level", unit_bytes=limit).units
+        assert max(map(unit_bytes, units)) <= limit
+        neighbours = zip(units, units[1:], strict=False)
+        assert all(unit_bytes(a) + unit_bytes(b) > limit for a, b in neighbours)
+
+
+@pytest.mark.parametrize("granularity", ["block_level", "leaf_level", "model_level"])
+@pytest.mark.parametrize("kind", [BlockNet, NestedNet, TableNet, TwiceNet, AttentionNet])
+def test_no_module_is_entered_through_two_units(kind: type[nn.Module], granularity: str) -> None:
+    units = partition(kind(), granularity=granularity).units  # type: ignore[arg-type]
+    entries = [id(entry) for unit in units for entry in unit.entries]
+    assert len(entries) == len(set(entries))
+
+
+def test_a_class_that_says_so_travels_only_whole() -> None:
+    class Chunked(Block):
+        offload_unit = True
+
+    net = nn.ModuleList([Chunked(), Chunked()])
+    units = partition(net, granularity="leaf_level", unit_bytes=1).units
+    assert names(net, units) == [["0"], ["1"]]
+    units = partition(net, granularity="block_level", unit_bytes=1).units
+    assert names(net, units) == [["0"], ["1"]]
+
+
+def test_modules_that_read_their_childrens_weights_travel_whole() -> None:
+    net = AttentionNet()
+    found = {name for unit in names(net, partition(net, granularity="leaf_level", unit_bytes=1).units) for name in unit}
+    assert {"layers.0", "layers.3", "rnn", "conv"} <= found
+    assert not any("out_proj" in name for name in found)
+
+
+def test_containers_are_never_entered() -> None:
+    net = NestedNet()
+    for granularity in ("block_level", "leaf_level", "model_level"):
+        for unit in partition(net, granularity=granularity).units:  # type: ignore[arg-type]
+            assert not any(isinstance(entry, nn.ModuleList | nn.Sequential) for entry in unit.entries)
+
+
+def test_large_tables_outside_blocks_are_looked_up_and_small_layers_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(1000, 48)
+            self.few = nn.Embedding(2, 48)
+            self.normed = nn.Embedding(1000, 48, max_norm=1.0)  # its lookup writes to it
+            self.blocks = nn.ModuleList(Block() for _ in range(6))
+            self.norm = nn.LayerNorm(48)
+
+    net = Net()
+    for granularity in ("block_level", "leaf_level"):
+        parts = partition(net, granularity=granularity)  # type: ignore[arg-type]
+        assert parts.tables == (net.tokens,)
+        held = {holder for unit in parts.units for holder in unit.holders}
+        assert net.norm not in held
+        assert net.few not in held
+        assert net.normed in held
+
+
+def test_the_meta_device_is_enough() -> None:
+    with torch.device("meta"):
+        net = BlockNet()
+    assert len(partition(net, granularity="block_level").units) >= 7
+    assert module_bytes(net) > 0
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_slots_serve_equal_units_and_hold_the_widest(slots: int) -> None:
+    assert slot_bytes_for([10_000] * 20, slots) == 12_288
+    assert slot_bytes_for([], slots) == 0
+    sizes = [4096] * 100 + [4096 * 3]
+    slot_bytes = slot_bytes_for(sizes, slots)
+    assert slot_bytes * slots >= max(sizes)
+    assert slot_bytes == {1: 12_288, 2: 8192, 3: 4096, 4: 4096}[slots]
+
+
+def test_slots_fit_the_wide_when_they_are_many() -> None:
+    assert slot_bytes_for([4096] * 10 + [8192] * 10, 3) == 8192

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import torch
+
+from vramkit.offload.backend import CpuBackend
+from vramkit.offload.ring import Region, SlotRing
+
+
+class Mark:
+    """A fence with a name."""
+
+    def wait(self) -> float:
+        return 0.0
+
+    def synchronize(self) -> None: ...
+
+
+def places(regions: list[Region | None]) -> list[int | None]:
+    return [None if region is None else region.first for region in regions]
+
+
+def test_slots_are_handed_out_in_turn_until_none_is_free() -> None:
+    ring = SlotRing(CpuBackend(), 3, 4096)
+    taken = [ring.take(4096) for _ in range(4)]
+    assert places(taken) == [0, 1, 2, None]
+    assert ring.size_bytes == 3 * 4096
+    assert taken[1] is not None
+    ring.give(taken[1], Mark())
+    assert places([ring.take(100), ring.take(100)]) == [1, None]
+
+
+def test_the_same_turn_comes_back_at_the_same_address() -> None:
+    ring = SlotRing(CpuBackend(), 2, 4096)
+    seen = []
+    for _ in range(6):
+        region = ring.take(4096)
+        assert region is not None
+        seen.append(region.memory.data_ptr())
+        ring.give(region, Mark())
+    assert seen[:2] * 3 == seen
+    assert len(set(seen)) == 2
+
+
+def test_a_wide_group_takes_adjacent_slots_and_never_wraps() -> None:
+    ring = SlotRing(CpuBackend(), 4, 4096)
+    first, wide = ring.take(4096), ring.take(3 * 4096)
+    assert places([first, wide]) == [0, 1]
+    assert wide is not None
+    assert wide.count == 3
+    assert wide.memory.numel() == 3 * 4096
+    assert ring.take(1) is None
+    ring.give(wide, Mark())
+    assert places([ring.take(4096), ring.take(3 * 4096), ring.take(2 * 4096)]) == [1, None, 2]
+    assert SlotRing(CpuBackend(), 4, 4096).take(5 * 4096) is None
+
+
+def test_memory_is_written_only_after_its_last_reader() -> None:
+    ring = SlotRing(CpuBackend(), 2, 4096)
+    region, mark = ring.take(2 * 4096), Mark()
+    assert region is not None
+    ring.give(region, mark)
+    again = ring.take(2 * 4096)
+    assert again is not None
+    assert again.free == (mark, mark)
+    ring.give(again, None)  # nothing has read it: the reader before still counts
+    once_more = ring.take(1)
+    assert once_more is not None
+    assert once_more.free == (mark,)
+
+
+def test_memory_outside_the_ring_is_not_given_back_to_it() -> None:
+    ring = SlotRing(CpuBackend(), 1, 4096)
+    held = ring.take(4096)
+    extra = ring.make(100)
+    ring.give(extra, Mark())
+    assert held is not None
+    assert ring.take(1) is None
+
+
+def test_slots_are_no_inference_tensors() -> None:
+    with torch.inference_mode():
+        ring = SlotRing(CpuBackend(), 2, 4096)
+        region = ring.take(10)
+    assert region is not None
+    assert not region.memory.is_inference()
+
+
+def test_reset_takes_everything_back() -> None:
+    ring = SlotRing(CpuBackend(), 2, 4096)
+    assert places([ring.take(1), ring.take(1)]) == [0, 1]
+    ring.reset()
+    assert places([ring.take(1), ring.take(1), ring.take(1)]) == [0, 1, None]
+
+
+def test_a_ring_of_nothing_gives_nothing() -> None:
+    ring = SlotRing(CpuBackend(), 2, 0)
+    assert ring.size_bytes == 0
+    assert ring.take(1) is None

@@ -1,0 +1,205 @@
+"""The order of loads, with groups and a queue made of paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from vramkit.offload.backend import CpuBackend
+from vramkit.offload.ring import SlotRing
+from vramkit.offload.streamer import Counters, Streamer
+
+
+class Done:
+    def wait(self) -> float:
+        return 0.0
+
+    def synchronize(self) -> None: ...
+
+
+class Queue:
+    """Runs nothing; jobs are done when somebody waits for them."""
+
+    def submit(self, job: Callable[[], None], after: Iterable[object]) -> Done:
+        job()
+        return Done()
+
+    def drain(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(CpuBackend):
+    def queue(self, *, threaded: bool) -> Any:
+        return Queue()
+
+
+class Group:
+    """Writes its number into its slot, and notes what is done with it."""
+
+    needs_thread = False
+
+    def __init__(self, name: str, log: list[str], size_bytes: int = 4096) -> None:
+        self.name, self.log, self.size_bytes = name, log, size_bytes
+        self.shown: torch.Tensor | None = None
+        self.writes = 0
+
+    def version(self) -> int:
+        return self.writes
+
+    def fill(self, memory: torch.Tensor) -> None:
+        self.log.append(f"load {self.name}")
+        memory.fill_(ord(self.name))
+
+    def show_device(self, memory: torch.Tensor, *, remember: bool) -> None:
+        self.shown = memory
+
+    def show_rest(self) -> None:
+        self.shown = None
+
+
+class Rig:
+    def __init__(self, names: str = "abcdef", slots: int = 2, sizes: dict[str, int] | None = None) -> None:
+        self.log: list[str] = []
+        self.groups = {name: Group(name, self.log, (sizes or {}).get(name, 4096)) for name in names}
+        self.counters = Counters()
+        self.ring = SlotRing(Backend(), slots, 4096)
+        groups: Any = list(self.groups.values())
+        self.streamer = Streamer(groups, self.ring, Backend(), self.counters)
+        self.streamer.prefill()
+
+    def run(self, order: str) -> list[str]:
+        """One pass; returns the loads that it caused."""
+        start = len(self.log)
+        for name in order:
+            group: Any = self.groups[name]
+            self.streamer.acquire(group)
+            assert group.shown is not None
+            assert bool((group.shown == ord(name)).all()), f"{name} was overwritten"
+            self.streamer.release(group)
+            assert group.shown is None
+        self.streamer.end_pass()
+        return [entry.removeprefix("load ") for entry in self.log[start:]]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_each_group_is_loaded_once_a_pass_and_ahead_of_its_use(slots: int) -> None:
+    rig = Rig(slots=slots)
+    assert rig.log == [f"load {name}" for name in "abcdef"[:slots]]
+    for _ in range(3):
+        loads = rig.run("abcdef")
+        assert len(loads) == 6
+        assert "".join(loads) == ("abcdef" * 2)[slots : slots + 6]  # the last ones are for the next pass
+    assert rig.counters.demand_loads == 0
+    assert rig.counters.dropped_loads == 0
+    assert rig.counters.passes == 3
+    assert rig.counters.loads == 18 + slots
+    assert rig.counters.loaded_bytes == (18 + slots) * 4096
+
+
+def test_the_order_that_runs_is_learned_from_one_pass() -> None:
+    rig = Rig()
+    rig.run("fedcba")
+    demanded = rig.counters.demand_loads
+    for _ in range(2):
+        rig.run("fedcba")
+    assert rig.counters.demand_loads - demanded <= 1
+    demanded, dropped = rig.counters.demand_loads, rig.counters.dropped_loads
+    rig.run("fedcba")
+    assert (rig.counters.demand_loads, rig.counters.dropped_loads) == (demanded, dropped)
+
+
+def test_groups_that_are_skipped_are_dropped() -> None:
+    rig = Rig()
+    rig.run("abcdef")
+    rig.run("acdef")
+    assert rig.counters.dropped_loads == 2  # b in this pass, and the b that was on its way for the next one
+    rig.run("acdef")
+    assert rig.counters.dropped_loads == 2
+    assert rig.counters.demand_loads == 0
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("order", ["ffffff", "abab", "badcfe", "", "aabbccddeeff", "abcdefabcdef", "cab", "fa"])
+def test_any_order_is_right(order: str, slots: int) -> None:
+    rig = Rig(slots=slots)
+    for each in ("abcdef", order, order, "abcdef", order[::-1], "fedcba", order):
+        rig.run(each)
+    assert rig.streamer.is_clean
+
+
+def test_a_pass_that_stopped_midway_is_forgotten_unless_it_repeats() -> None:
+    rig = Rig()
+    rig.run("abcdef")
+    rig.run("abc")
+    demanded = rig.counters.demand_loads
+    rig.run("abcdef")
+    assert rig.counters.demand_loads == demanded
+    rig.run("abc")
+    rig.run("abc")
+    dropped = rig.counters.dropped_loads
+    rig.run("abc")
+    assert rig.counters.dropped_loads == dropped  # d is not fetched in vain any more
+
+
+def test_weights_that_were_written_after_their_load_are_loaded_again() -> None:
+    rig = Rig()
+    rig.run("abcdef")
+    rig.groups["a"].writes += 1  # it is in a slot already
+    assert rig.run("abcdef")[0] == "a"
+    held: Any = rig.groups["c"]
+    rig.streamer.acquire(held)
+    before = rig.counters.loads
+    held.writes += 1
+    rig.streamer.acquire(held)
+    assert rig.counters.loads > before
+    rig.streamer.release(held)
+
+
+def test_acquiring_twice_and_releasing_twice_is_once() -> None:
+    rig = Rig()
+    group: Any = rig.groups["a"]
+    rig.streamer.acquire(group)
+    shown = group.shown
+    rig.streamer.acquire(group)
+    assert group.shown is shown
+    rig.streamer.release(group)
+    rig.streamer.release(group)
+    assert group.shown is None
+    assert rig.streamer.is_clean
+
+
+def test_more_groups_at_once_than_slots_take_memory_of_their_own_and_give_it_back() -> None:
+    rig = Rig(slots=1)
+    held: list[Any] = [rig.groups[name] for name in "abc"]
+    for group in held:
+        rig.streamer.acquire(group)
+    assert all(bool((group.shown == ord(group.name)).all()) for group in held)
+    rig.streamer.release_all()
+    assert rig.streamer.is_clean
+    assert not any(rig.ring._taken) or rig.streamer._ahead
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_wide_groups_take_several_slots(slots: int) -> None:
+    rig = Rig(slots=slots, sizes={"c": 2 * 4096, "e": slots * 4096})
+    for order in ("abcdef", "abcdef", "ecba", "cece", "abcdef"):
+        rig.run(order)
+    assert rig.counters.passes == 5
+
+
+def test_reset_forgets_what_is_held_and_on_its_way_but_not_the_order() -> None:
+    rig = Rig()
+    rig.run("fedcba")
+    rig.run("fedcba")
+    group: Any = rig.groups["f"]
+    rig.streamer.acquire(group)
+    rig.streamer.reset()
+    assert group.shown is None
+    assert rig.streamer.is_clean
+    demanded = rig.counters.demand_loads
+    rig.run("fedcba")
+    assert rig.counters.demand_loads <= demanded + 1
