@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_layouts_keep_bytes_and_dense_strides(shape: list[int], order: Any, dtyp
         else:
             assert view.is_contiguous()
     ends = [(spec.offset, spec.offset + spec.size_bytes) for spec in layout.leaves]
-    assert all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:], strict=False))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends))
 
 
 def test_dense_is_told_from_holes_and_overlaps() -> None:

@@ -126,7 +126,7 @@ def test_options_that_cannot_be_used_are_errors_before_anything_changes(options:
 def test_a_device_that_is_missing_is_an_error() -> None:
     from vramkit.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="'cuda'.*0 such devices"):
+    with pytest.raises(ConfigError, match=r"'cuda'.*0 such devices"):
         apply_group_offloading(BlockNet(), "cuda")
 
 

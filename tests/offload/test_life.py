@@ -412,10 +412,12 @@ def test_ten_lives_leave_no_object_thread_file_or_memory(
         offloads = sum(type(thing) in (Offload, BlockNet) for thing in gc.get_objects())
         return offloads, psutil.Process().num_fds(), psutil.Process().memory_info().rss
 
+    threads = threading.active_count()
     life()
     life()
+    gc.collect()
+    assert threads_after(wanted=threads) <= threads
     offloads, files, rss_bytes = census()
-    threads = threads_after(wanted=1)
     for _ in range(10):
         life()
     after = census()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_components_of_a_pipeline_are_found_and_others_left_alone(tmp_path: Path
 
 def test_an_unknown_name_or_a_conflict_offloads_nothing(tmp_path: Path) -> None:
     modules = [mapped_copy(BlockNet().eval(), tmp_path) for _ in range(2)]
-    with pytest.raises(ConfigError, match="'vae'.*there are 0, 1"):
+    with pytest.raises(ConfigError, match=r"'vae'.*there are 0, 1"):
         apply_model_offload(modules, "cpu", exclude=["vae"])
     part = apply_group_offloading(modules[1].blocks[0], "cpu", offload_type="model_level")
     with pytest.raises(ConflictError):
@@ -107,7 +108,7 @@ def test_resident_bytes_are_kept_and_spread_evenly(resident: int | str, tmp_path
         assert stats.resident_bytes >= budget - 1.5 * block
         names = [group.name for group in offload._engine.assembly.groups]
         stay = [index for index in range(12) if str(index) not in names]
-        gaps = [b - a for a, b in zip(stay, stay[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(stay)]
         assert not gaps or max(gaps) - min(gaps) <= 1
     else:
         assert stats.streamed_bytes == 0

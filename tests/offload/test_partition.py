@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from modules import AttentionNet, Block, BlockNet, NestedNet, TableNet, TwiceNet
@@ -36,9 +38,10 @@ def test_blocks_travel_in_groups_and_the_last_group_may_be_smaller() -> None:
 def test_named_blocks_are_the_only_ones() -> None:
     net = NestedNet()
     units = partition(net, granularity="block_level", block_names=["body.stages.1"]).units
-    assert [
-        u for u in names(net, units) if u[0].startswith("body.stages.1")
-    ] == [["body.stages.1.0"], ["body.stages.1.1"]]
+    assert [u for u in names(net, units) if u[0].startswith("body.stages.1")] == [
+        ["body.stages.1.0"],
+        ["body.stages.1.1"],
+    ]
 
 
 def test_named_single_module_is_a_block() -> None:
@@ -65,7 +68,7 @@ def test_leaf_units_join_small_neighbours_up_to_the_limit() -> None:
     for limit in (20_000, 40_000, 100_000):
         units = partition(net, granularity="leaf_level", unit_bytes=limit).units
         assert max(map(unit_bytes, units)) <= limit
-        neighbours = zip(units, units[1:], strict=False)
+        neighbours = itertools.pairwise(units)
         assert all(unit_bytes(a) + unit_bytes(b) > limit for a, b in neighbours)
 
 
