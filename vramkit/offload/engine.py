@@ -69,6 +69,8 @@ class Engine:
         """Take hooks off, show tensors at rest, end the copy queue; return the bytes that were copied back to the host."""
         for attachment in self._attachments:
             attachment.remove()
+        if self._turns is not None:
+            self.evict()
         self._streamer.close()
         return sum(resident.restore() for resident in self.assembly.residents)
 
@@ -80,7 +82,9 @@ class Engine:
         self._forget_pass()
 
     def evict(self) -> None:
-        """Give back device memory that was kept for the next call."""
+        """Give back device memory that was kept for the next call; what users wrote to it meanwhile is kept."""
+        for group in self.assembly.groups:
+            group.keep_writes()
         self._streamer.release_all()
 
     def begin(self, entry_point: str) -> None:

@@ -88,6 +88,7 @@ class ModuleGroup:
             _Binding(slot, [next(specs) if part is None else part for part in parts]) for slot, parts in bindings
         ]
         self._placed: dict[int, list[torch.Tensor]] = {}
+        self._on_show: list[tuple[torch.Tensor, int]] = []  # outside the ring, with their versions
         self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
         self._version_in_files = self.version()
 
@@ -132,8 +133,18 @@ class ModuleGroup:
                 self._placed[memory.data_ptr()] = placed
         for binding, tensor in zip(self._bindings, placed, strict=True):
             binding.slot.show(tensor)
+        self._on_show = [] if remember else [(tensor, tensors.version(tensor)) for tensor in placed]
+
+    def keep_writes(self) -> None:
+        """Copy to the tensors at rest what was written to those that were on show between calls (model offload)."""
+        for binding, (tensor, version) in zip(self._bindings, self._on_show, strict=False):
+            if tensors.version(tensor) != version:
+                with torch.no_grad():
+                    for old, new in zip(tensors.leaves(binding.slot.rest), tensors.leaves(tensor), strict=True):
+                        old.copy_(new)
 
     def show_rest(self) -> None:
         """Let owners have the tensors at rest."""
+        self._on_show = []
         for binding in self._bindings:
             binding.slot.show(binding.slot.rest)
