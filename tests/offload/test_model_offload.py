@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import types
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_a_component_that_fails_leaves_the_others_usable(tmp_path: Path) -> None
             x = tokens(8)
             assert torch.equal(modules[which](x), models[which](x))
     handles.remove()
+
+
+@pytest.mark.parametrize("ending", ["evict", "remove", "edit"])
+@pytest.mark.parametrize("place", ["ram", "file"])
+def test_changes_of_a_component_on_the_device_are_kept_or_refused(place: str, ending: str, tmp_path: Path) -> None:
+    model = BlockNet(blocks=3).eval().requires_grad_(False)
+    module = copy.deepcopy(model) if place == "ram" else mapped_copy(model, tmp_path)
+    handles = apply_model_offload({"net": module}, "cpu", store="pageable" if place == "ram" else None)
+    with torch.no_grad():
+        module(tokens(8))
+        for net in (module, model):
+            net.blocks[1].up.weight.mul_(-1)
+        x = tokens(8)
+        if ending == "edit":
+            with handles.offloads["net"].edit():
+                assert torch.equal(module.blocks[1].up.weight, model.blocks[1].up.weight)
+        else:
+            getattr(handles, ending)()
+        try:
+            assert torch.equal(module(x), model(x))
+        except ConflictError as error:
+            assert (place, ending) == ("file", "evict"), error  # noqa: PT017 (either outcome is right)
+    handles.remove()
+    assert torch.equal(module.blocks[1].up.weight, model.blocks[1].up.weight)
 
 
 # --- what stays on the device
