@@ -1,4 +1,6 @@
-"""The README's Python blocks run as they stand, one after the other, with the hub's checkpoint replaced by a small local one."""
+"""The README's Python blocks run as they stand, one after the other, with a small checkpoint for the one of the hub."""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path

@@ -23,18 +23,13 @@ SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 5}
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wan_checkpoint(tmp_path_factory.mktemp("wan"))
+def oracle(wan_folder: Path) -> Any:
+    return load_oracle(wan_folder)
 
 
 @pytest.fixture(scope="session")
-def oracle(folder: Path) -> Any:
-    return load_oracle(folder)
-
-
-@pytest.fixture(scope="session")
-def loaded(folder: Path) -> WanPipeline:
-    return load(folder)
+def loaded(wan_folder: Path) -> WanPipeline:
+    return load(wan_folder)
 
 
 @pytest.fixture
@@ -47,9 +42,9 @@ def pipeline(loaded: WanPipeline) -> WanPipeline:
 
 
 @pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
+def copied(wan_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to be spoiled."""
-    return shutil.copytree(folder, tmp_path / "copy")
+    return shutil.copytree(wan_folder, tmp_path / "copy")
 
 
 def load(folder: Path, **options: Any) -> WanPipeline:
@@ -125,15 +120,15 @@ class TestSameClipAsDiffusers:
         folder = write_wan_checkpoint(tmp_path, scheduler="euler", seed=1)
         self.compare(load(folder), load_oracle(folder), {"negative_prompt": "dark"})
 
-    def test_flow_shift_of_the_seed_scripts(self, pipeline: WanPipeline, oracle: Any, folder: Path) -> None:
-        other = load_oracle(folder)
+    def test_flow_shift_of_the_seed_scripts(self, pipeline: WanPipeline, oracle: Any, wan_folder: Path) -> None:
+        other = load_oracle(wan_folder)
         other.scheduler = type(other.scheduler).from_config(other.scheduler.config, flow_shift=5.0)
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=5.0)
         self.compare(pipeline, other, {})
 
-    def test_lower_precision(self, folder: Path) -> None:
+    def test_lower_precision(self, wan_folder: Path) -> None:
         dtypes = {"default": torch.bfloat16, "vae": torch.float32}
-        ours, theirs = load(folder, torch_dtype=dtypes), load_oracle(folder, torch_dtype=dtypes)
+        ours, theirs = load(wan_folder, torch_dtype=dtypes), load_oracle(wan_folder, torch_dtype=dtypes)
         assert {name: ours.components[name].dtype for name in ("text_encoder", "transformer", "vae")} == {
             name: getattr(theirs, name).dtype for name in ("text_encoder", "transformer", "vae")
         }
@@ -273,11 +268,13 @@ class TestLoading:
         assert all(torch.equal(tensor, theirs_by_name[name]) for name, tensor in ours.state_dict().items())
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_text_encoder_keeps_the_wide_parts_that_transformers_keeps(self, dtype: torch.dtype, folder: Path) -> None:
+    def test_text_encoder_keeps_the_wide_parts_that_transformers_keeps(
+        self, dtype: torch.dtype, wan_folder: Path
+    ) -> None:
         from transformers import UMT5EncoderModel
 
-        theirs = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-        ours = load(folder, torch_dtype=dtype, transformer=None, vae=None).text_encoder
+        theirs = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder", dtype=dtype)
+        ours = load(wan_folder, torch_dtype=dtype, transformer=None, vae=None).text_encoder
         assert {n: p.dtype for n, p in ours.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
         wide = [name for name, parameter in ours.named_parameters() if parameter.dtype == torch.float32]
         assert bool(wide) == (dtype == torch.float16)
@@ -375,11 +372,11 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="safetensors"):
             load(copied)
 
-    def test_wrong_names_are_refused(self, folder: Path) -> None:
+    def test_wrong_names_are_refused(self, wan_folder: Path) -> None:
         with pytest.raises(ConfigError, match=r"unknown component unet.*transformer"):
-            load(folder, unet=None)
+            load(wan_folder, unet=None)
         with pytest.raises(ConfigError, match=r"unknown torch_dtype for unet.*default"):
-            load(folder, torch_dtype={"unet": torch.float16})
+            load(wan_folder, torch_dtype={"unet": torch.float16})
 
     def test_saved_pipelines_are_read_by_both(self, loaded: WanPipeline, tmp_path: Path, oracle: Any) -> None:
         loaded.save_pretrained(tmp_path)
@@ -390,14 +387,14 @@ class TestLoading:
 
 
 class TestPlacement:
-    def test_to(self, folder: Path) -> None:
-        pipeline = load(folder).to(torch.float64)
+    def test_to(self, wan_folder: Path) -> None:
+        pipeline = load(wan_folder).to(torch.float64)
         assert pipeline.transformer.dtype == pipeline.dtype == torch.float64
         assert pipeline.vae.dtype == torch.float64
         assert pipeline.device == torch.device("cpu")
 
-    def test_offloaded_models_keep_their_place(self, folder: Path) -> None:
-        pipeline = load(folder)
+    def test_offloaded_models_keep_their_place(self, wan_folder: Path) -> None:
+        pipeline = load(wan_folder)
         handle = apply_group_offloading(pipeline.transformer, "cpu", offload_type="leaf_level", store="disk")
         pipeline.to("meta")  # anything that moved has lost its weights
         assert pipeline.vae.device.type == "meta"
@@ -405,16 +402,18 @@ class TestPlacement:
         handle.remove()
 
     @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-    def test_streamed_from_disk_is_the_same_clip(self, offload_type: str, folder: Path, pipeline: WanPipeline) -> None:
-        streamed = load(folder)
+    def test_streamed_from_disk_is_the_same_clip(
+        self, offload_type: str, wan_folder: Path, pipeline: WanPipeline
+    ) -> None:
+        streamed = load(wan_folder)
         for model in (streamed.text_encoder, streamed.transformer, streamed.vae):
             apply_group_offloading(model, "cpu", offload_type=offload_type, store="disk")
         for _ in range(2):
             clips = [p("a cat", **SMALL, generator=seeded()).frames for p in (pipeline, streamed)]
             np.testing.assert_array_equal(*clips)
 
-    def test_whole_models_on_demand_are_the_same_clip(self, folder: Path, pipeline: WanPipeline) -> None:
-        streamed = load(folder)
+    def test_whole_models_on_demand_are_the_same_clip(self, wan_folder: Path, pipeline: WanPipeline) -> None:
+        streamed = load(wan_folder)
         streamed.enable_model_cpu_offload("cpu")
         streamed.enable_model_cpu_offload("cpu")  # again is harmless
         assert offload_of(streamed.vae) is not None
