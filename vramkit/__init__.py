@@ -68,9 +68,32 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 (the names are strings, made from the table above)
+__all__ = [
+    "AutoModel",
+    "AutoencoderKLWan",
+    "CheckpointError",
+    "ConcurrentUseError",
+    "ConfigError",
+    "ConflictError",
+    "FlowMatchEulerDiscreteScheduler",
+    "MemoryTimeline",
+    "Offload",
+    "OffloadStats",
+    "StoreError",
+    "TrainingError",
+    "UniPCMultistepScheduler",
+    "UnsupportedTensorError",
+    "VramkitError",
+    "WanPipeline",
+    "WanTransformer3DModel",
     "__version__",
-    *sorted(_HOME_OF),
+    "apply_group_offloading",
+    "apply_layerwise_casting",
+    "apply_model_offload",
+    "export_to_video",
+    "load_image",
+    "load_mapped",
+    "offload_of",
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-__all__ = ["Attachment", "ModuleHook", "attach", "attached", "wrap_method"]
+__all__ = ["Attachment", "ModuleHook", "attach", "attached", "mark", "marks", "wrap_method"]
 
 _MARK = "__vramkit_hook__"
 _REASON = (
@@ -90,6 +90,25 @@ def attached(module: nn.Module, kind: type[HookT]) -> Iterator[HookT]:
         hook = getattr(function, _MARK, None)
         if isinstance(hook, kind):
             yield hook
+
+
+def mark(module: nn.Module, owner: object) -> Attachment:
+    """Note on `module` that `owner` manages it, at no cost to its forward; see `marks`."""
+
+    def note(*_arguments: object) -> None:
+        """Hold the mark: a hook that runs when a state dict is taken, and does nothing then."""
+
+    setattr(note, _MARK, owner)
+    handle = module.register_state_dict_pre_hook(note)  # type: ignore[no-untyped-call]
+    return Attachment(handle.remove)
+
+
+def marks(module: nn.Module) -> Iterator[object]:
+    """Yield the owners that were noted on this module by `mark`."""
+    for function in module._state_dict_pre_hooks.values():  # noqa: SLF001 (torch offers no public reader)
+        owner = getattr(function, _MARK, None)
+        if owner is not None:
+            yield owner
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Attachment:

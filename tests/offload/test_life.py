@@ -555,3 +555,14 @@ def test_codec_methods_are_the_classes_own_again(tmp_path: Path) -> None:
     assert "decode" in vars(module)
     offload.remove()
     assert module.decode.__func__ is Codec.decode
+
+
+@pytest.mark.parametrize("part", ["blocks.2.up", "blocks.1", "blocks", "embed"])
+def test_applying_inside_an_offloaded_module_is_named(part: str) -> None:
+    model = BlockNet().eval()
+    offload = apply_group_offloading(model, "cpu")
+    with pytest.raises(ConflictError, match="belongs to.*remove"):
+        apply_group_offloading(model.get_submodule(part), "cpu")
+    offload.remove()
+    apply_group_offloading(model.get_submodule(part), "cpu").remove()
+    assert not any(module._state_dict_pre_hooks for module in model.modules())

@@ -13,7 +13,7 @@ from vramkit import hooks
 from vramkit.casting.narrow import STORAGE_DTYPES, NarrowTensor, narrowed
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload import offload_of
-from vramkit.offload.engine import GroupHook
+from vramkit.offload.engine import Engine
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.tensors import as_owned
 
@@ -176,7 +176,7 @@ def _owned(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 def _refuse_part_of_offloaded(module: nn.Module) -> None:
     covered = {part for root in module.modules() if offload_of(root) is not None for part in root.modules()}
     for name, part in module.named_modules():
-        if part not in covered and any(hooks.attached(part, GroupHook)):
+        if part not in covered and any(isinstance(owner, Engine) for owner in hooks.marks(part)):
             raise ConflictError(
                 f"{name or type(module).__name__} belongs to a larger module that is offloaded; cast it inside "
                 "`with offload_of(that module).edit():`, or cast that module"

@@ -12,7 +12,7 @@ from torch import nn
 from vramkit import hooks
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload.config import OffloadConfig
-from vramkit.offload.engine import GroupHook, PassHook
+from vramkit.offload.engine import Engine
 from vramkit.offload.handle import Offload, offload_of
 from vramkit.offload.turns import Turns
 
@@ -169,8 +169,8 @@ def _modules_of(components: Any) -> dict[str, nn.Module]:
 
 def _refuse_offloaded(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        if any(hooks.attached(part, PassHook)) or any(hooks.attached(part, GroupHook)):
-            what = f"its part {name!r}" if name else "it"
+        if any(isinstance(owner, Engine) for owner in hooks.marks(part)):
+            what = f"its part {name!r}" if name else "it, or a module that it belongs to,"
             raise ConflictError(
                 f"{type(module).__name__} cannot be offloaded, because {what} is offloaded already, with other options; "
                 "call remove() on that handle first (offload_of(part) returns it)"

@@ -21,24 +21,30 @@ def moved_call(
 def moved(value: Any, device: torch.device) -> Any:
     """Return `value` with tensors on `device`.
 
-    Tuples, lists and dicts (exactly these) are rebuilt only where something in them moves; other objects, caches among
+    Tuples, lists and dicts (exactly these, and named tuples) are rebuilt only where something in them moves; other objects, caches among
     them, pass as they are.
     """
     if isinstance(value, torch.Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list) or _is_named_tuple(value):
         items = [moved(item, device) for item in value]
-        return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if _is_named_tuple(value) else type(value)(items)
     if type(value) is dict:
         pairs = {key: moved(item, device) for key, item in value.items()}
         return value if all(pairs[key] is value[key] for key in value) else pairs
     return value
 
 
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
 def any_requires_grad(value: Any) -> bool:
     """Tell whether a tensor in `value` (looked for as `moved` does) asks for gradients."""
     if isinstance(value, torch.Tensor):
         return value.requires_grad
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list) or _is_named_tuple(value):
         return any(map(any_requires_grad, value))
     return type(value) is dict and any(map(any_requires_grad, value.values()))

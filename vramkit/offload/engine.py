@@ -133,8 +133,9 @@ class Engine:
         if other is not None and other is not hook:
             other.learn_last()
             self._streamer.release(other.group)
-        self._streamer.acquire(hook.group)
-        return bool(self._open)
+        is_in_pass = bool(self._open)
+        self._streamer.acquire(hook.group, in_pass=is_in_pass)
+        return is_in_pass
 
     def leave(self, hook: GroupHook, *, is_last: bool) -> None:
         """Release a group after the last of its modules; after others, when the next group is entered."""
@@ -156,6 +157,7 @@ class Engine:
             hook = TableHook(slot, place.pinned_memory(slot.rest), self.config.device)
             attachments.append(hooks.attach(module, hook))
         attachments += [hooks.wrap_method(self._module, name, self._around(name)) for name in self.config.entry_points]
+        attachments += [hooks.mark(part, self) for part in self._module.modules()]
         # Last, because hooks are put before those that are there: on the root itself the pass begins before its group.
         return [*attachments, hooks.attach(self._module, PassHook(self))]
 

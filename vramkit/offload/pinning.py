@@ -15,10 +15,13 @@ import torch
 
 from vramkit.offload.disk import MappedFile
 
-__all__ = ["Pins"]
+__all__ = ["Pins", "has_own_pages", "own_pages"]
 
 _READ_ONLY = 8  # cudaHostRegisterReadOnly
 _ATTRIBUTE_READ_ONLY_REGISTER = 113  # CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
+
+_OWN_PAGES = "_vramkit_own_pages"  # a note that a storage carries
+_SEPARATE_BYTES = 32 * 2**20  # allocators give a piece of this size pages of its own (glibc: M_MMAP_THRESHOLD_MAX)
 
 Range = tuple[int, int]  # first byte, byte after the last
 
@@ -40,26 +43,30 @@ class Pins:
         return sum(stop - start for start, stop in self._ranges)
 
     def covers(self, memory: torch.Tensor) -> bool:
-        """Tell whether all bytes of `memory` lie in one locked range."""
+        """Tell whether all bytes of `memory` lie in one locked range, of this module or whoever locked it before."""
         start, stop = _range(memory)
-        return any(low <= start and stop <= high for low, high in self._ranges)
+        return any(low <= start and stop <= high for low, high in self._ranges) or self._is_locked_by_others(memory)
 
     def keep(self, memories: Iterable[torch.Tensor], files: Iterable[MappedFile]) -> None:
-        """Lock the pages of `memories` and whole `files`, as far as the budget and the driver allow; unlock all others.
+        """Lock the storages of `memories` and whole `files`, as far as the budget and the driver allow; unlock all others.
 
-        What could not be locked adds to `refused_bytes`; whoever copies from it has to stage.
+        What could not be locked is counted in `refused_bytes`; whoever copies from it has to stage. Memory that shares pages
+        with other memory (`has_own_pages`) is passed over.
         """
-        wanted: list[tuple[Range, object, int]] = [(span, owners, 0) for span, owners in _merged(memories)]
-        if self._read_only_is_supported():
-            wanted += [(_range(file.shared()), [file], _READ_ONLY) for file in files]
-        else:
-            self.refused_bytes += sum(file.size_bytes for file in files)
+        storages = {memory.untyped_storage().data_ptr(): memory for memory in memories if has_own_pages(memory)}
+        ranges = [(_pages_of(memory), memory) for memory in storages.values()]
+        wanted: list[tuple[Range, object, int]] = [
+            (span, memory, 0)
+            for span, memory in ranges
+            if span in self._ranges or not self._is_locked_by_others(memory)
+        ]
+        wanted += [(_range(file.shared()), file, _READ_ONLY) for file in files]
         spans = {span for span, _, _ in wanted}
         for span in [span for span in self._ranges if span not in spans]:
             self._unlock(span)
-        for span, owner, flags in wanted:
-            if span not in self._ranges and not self._lock(span, owner, flags):
-                self.refused_bytes += span[1] - span[0]
+        new = [(span, owner, flags) for span, owner, flags in wanted if span not in self._ranges]
+        refused = [span for span, owner, flags in new if not self._lock(span, owner, flags)]
+        self.refused_bytes = sum(stop - start for start, stop in refused)
 
     def close(self) -> None:
         """Unlock everything. Copies from it must be done."""
@@ -67,7 +74,9 @@ class Pins:
 
     def _lock(self, span: Range, owner: object, flags: int) -> bool:
         start, stop = span
-        if self._device.type != "cuda" or self.pinned_bytes + stop - start > self._budget_bytes:
+        if self._device.type != "cuda" or (flags == _READ_ONLY and not self._read_only_is_supported()):
+            return False
+        if self.pinned_bytes + stop - start > self._budget_bytes:
             return False
         with torch.cuda.device(self._device):
             if int(torch.cuda.cudart().cudaHostRegister(start, stop - start, flags)) != 0:  # type: ignore[no-untyped-call]
@@ -75,6 +84,9 @@ class Pins:
                 return False
         self._ranges[span] = owner
         return True
+
+    def _is_locked_by_others(self, memory: torch.Tensor) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_available() and memory.is_pinned()
 
     def _unlock(self, span: Range) -> None:
         del self._ranges[span]
@@ -90,6 +102,25 @@ class Pins:
         supported = ctypes.c_int(0)
         driver.cuDeviceGetAttribute(ctypes.byref(supported), _ATTRIBUTE_READ_ONLY_REGISTER, self._device.index or 0)
         return bool(supported.value)
+
+
+def own_pages(size_bytes: int) -> torch.Tensor:
+    """Return host memory (1-D uint8) whose pages hold nothing else, so that locking them touches nobody."""
+    with torch.inference_mode(False):
+        whole = torch.empty(size_bytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
+    setattr(whole.untyped_storage(), _OWN_PAGES, True)
+    skip = -whole.data_ptr() % mmap.PAGESIZE
+    return whole[skip : skip + size_bytes]
+
+
+def has_own_pages(memory: torch.Tensor) -> bool:
+    """Tell whether the pages of `memory` hold nothing else.
+
+    A page can be locked only once, and a copy from memory of which only some pages are locked is an error of the driver: so
+    locking a page that a stranger's tensor begins in would break every copy of that tensor.
+    """
+    storage = memory.untyped_storage()
+    return storage.nbytes() >= _SEPARATE_BYTES or hasattr(storage, _OWN_PAGES)
 
 
 def _unlock_all(ranges: dict[Range, object], device: torch.device) -> None:
@@ -112,15 +143,10 @@ def _range(memory: torch.Tensor) -> Range:
     return memory.data_ptr(), memory.data_ptr() + memory.numel() * memory.element_size()
 
 
-def _merged(memories: Iterable[torch.Tensor]) -> list[tuple[Range, list[torch.Tensor]]]:
-    """Round each range out to whole pages and join those that touch, because a page can be locked only once."""
-    merged: list[tuple[Range, list[torch.Tensor]]] = []
-    for memory in sorted(memories, key=torch.Tensor.data_ptr):
-        start, stop = _range(memory)
-        start, stop = start - start % mmap.PAGESIZE, -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE
-        if merged and start <= merged[-1][0][1]:
-            (low, high), owners = merged[-1]
-            merged[-1] = (low, max(high, stop)), [*owners, memory]
-        else:
-            merged.append(((start, stop), [memory]))
-    return merged
+def _pages_of(memory: torch.Tensor) -> Range:
+    """Return the pages of the storage of `memory`: those inside where it was made by `own_pages`, else all it touches."""
+    storage = memory.untyped_storage()
+    start, stop, page = storage.data_ptr(), storage.data_ptr() + storage.nbytes(), mmap.PAGESIZE
+    if hasattr(storage, _OWN_PAGES):
+        return -(-start // page) * page, stop - stop % page
+    return start - start % page, -(-stop // page) * page

@@ -24,12 +24,11 @@ from vramkit.offload.config import OffloadConfig
 from vramkit.offload.disk import FileReader, MappedFile, span_of
 from vramkit.offload.inventory import Inventory, Item
 from vramkit.offload.layout import BufferLayout
-from vramkit.offload.pinning import Pins
+from vramkit.offload.pinning import Pins, has_own_pages, own_pages
 from vramkit.offload.stores import DiskStore, PageableStore, PinnedStore, Staging, Store
 
 __all__ = ["RestingPlace"]
 
-_GATHER_BELOW_BYTES = 2 * 2**20  # mean leaf size under which single copies stay far from the speed of the link
 _RAM_SHARE = 0.9  # of what is free, for page-locking files that are not in RAM yet
 
 Travelling = tuple[Item, list[torch.Tensor]]  # a tensor, and those of its leaves that travel
@@ -83,11 +82,7 @@ class RestingPlace:
         loose = [
             (item, leaves) for item, leaves in travelling if to_ram or any(span_of(leaf) is None for leaf in leaves)
         ]
-        must = [pair for pair in loose if any(_must_move(leaf) for leaf in pair[1])]
-        alone = [pair for pair in loose if not any(inventory.shares_memory(leaf) for leaf in pair[1])]
-        sizes = [leaf.numel() * leaf.element_size() for _, leaves in alone for leaf in leaves]
-        is_small = not self._on_cpu and sizes and sum(sizes) / len(sizes) < _GATHER_BELOW_BYTES
-        self._gather(alone if is_small else must)
+        self._gather([pair for pair in loose if any(self._must_move(leaf, inventory) for leaf in pair[1])])
 
     def lock(self, units: Sequence[Sequence[torch.Tensor]]) -> None:
         """Page-lock what travels, within the budget; warn once about what could not be."""
@@ -165,14 +160,24 @@ class RestingPlace:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    def _must_move(self, leaf: torch.Tensor, inventory: Inventory) -> bool:
+        """Whether a leaf cannot be read where it lies: on the device, with holes, (asked for in RAM) in a file, or small.
+
+        Small leaves share pages with other memory, so they cannot be page-locked, and alone would not travel at the speed
+        of the link. Those that share a storage with others of the module stay, lest a tie is cut.
+        """
+        if leaf.device.type != "cpu" or not tensors.is_dense(leaf) or span_of(leaf) is not None:
+            return True
+        is_locked = not self._on_cpu and self._config.store != "pageable"
+        return is_locked and not has_own_pages(leaf) and not inventory.shares_memory(leaf)
+
     def _gather(self, travelling: Sequence[Travelling]) -> None:
-        """Copy leaves into one piece of exactly sized host memory, laid out as in a slot."""
+        """Copy leaves into one piece of host memory with pages of its own, laid out as in a slot."""
         if not travelling:
             return
         leaves = [leaf for item, _ in travelling for leaf in tensors.leaves(item.tensor)]
         layout = BufferLayout.of(leaves)
-        with torch.inference_mode(False):
-            memory = torch.empty(layout.size_bytes, dtype=torch.uint8)
+        memory = own_pages(layout.size_bytes)
         views = [spec.view(memory) for spec in layout.leaves]
         for view, leaf in zip(views, leaves, strict=True):
             view.copy_(leaf)
@@ -206,11 +211,6 @@ class RestingPlace:
         if file not in self._readers:
             self._readers[file] = FileReader(file, direct=self._config.direct_io)
         return self._readers[file]
-
-
-def _must_move(leaf: torch.Tensor) -> bool:
-    """Whether a leaf cannot be read where it lies: on the device, with holes, or (asked for in RAM) in a file."""
-    return leaf.device.type != "cpu" or not tensors.is_dense(leaf) or span_of(leaf) is not None
 
 
 def _bytes_in_memory_order(leaf: torch.Tensor) -> torch.Tensor:

@@ -65,8 +65,11 @@ class Streamer:
         """Whether no group is held and no step was cut short."""
         return not self._held and not self._midway
 
-    def acquire(self, group: ModuleGroup) -> None:
-        """Make `group` ready for computation issued from now on, then load what comes next."""
+    def acquire(self, group: ModuleGroup, *, in_pass: bool = True) -> None:
+        """Make `group` ready for computation issued from now on, then load what comes next.
+
+        What is acquired outside a pass (a part of the module called by itself) does not count for the order.
+        """
         held = self._held.get(group)
         if held is not None:
             if held.version == group.version():
@@ -78,7 +81,8 @@ class Streamer:
             self._counters.stall_s += load.ready.wait()
             group.show_device(load.region.memory, remember=load.region.count > 0)
             self._held[group] = load
-            self._seen.append(group)
+            if in_pass:
+                self._seen.append(group)
         self._prefetch()
         self._midway = False
 
