@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 
@@ -77,6 +78,23 @@ def test_a_lower_dtype_leaves_some_parameters_fp32(model, tmp_path):
     assert loaded.dtype == torch.bfloat16
     assert loaded.scale_shift_table.dtype == torch.float32
     assert loaded.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("loader", [AutoModel, WanTransformer3DModel])
+def test_downloads_go_where_they_are_wanted(loader, model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "snapshot" / "transformer")
+    calls = []
+
+    def snapshot_download(repo, **options):
+        calls.append((repo, options["revision"], options["cache_dir"]))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = loader.from_pretrained(
+        "owner/name", subfolder="transformer", revision="main", cache_dir=tmp_path / "cache"
+    )
+    assert_same_weights(loaded, model)
+    assert set(calls) == {("owner/name", "main", str(tmp_path / "cache"))}
 
 
 def test_models_of_the_registry_exist():

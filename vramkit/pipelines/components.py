@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from vramkit.errors import CheckpointError
+from vramkit.pipelines.folders import read_json
 
 MODEL_INDEX = "model_index.json"
 
@@ -36,13 +36,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MODEL_INDEX}: it is not a checkpoint in the diffusers folder layout "
             "(model_index.json, transformer/, vae/, ...); give the folder that holds that file"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{path} holds a {type(index).__name__}; expected an object that names the components")
-    return index
+    return read_json(path)
 
 
 def is_component(entry: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from vramkit.errors import CheckpointError, ConfigError
+from vramkit.pipelines.folders import read_json, weights_files
 
 __all__ = ["AutoModel", "Model"]
 
@@ -81,6 +83,7 @@ class Model(nn.Module):
         torch_dtype: torch.dtype | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a model from a folder in the diffusers layout, on disk or on the hub; weights are mapped, not copied.
 
@@ -91,6 +94,7 @@ class Model(nn.Module):
                 fp32 stay fp32.
             variant: as in diffusion_pytorch_model.<variant>.safetensors.
             revision: branch, tag or commit on the hub.
+            cache_dir: where downloads are kept; by default the shared Hugging Face cache.
 
         Returns:
             The model in eval mode, on the CPU, its parameters frozen.
@@ -102,8 +106,8 @@ class Model(nn.Module):
         from vramkit.offload import load_mapped  # noqa: PLC0415 - the engine is needed only once weights are
         from vramkit.pipelines.hub import local_folder  # noqa: PLC0415
 
-        folder = local_folder(path_or_repo, subfolder=subfolder, revision=revision)
-        config, files = read_config(folder), weights_files(folder, variant=variant)
+        folder = local_folder(path_or_repo, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
+        config, files = read_json(folder / CONFIG_NAME), weights_files(folder, stem=WEIGHTS_NAME, variant=variant)
         with torch.device("meta"):
             model = cls.from_config(config)
         keep = cls._keep_in_fp32 if torch_dtype is not None else ()
@@ -198,8 +202,9 @@ class AutoModel:
         """
         from vramkit.pipelines.hub import local_folder  # noqa: PLC0415
 
-        folder = local_folder(path_or_repo, subfolder=subfolder, revision=options.get("revision"))
-        model_class = cls.class_named(read_config(folder).get("_class_name"), source=folder / CONFIG_NAME)
+        where = {name: options[name] for name in ("revision", "cache_dir") if name in options}
+        path = local_folder(path_or_repo, subfolder=subfolder, **where) / CONFIG_NAME
+        model_class = cls.class_named(read_json(path).get("_class_name"), source=path)
         return model_class.from_pretrained(path_or_repo, subfolder=subfolder, **options)
 
     @staticmethod
@@ -211,47 +216,3 @@ class AutoModel:
             raise ConfigError(f"{source}: _class_name {name!r} is not supported, expected one of {sorted(MODELS)}")
         model_class: type[Model] = getattr(importlib.import_module(MODELS[name]), name)
         return model_class
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder.
-
-    Raises:
-        CheckpointError: it is missing, not JSON, or not an object.
-    """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {CONFIG_NAME}; it holds {_listing(folder)}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
-def weights_files(folder: Path, *, variant: str | None = None) -> list[Path]:
-    """The safetensors file of a folder, or the index of its shards, or the shards of a variant.
-
-    Raises:
-        CheckpointError: none of them is there.
-    """
-    stem = WEIGHTS_NAME if variant is None else f"{WEIGHTS_NAME}.{variant}"
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-        if (folder / name).is_file():
-            return [folder / name]
-    # The index of a variant has no fixed name: before ".json" or before ".safetensors". The shards do.
-    if variant is not None and (shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors"))):
-        return shards
-    pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-    reason = f"; {pickles} are pickles, which can run code when read: convert them to safetensors" if pickles else ""
-    raise CheckpointError(f"{folder}: no {stem}.safetensors and no index of it; it holds {_listing(folder)}{reason}")
-
-
-def _listing(folder: Path, *, limit: int = 12) -> str:
-    """The names in a folder, for an error message."""
-    if not folder.is_dir():
-        return "nothing: there is no such folder"
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "") if names else "nothing"

@@ -9,6 +9,7 @@ import torch
 
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import load_mapped
+from vramkit.pipelines.folders import weights_files
 from vramkit.pipelines.prompts import clean_prompt
 
 if TYPE_CHECKING:
@@ -46,22 +47,10 @@ def load_text_encoder(
     else:
         fragile = model._keep_in_fp32_modules or () if torch_dtype == torch.float16 else ()  # noqa: SLF001
         keep_fp32 = [f".{module}." for module in fragile]
-        load_mapped(model, _weights_files(folder, variant), dtype=torch_dtype, keep_fp32=keep_fp32)
+        files = weights_files(folder, stem="model", variant=variant)
+        load_mapped(model, files, dtype=torch_dtype, keep_fp32=keep_fp32)
     frozen: nn.Module = model.eval().requires_grad_(requires_grad=False)
     return frozen
-
-
-def _weights_files(folder: Path, variant: str | None) -> list[Path]:
-    """Return the safetensors file, the index of its shards, or the shards of a variant, whose index has no fixed name."""
-    stem = f"model.{variant}" if variant else "model"
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-        if (folder / name).is_file():
-            return [folder / name]
-    if variant is not None and (shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors"))):
-        return shards
-    raise CheckpointError(
-        f"{folder} has no {stem}.safetensors and no index of it: weights are read from safetensors alone, convert others"
-    )
 
 
 def load_tokenizer(folder: Path) -> Any:

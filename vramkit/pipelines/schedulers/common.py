@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
-from vramkit.errors import CheckpointError, ConfigError
+from vramkit.errors import ConfigError
+from vramkit.pipelines.folders import read_json
 
 __all__ = [
     "Scheduler",
@@ -66,7 +68,7 @@ class SchedulerConfig(Mapping[str, Any]):
         return f"SchedulerConfig({self._options})"
 
 
-class Scheduler:
+class Scheduler(ABC):
     """A schedule of noise levels and the rule that goes from one to the next.
 
     The levels rest on the host as fp32 (`sigmas`, one more than steps) and the position in them is counted there, so that a
@@ -120,15 +122,7 @@ class Scheduler:
         from vramkit.pipelines.hub import local_folder  # noqa: PLC0415 - a scheduler from a config needs no hub
 
         path = local_folder(path_or_repo, subfolder=subfolder) / CONFIG_NAME
-        if not path.is_file():
-            raise CheckpointError(f"{path.parent}: no {CONFIG_NAME}")
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON ({error})") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
-        return cls.from_config(config, **overrides)
+        return cls.from_config(read_json(path), **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json into a folder, which is made if it is missing."""
@@ -160,6 +154,50 @@ class Scheduler:
             levels = self.sigmas[[self._index_of(t) for t in timestep]]
         sigma = levels.to(sample.device, sample.dtype).view(-1, *[1] * (sample.ndim - 1))
         return sigma * noise + (1.0 - sigma) * sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Make the schedule of a run and forget the last one.
+
+        Args:
+            num_inference_steps: how many steps; may be left out where sigmas are given.
+            device: where `timesteps` are put; the sigmas stay on the host.
+            sigmas: noise levels from 1 downwards, before they are shifted; evenly spaced ones without it.
+            mu: the shift, if the scheduler shifts dynamically.
+
+        Raises:
+            ConfigError: neither steps nor sigmas, both but of different number, or mu missing.
+        """
+        steps = check_steps(num_inference_steps, sigmas)
+        timesteps, levels = self._schedule(steps, sigmas, mu)
+        self._start(timesteps, levels, device=device)
+
+    @abstractmethod
+    def _schedule(self, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> tuple[Tensor, Sigmas]:
+        """Timesteps [steps] and noise levels [steps + 1], both shifted."""
+
+    @abstractmethod
+    def step(
+        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, *, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Go from one noise level to the next."""
+
+    def _shifted(self, levels: Sigmas, shift: float, mu: float | None) -> Sigmas:
+        """Noise levels shifted as the options say: by mu when the shift is dynamic, else by `shift`."""
+        if self.options.use_dynamic_shifting:
+            if mu is None:
+                raise ConfigError("set_timesteps: this scheduler shifts dynamically (use_dynamic_shifting), give mu")
+            levels = dynamic_shift(levels, mu, kind=self.options.time_shift_type)
+        else:
+            levels = shift_sigmas(levels, shift)
+        terminal = self.options.shift_terminal
+        return stretch_to_terminal(levels, terminal) if terminal else levels
 
     def _start(self, timesteps: Tensor, sigmas: Sigmas, *, device: torch.device | str | None) -> None:
         """Take a new schedule, one more sigma than timesteps, and go to its beginning."""

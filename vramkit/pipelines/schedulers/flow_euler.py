@@ -10,16 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vramkit.errors import ConfigError
 from vramkit.pipelines.schedulers.common import (
     Scheduler,
     SchedulerOutput,
     Sigmas,
-    check_steps,
     check_supported,
-    dynamic_shift,
     shift_sigmas,
-    stretch_to_terminal,
 )
 
 __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchEulerOptions"]
@@ -58,34 +54,15 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     options_class: ClassVar[type[FlowMatchEulerOptions]] = FlowMatchEulerOptions
     options: FlowMatchEulerOptions
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Make the schedule of a run.
-
-        Args:
-            num_inference_steps: how many steps; may be left out where sigmas are given.
-            device: where `timesteps` are put; the sigmas stay on the host.
-            sigmas: noise levels from 1 downwards, before they are shifted; evenly spaced ones without it.
-            mu: the shift, if the scheduler shifts dynamically.
-
-        Raises:
-            ConfigError: neither steps nor sigmas, both but of different number, or mu missing.
-        """
-        steps = check_steps(num_inference_steps, sigmas)
+    def _schedule(self, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> tuple[Tensor, Sigmas]:
         train_steps = self.options.num_train_timesteps
         if sigmas is None:
             first, last = self._trained_range()
             levels: Sigmas = np.linspace(first * train_steps, last * train_steps, steps) / train_steps
         else:
             levels = np.asarray(sigmas, dtype=np.float32)
-        shifted = torch.from_numpy(self._shift(levels, mu)).float()
-        self._start(shifted * train_steps, np.append(shifted.numpy(), np.float32(0)), device=device)
+        shifted = torch.from_numpy(self._shifted(levels, self.options.shift, mu)).float()
+        return shifted * train_steps, np.append(shifted.numpy(), np.float32(0))
 
     def _trained_range(self) -> tuple[float, float]:
         """Highest and lowest noise level of training; shifted already, unless the shift is dynamic."""
@@ -95,16 +72,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         if not self.options.use_dynamic_shifting:
             ends = shift_sigmas(ends, self.options.shift)
         return ends[0].item(), ends[1].item()
-
-    def _shift(self, levels: Sigmas, mu: float | None) -> Sigmas:
-        if self.options.use_dynamic_shifting:
-            if mu is None:
-                raise ConfigError("set_timesteps: this scheduler shifts dynamically (use_dynamic_shifting), give mu")
-            levels = dynamic_shift(levels, mu, kind=self.options.time_shift_type)
-        else:
-            levels = shift_sigmas(levels, self.options.shift)
-        terminal = self.options.shift_terminal
-        return stretch_to_terminal(levels, terminal) if terminal else levels
 
     def step(
         self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, *, return_dict: bool = True

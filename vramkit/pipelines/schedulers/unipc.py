@@ -15,11 +15,7 @@ from vramkit.pipelines.schedulers.common import (
     Scheduler,
     SchedulerOutput,
     Sigmas,
-    check_steps,
     check_supported,
-    dynamic_shift,
-    shift_sigmas,
-    stretch_to_terminal,
 )
 
 __all__ = ["UniPCMultistepScheduler", "UniPCOptions"]
@@ -117,45 +113,19 @@ class UniPCMultistepScheduler(Scheduler):
         self._last_sample: Tensor | None = None  # where the last prediction began
         self._last_order = 0
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Make the schedule of a run and forget the last one.
-
-        Args:
-            num_inference_steps: how many steps; may be left out where sigmas are given.
-            device: where `timesteps` are put; the sigmas stay on the host.
-            sigmas: noise levels from 1 downwards, before they are shifted; evenly spaced ones without it.
-            mu: the shift, if the scheduler shifts dynamically.
-
-        Raises:
-            ConfigError: neither steps nor sigmas, both but of different number, or mu missing.
-        """
-        steps = check_steps(num_inference_steps, sigmas)
+    def _schedule(self, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> tuple[Tensor, Sigmas]:
         train_steps = self.options.num_train_timesteps
         if sigmas is None:
             sigmas = np.linspace(1, 1 / train_steps, steps + 1)[:-1].tolist()
-        levels = self._shift(np.array(sigmas, dtype=np.float64), mu)
+        levels = self._shifted(np.array(sigmas, dtype=np.float64), self.options.flow_shift, mu)
         if abs(levels[0] - 1) < FIRST_SIGMA_GAP:
             levels[0] -= FIRST_SIGMA_GAP
         final = 0.0 if self.options.final_sigmas_type == "zero" else levels[-1]
-        self._start(torch.from_numpy(levels * train_steps).long(), np.append(levels, final), device=device)
-        self._forget()
+        return torch.from_numpy(levels * train_steps).long(), np.append(levels, final)
 
-    def _shift(self, levels: Sigmas, mu: float | None) -> Sigmas:
-        if self.options.use_dynamic_shifting:
-            if mu is None:
-                raise ConfigError("set_timesteps: this scheduler shifts dynamically (use_dynamic_shifting), give mu")
-            levels = dynamic_shift(levels, mu, kind=self.options.time_shift_type)
-        else:
-            levels = shift_sigmas(levels, self.options.flow_shift)
-        terminal = self.options.shift_terminal
-        return stretch_to_terminal(levels, terminal) if terminal else levels
+    def _start(self, timesteps: Tensor, sigmas: Sigmas, *, device: torch.device | str | None) -> None:
+        super()._start(timesteps, sigmas, device=device)
+        self._forget()
 
     def step(
         self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, *, return_dict: bool = True

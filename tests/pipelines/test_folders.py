@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vramkit.errors import CheckpointError
+from vramkit.pipelines.folders import listing, read_json, weights_files
+
+
+def touch(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).touch()
+    return [folder / name for name in names]
+
+
+class TestReadJson:
+    def test_reads_an_object(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_text('{"name": "\u00fc"}', encoding="utf-8")
+        assert read_json(path) == {"name": "\u00fc"}
+
+    def test_a_missing_file_is_named_beside_what_is_there(self, tmp_path: Path) -> None:
+        touch(tmp_path, "readme.txt")
+        with pytest.raises(CheckpointError, match=r"no config\.json; it holds readme\.txt"):
+            read_json(tmp_path / "config.json")
+
+    @pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe", b"null"])
+    def test_damage_is_named(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            read_json(path)
+
+
+class TestWeightsFiles:
+    @pytest.mark.parametrize(
+        ("names", "found"),
+        [
+            (["model.safetensors"], ["model.safetensors"]),
+            (["model.safetensors", "model.safetensors.index.json"], ["model.safetensors"]),
+            (
+                ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+                ["model.safetensors.index.json"],
+            ),
+        ],
+    )
+    def test_one_file_or_an_index(self, names: list[str], found: list[str], tmp_path: Path) -> None:
+        touch(tmp_path, *names, "other.safetensors")
+        assert weights_files(tmp_path, stem="model") == [tmp_path / name for name in found]
+
+    def test_variant(self, tmp_path: Path) -> None:
+        touch(tmp_path, "model.safetensors")
+        shards = touch(tmp_path, "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors")
+        assert weights_files(tmp_path, stem="model", variant="fp16") == shards
+        (whole,) = touch(tmp_path, "model.fp16.safetensors")
+        assert weights_files(tmp_path, stem="model", variant="fp16") == [whole]
+
+    def test_missing_weights_say_what_is_there(self, tmp_path: Path) -> None:
+        touch(tmp_path, "pytorch_model.bin", "config.json")
+        with pytest.raises(
+            CheckpointError, match=r"no model\.safetensors.*config\.json.*'pytorch_model\.bin'.*pickles"
+        ):
+            weights_files(tmp_path, stem="model")
+        with pytest.raises(CheckpointError, match=r"no model\.fp16\.safetensors"):
+            weights_files(tmp_path, stem="model", variant="fp16")
+
+
+def test_listing(tmp_path: Path) -> None:
+    assert listing(tmp_path) == "nothing"
+    assert "no such folder" in listing(tmp_path / "missing")
+    touch(tmp_path, *"dcba")
+    assert listing(tmp_path) == "a, b, c, d"
+    assert listing(tmp_path, limit=2) == "a, b ..."
