@@ -21,7 +21,7 @@ def moved_call(
 def moved(value: Any, device: torch.device) -> Any:
     """Return `value` with tensors on `device`.
 
-    Tuples, lists and dicts (exactly these, and named tuples) are rebuilt only where something in them moves; other objects, caches among
+    Tuples, named tuples, lists and dicts are rebuilt only where something in them moves; other objects, caches among
     them, pass as they are.
     """
     if isinstance(value, torch.Tensor):
