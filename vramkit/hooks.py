@@ -92,11 +92,11 @@ def attached(module: nn.Module, kind: type[HookT]) -> Iterator[HookT]:
             yield hook
 
 
-def mark(module: nn.Module, owner: object) -> Attachment:
-    """Note on `module` that `owner` manages it, at no cost to its forward; see `marks`."""
+def mark(module: nn.Module, owner: object, before_state_dict: Callable[[], None]) -> Attachment:
+    """Note on `module` that `owner` manages it, at no cost to its forward, and be told when a state dict is taken."""
 
     def note(*_arguments: object) -> None:
-        """Hold the mark: a hook that runs when a state dict is taken, and does nothing then."""
+        before_state_dict()
 
     setattr(note, _MARK, owner)
     handle = module.register_state_dict_pre_hook(note)  # type: ignore[no-untyped-call]

@@ -285,6 +285,17 @@ def test_moves_keep_fp8_and_other_operations_widen():
     assert "a scale per row" in repr(tensor)
 
 
+def test_a_cast_module_can_be_moved_and_change_its_compute_dtype(net, ids):
+    apply_layerwise_casting(net, E4M3, torch.float32)
+    with torch.no_grad():
+        assert net(ids).dtype == torch.float32
+        net.to(torch.bfloat16)
+        assert isinstance(net.conv.weight, NarrowTensor)
+        assert net.conv.weight.stored.dtype == E4M3
+        assert net(ids).dtype == torch.bfloat16
+    assert net.to("meta").conv.weight.device.type == "meta"
+
+
 def test_state_dict_and_deepcopy(net, ids):
     apply_layerwise_casting(net, E4M3, torch.float32)
     twin = copy.deepcopy(net)

@@ -172,6 +172,24 @@ def test_weights_are_whole_after_an_interrupt_and_remove(tmp_path: Path, monkeyp
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_state_dict_after_an_interrupt_is_not_the_next_calls_memory(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = BlockNet().eval()
+    module = mapped_copy(model, tmp_path)
+    apply_group_offloading(module, "cpu", offload_type=level)
+    with monkeypatch.context() as patch, torch.no_grad():
+        layer = module.blocks[3].up
+        patch.setattr(layer, "forward", raising(layer.forward, KeyboardInterrupt, 0))
+        with pytest.raises(KeyboardInterrupt):
+            module(tokens(8))
+    state = module.state_dict()
+    with torch.no_grad():
+        call(module, times=2)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_failed_read_ends_only_when_no_thread_writes_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -561,7 +561,7 @@ def test_codec_methods_are_the_classes_own_again(tmp_path: Path) -> None:
 def test_applying_inside_an_offloaded_module_is_named(part: str) -> None:
     model = BlockNet().eval()
     offload = apply_group_offloading(model, "cpu")
-    with pytest.raises(ConflictError, match="belongs to.*remove"):
+    with pytest.raises(ConflictError, match=r"belongs to.*remove"):
         apply_group_offloading(model.get_submodule(part), "cpu")
     offload.remove()
     apply_group_offloading(model.get_submodule(part), "cpu").remove()

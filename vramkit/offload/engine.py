@@ -157,7 +157,7 @@ class Engine:
             hook = TableHook(slot, place.pinned_memory(slot.rest), self.config.device)
             attachments.append(hooks.attach(module, hook))
         attachments += [hooks.wrap_method(self._module, name, self._around(name)) for name in self.config.entry_points]
-        attachments += [hooks.mark(part, self) for part in self._module.modules()]
+        attachments += [hooks.mark(part, self, self._before_state_dict) for part in self._module.modules()]
         # Last, because hooks are put before those that are there: on the root itself the pass begins before its group.
         return [*attachments, hooks.attach(self._module, PassHook(self))]
 
@@ -186,6 +186,11 @@ class Engine:
             self._streamer.release_all()
         if is_outermost or entry_point == "forward":
             self._streamer.end_pass()
+
+    def _before_state_dict(self) -> None:
+        # After Ctrl-C groups are still on show in slots, which the next call overwrites.
+        if self._turns is None:
+            self._streamer.show_rest()
 
     def _forget_pass(self) -> None:
         self._streamer.reset()

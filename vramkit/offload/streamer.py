@@ -103,6 +103,11 @@ class Streamer:
         for group in list(self._held):
             self.release(group)
 
+    def show_rest(self) -> None:
+        """Let the owners of groups that are held have their tensors at rest."""
+        for group in self._held:
+            group.show_rest()
+
     def end_pass(self) -> None:
         """Learn the order of the pass that ends, and load what the next one starts with.
 
