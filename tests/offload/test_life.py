@@ -18,7 +18,7 @@ import torch
 from modules import CASES, WIDTH, Block, BlockNet, Codec, StatefulNet, TiedNet, mapped_copy, tokens
 from torch import nn
 
-from vramkit.errors import ConfigError, ConflictError, VramkitError
+from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError, VramkitError
 from vramkit.offload import Offload, apply_group_offloading, offload_of
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
@@ -566,3 +566,14 @@ def test_applying_inside_an_offloaded_module_is_named(part: str) -> None:
     offload.remove()
     apply_group_offloading(model.get_submodule(part), "cpu").remove()
     assert not any(module._state_dict_pre_hooks for module in model.modules())
+
+
+def test_a_tensor_of_an_unknown_kind_is_named_before_anything_is_changed() -> None:
+    class Opaque(torch.Tensor):
+        pass
+
+    model = BlockNet().eval()
+    model.blocks[2].up.weight = nn.Parameter(torch.randn(96, 48).as_subclass(Opaque), requires_grad=False)
+    with pytest.raises(UnsupportedTensorError, match=r"blocks\.2\.up\.weight: .*Opaque cannot be streamed"):
+        apply_group_offloading(model, "cpu")
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -108,6 +108,7 @@ def assemble(module: nn.Module, config: OffloadConfig, place: RestingPlace) -> A
         ConfigError, ConflictError, UnsupportedTensorError: before anything was changed.
     """
     inventory = Inventory(module)
+    place.forget_changed(inventory)
     parts = partition(
         module,
         granularity=config.granularity,

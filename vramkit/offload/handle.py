@@ -9,11 +9,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vramkit import hooks, tensors
+from vramkit import hooks
 from vramkit.memory import tensor_bytes
 from vramkit.offload.backend import backend_for
 from vramkit.offload.config import OffloadConfig
-from vramkit.offload.disk import MappedFile, forget_span, span_of
 from vramkit.offload.engine import Engine, PassHook
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.streamer import Counters
@@ -134,26 +133,12 @@ class Offload:
         )
 
     def _start(self) -> Engine:
-        self._forget_changed_spans()
         return Engine(self.module, self.config, self._place, self._counters, turns=self._turns, owner=self)
 
     def _stop(self) -> None:
         assert self._engine is not None
         self._returned_bytes += self._engine.close()
         self._engine = None
-
-    def _forget_changed_spans(self) -> None:
-        """Take tensors of files that were written through ``.data``, which leaves no other trace, for ordinary memory."""
-        may_be_written: dict[MappedFile, bool] = {}
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            for leaf in tensors.leaves(tensor):
-                span = span_of(leaf)
-                if span is None:
-                    continue
-                if span.file not in may_be_written:
-                    may_be_written[span.file] = span.file.may_be_written()
-                if may_be_written[span.file] and not span.holds(leaf):
-                    forget_span(leaf)
 
 
 def offload_of(module: nn.Module) -> Offload | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vramkit import tensors
-from vramkit.errors import ConfigError, ConflictError
+from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
 from vramkit.offload.group import TensorSlot
 
 __all__ = ["Inventory", "Item", "refuse_foreign_hooks"]
@@ -78,7 +78,11 @@ class Inventory:
         if item is not None:
             item.owners.append(owner)
             return
-        if any(leaf.device.type == "meta" for leaf in tensors.leaves(tensor)):
+        try:
+            leaves = tensors.leaves(tensor)
+        except UnsupportedTensorError as error:
+            raise UnsupportedTensorError(f"{name}: {error}") from error
+        if any(leaf.device.type == "meta" for leaf in leaves):
             raise ConfigError(f"{name} is on the meta device, so it has no values to offload; load the weights first")
         self._by_id[id(tensor)] = Item(name, tensor, [owner], is_buffer)
 

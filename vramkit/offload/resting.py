@@ -21,7 +21,7 @@ from vramkit.memory import available_ram_bytes, format_bytes
 from vramkit.offload.backend import Backend
 from vramkit.offload.checkpoint import read_checkpoint, write_checkpoint
 from vramkit.offload.config import OffloadConfig
-from vramkit.offload.disk import FileReader, MappedFile, span_of
+from vramkit.offload.disk import FileReader, MappedFile, forget_span, span_of
 from vramkit.offload.inventory import Inventory, Item
 from vramkit.offload.layout import BufferLayout
 from vramkit.offload.pinning import Pins, has_own_pages, own_pages
@@ -70,6 +70,18 @@ class RestingPlace:
                     f"store={store!r} needs weights in files, and {loose} tensors are not: load them by load_mapped"
                     + (", or give offload_to_disk_path" if store == "disk" else "")
                 )
+
+    def forget_changed(self, inventory: Inventory) -> None:
+        """Take tensors of files that were written through ``.data``, which leaves no other trace, for ordinary memory."""
+        may_be_written: dict[MappedFile, bool] = {}
+        for leaf in (leaf for item in inventory for leaf in tensors.leaves(item.tensor)):
+            span = span_of(leaf)
+            if span is None:
+                continue
+            if span.file not in may_be_written:
+                may_be_written[span.file] = span.file.may_be_written()
+            if may_be_written[span.file] and not span.holds(leaf):
+                forget_span(leaf)
 
     def settle(self, travelling: Sequence[Travelling], inventory: Inventory) -> None:
         """Bring the leaves of one unit to where they rest from now on: in host memory, dense, in few pieces, or on disk."""
