@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit_json
 from typer.testing import CliRunner
 
 from vramkit import __version__, cli
@@ -155,6 +156,8 @@ class TestErrors:
             (wan("x", "--frames", "0"), "1 or 5"),
             (wan("x", "--steps", "many"), "--steps"),
             (wan("x", "--slots", "0"), "--slots"),
+            (wan("x", "--seed", "-1"), "--seed"),
+            (wan("x", "--seed", str(2**64)), "--seed"),
             (wan("x", "--dtype", "int8"), "--dtype"),
             (wan("x", "--offload", "some"), "--offload"),
             (wan("x", "--device", "tpu"), "tpu"),
@@ -170,6 +173,8 @@ class TestErrors:
         [
             (["--height", "40"], "multiple of 16"),
             (["--steps", "0"], "num_inference_steps is 0"),
+            (["--guidance", "nan"], "guidance_scale is nan"),
+            (["--flow-shift", "0"], "flow_shift=0.0"),
             (["--store", "tape"], "tape"),
             (["--resident", "much"], "much"),
             (["--fps", "0"], "fps"),
@@ -188,6 +193,19 @@ class TestErrors:
         weights.write_bytes(weights.read_bytes()[:-64])
         said = fails(wan(copy, "--device", "cpu", "--out", str(tmp_path / "clip.mp4")), capsys)
         assert "diffusion_pytorch_model.safetensors" in said
+
+    @pytest.mark.parametrize("name", ["text_encoder", "tokenizer", "transformer", "scheduler", "vae"])
+    def test_checkpoint_without_a_part(
+        self, name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        copy = shutil.copytree(model, tmp_path / "copy")
+        edit_json(copy / "model_index.json", **{name: [None, None]})
+        options = ["--fp8", "--vae-tiling", "--flow-shift", "3"]
+        assert f"has no {name}" in fails(wan(copy, "--device", "cpu", *options), capsys)
+
+    def test_demo_into_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").touch()
+        assert "cannot be written to" in fails(["demo", "--device", "cpu", "--out", str(tmp_path / "file")], capsys)
 
     def raising(self, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*arguments: Any, **options: Any) -> Any:

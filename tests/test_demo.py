@@ -3,7 +3,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,15 @@ class TestCheckpoint:
         assert weights.stat().st_mtime_ns == written
         cached_checkpoint(TINY, cache=own_cache, fresh=True)
         assert weights.stat().st_mtime_ns != written
+
+    def test_what_killed_processes_left_is_removed(self, tmp_path: Path) -> None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        kept = [f".demo-tiny.{os.getpid()}0.part.txt", f".demo-tiny.{os.getppid()}.part", ".demo-tiny.mine.part"]
+        for name in (f".demo-tiny.{ended.pid}.part", *kept):
+            (tmp_path / name).mkdir()
+        cached_checkpoint(TINY, cache=tmp_path)
+        assert listing(tmp_path) == sorted([*kept, "demo-tiny"])
 
     def spoil_flip(self, folder: Path) -> None:
         weights = folder / "vae" / "diffusion_pytorch_model.safetensors"

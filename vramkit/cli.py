@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vramkit import __version__
-from vramkit.errors import ConfigError, VramkitError
+from vramkit.errors import CheckpointError, ConfigError, VramkitError
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ def wan(
     frames: Annotated[int, typer.Option(help="Frames, 4 k + 1.")] = 81,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**64 - 1)] = 0,
     fps: Annotated[float, typer.Option(help="Frames per second of the video.")] = 16.0,
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the schedule: 3 for 480p, 5 for 720p.")] = None,
     dtype: Annotated[
@@ -156,7 +156,10 @@ def wan(
         Offload, typer.Option(help="Stream weights by block or leaf, whole models, or not.")
     ] = Offload.block,
     store: Annotated[
-        str | None, typer.Option(help="Where streamed weights rest; chosen by itself when left out.")
+        str | None,
+        typer.Option(
+            help="Where streamed weights rest: registered, mapped, pageable or disk; by itself when left out."
+        ),
     ] = None,
     resident: Annotated[str, typer.Option(help='Transformer weights that stay on the device, such as "4GiB".')] = "0",
     slots: Annotated[int, typer.Option(help="Device slots that weights pass through.", min=1)] = 2,
@@ -219,7 +222,14 @@ def place(
 def _load_wan(model: str, dtype: Dtype, device: str) -> WanPipeline:
     from vramkit.pipelines.wan.pipeline import WanPipeline  # noqa: PLC0415
 
-    return WanPipeline.from_pretrained(model, torch_dtype=_dtypes(dtype, device))
+    pipeline = WanPipeline.from_pretrained(model, torch_dtype=_dtypes(dtype, device))
+    missing = [name for name, part in pipeline.components.items() if part is None and name != "transformer_2"]
+    if missing:
+        raise CheckpointError(
+            f"{model} has no {' and no '.join(missing)}, without which there is no clip from a prompt"
+        )
+    pipeline.set_progress_bar_config(desc="denoise")
+    return pipeline
 
 
 def _dtypes(dtype: Dtype, device: str) -> dict[str, Any]:

@@ -125,6 +125,16 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes", [{"ffn_dim": "many"}, {"ffn_dim": -3}, {"num_attention_heads": None}, {"patch_size": 3}]
+)
+def test_a_config_of_no_model_is_named(changes, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY | changes))
+    with pytest.raises(CheckpointError, match=r"config\.json does not describe a WanTransformer3DModel: ."):
+        WanTransformer3DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("config", "kind", "message"),
     [
         (TINY, CheckpointError, "no _class_name"),

@@ -209,6 +209,8 @@ class TestWrongArguments:
             ({"num_frames": 0}, "num_frames is 0"),
             ({"num_inference_steps": 0}, "num_inference_steps is 0"),
             ({"num_inference_steps": True}, "num_inference_steps is True"),
+            ({"guidance_scale": float("nan")}, "guidance_scale is nan; expected a finite number"),
+            ({"guidance_scale": "5"}, "guidance_scale is '5'"),
             ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
             ({"max_sequence_length": 0}, "max_sequence_length is 0"),
             ({"prompt": None}, "there is no prompt"),
@@ -240,6 +242,7 @@ class TestWrongArguments:
         ("missing", "arguments", "message"),
         [
             ("transformer", {}, "no transformer"),
+            ("scheduler", {}, "no scheduler"),
             ("vae", {}, 'output_type="latent"'),
             ("text_encoder", {}, "prompt_embeds"),
             ("tokenizer", {"prompt": None, "prompt_embeds": embeds()}, "negative_prompt_embeds"),
@@ -363,6 +366,27 @@ class TestLoading:
     def test_damaged_tokenizer(self, copied: Path) -> None:
         (copied / "tokenizer" / "tokenizer.json").write_text("{}")
         with pytest.raises(CheckpointError, match="tokenizer"):
+            load(copied)
+        (copied / "tokenizer" / "tokenizer.json").unlink()
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json or spiece\.model; it holds tokenizer_config"):
+            load(copied)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "not JSON"),
+            ("[]", "expected a JSON object"),
+            ('{"d_ff": "many"}', "does not describe a UMT5EncoderModel: .*d_ff"),
+            ('{"d_ff": -3}', "does not describe a UMT5EncoderModel"),
+        ],
+    )
+    def test_damaged_config_of_the_text_encoder(self, text: str, message: str, copied: Path) -> None:
+        path = copied / "text_encoder" / "config.json"
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load(copied)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=r"no config\.json"):  # and not the defaults of the class
             load(copied)
 
     def test_pickled_weights_are_not_read(self, copied: Path) -> None:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from vramkit.demo.tokenizer import write_tokenizer
@@ -54,6 +55,7 @@ def cached_checkpoint(preset: Preset, *, cache: Path | None = None, fresh: bool 
     if not fresh and is_whole(target, preset):
         return target
     part = cache / f".{target.name}.{os.getpid()}.part"
+    _remove_abandoned(cache, target.name)
     try:
         part.mkdir(parents=True)
         write_checkpoint(part, preset)
@@ -65,6 +67,14 @@ def cached_checkpoint(preset: Preset, *, cache: Path | None = None, fresh: bool 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _remove_abandoned(cache: Path, name: str) -> None:
+    """Remove what processes that were killed while writing have left."""
+    for part in cache.glob(f".{name}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def write_manifest(folder: Path, preset: Preset) -> None:

@@ -82,7 +82,7 @@ def run_demo(
     device = resolve_device(device)
     if budget_bytes is None:
         budget_bytes = preset.cuda_budget_bytes if device.startswith("cuda") else preset.cpu_budget_bytes
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     console.print(f"checkpoint: {preset.name}, random weights in the published Wan2.1 layout ...")
     checkpoint = cached_checkpoint(preset, fresh=fresh)
     weights_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
@@ -102,6 +102,16 @@ def run_demo(
     print_outcome(outcome, console)
     console.print(f"video:   {out / VIDEO}\npicture: {out / PICTURE}", soft_wrap=True)
     return outcome
+
+
+def _make_folder(out: Path) -> None:
+    """Make the output folder and see that it takes files, before minutes of work and not after them."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out is {str(out)!r}, a folder that cannot be written to: {error.strerror}") from error
 
 
 def resolve_device(device: str) -> str:

@@ -87,9 +87,9 @@ def _download(
             repo, allow_patterns=patterns, revision=revision, cache_dir=os.fspath(cache_dir) if cache_dir else None
         )
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or "no reason given"
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
         raise CheckpointError(
-            f"Cannot download {repo!r}: {type(error).__name__}: {reason} "
+            f"Cannot download {repo!r}: {type(error).__name__}: {reason}. "
             "Check the name, the network and `hf auth login` for gated models, or give a local folder."
         ) from error
     return Path(folder)

@@ -108,8 +108,13 @@ class Model(nn.Module):
 
         folder = local_folder(path_or_repo, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
         config, files = read_json(folder / CONFIG_NAME), weights_files(folder, stem=WEIGHTS_NAME, variant=variant)
-        with torch.device("meta"):
-            model = cls.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a {cls.__name__}: {error}") from error
         keep = cls._keep_in_fp32 if torch_dtype is not None else ()
         load_mapped(model, files, dtype=torch_dtype, keep_fp32=keep)
         return model.eval().requires_grad_(requires_grad=False)

@@ -9,13 +9,15 @@ import torch
 
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import load_mapped
-from vramkit.pipelines.folders import weights_files
+from vramkit.pipelines.folders import listing, read_json, weights_files
 from vramkit.pipelines.prompts import clean_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
+
+VOCABULARIES = ("tokenizer.json", "spiece.model")
 
 
 def load_text_encoder(
@@ -38,9 +40,7 @@ def load_text_encoder(
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no class {class_name} for {folder}")
-    config = model_class.config_class.from_pretrained(folder)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = _unfilled(model_class, folder)
     if any(buffer.is_meta and name not in model.state_dict() for name, buffer in model.named_buffers()):
         # Tables that __init__ computes and no file holds: only the class itself can fill them.
         model = model_class.from_pretrained(folder, dtype=torch_dtype, variant=variant, use_safetensors=True)
@@ -53,8 +53,24 @@ def load_text_encoder(
     return frozen
 
 
+def _unfilled(model_class: Any, folder: Path) -> Any:
+    """Build the class on the meta device from the folder's config.json."""
+    read_json(folder / "config.json")  # the class itself takes its defaults when there is none
+    try:
+        config = model_class.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # the errors of that library's checks have no base of their own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a {model_class.__name__}: {reason}"
+        ) from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a checkpoint folder; CheckpointError when transformers cannot read it."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
+        raise CheckpointError(f"{folder}: no {' or '.join(VOCABULARIES)}; it holds {listing(folder)}")
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:

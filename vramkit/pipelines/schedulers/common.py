@@ -7,6 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,8 +24,8 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "SchedulerOutput",
+    "check_options",
     "check_steps",
-    "check_supported",
     "dynamic_shift",
     "shift_sigmas",
     "stretch_to_terminal",
@@ -229,8 +230,16 @@ class Scheduler(ABC):
         return self._step_index
 
 
-def check_supported(options: Any, supported: Mapping[str, Sequence[Any]]) -> None:
-    """Raise ConfigError for the first option whose value is not among the supported ones."""
+def check_options(options: Any, *, supported: Mapping[str, Sequence[Any]], above_zero: Sequence[str]) -> None:
+    """Raise ConfigError for the first option that is not a number where one is due, too small, or not supported."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(field.default, Real) and value is not None and not isinstance(value, Real):
+            raise ConfigError(f"scheduler option {field.name}={value!r}, expected a number such as {field.default}")
+    for name in above_zero:
+        value = getattr(options, name)
+        if value is None or not 0 < value < math.inf:  # written so that NaN fails too
+            raise ConfigError(f"scheduler option {name}={value}, expected a number above 0")
     for name, values in supported.items():
         value = getattr(options, name)
         if value not in values:

@@ -14,7 +14,7 @@ from vramkit.pipelines.schedulers.common import (
     Scheduler,
     SchedulerOutput,
     Sigmas,
-    check_supported,
+    check_options,
     shift_sigmas,
 )
 
@@ -42,7 +42,11 @@ class FlowMatchEulerOptions:
 
     def __post_init__(self) -> None:
         off = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
-        check_supported(self, {**dict.fromkeys(off, (False, None)), "time_shift_type": ("exponential", "linear")})
+        check_options(
+            self,
+            supported={**dict.fromkeys(off, (False, None)), "time_shift_type": ("exponential", "linear")},
+            above_zero=("num_train_timesteps", "shift"),
+        )
 
 
 class FlowMatchEulerDiscreteScheduler(Scheduler):

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vramkit.errors import ConfigError
 from vramkit.pipelines.schedulers.common import (
     Scheduler,
     SchedulerOutput,
     Sigmas,
-    check_supported,
+    check_options,
 )
 
 __all__ = ["UniPCMultistepScheduler", "UniPCOptions"]
@@ -66,9 +65,9 @@ class UniPCOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "disable_corrector", tuple(self.disable_corrector))  # a list in JSON
         off = ("thresholding", "solver_p", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-        check_supported(
+        check_options(
             self,
-            {
+            supported={
                 "prediction_type": ("flow_prediction",),
                 "use_flow_sigmas": (True,),
                 "predict_x0": (True,),
@@ -77,9 +76,8 @@ class UniPCOptions:
                 "time_shift_type": ("exponential", "linear"),
                 **dict.fromkeys(off, (False, None)),
             },
+            above_zero=("num_train_timesteps", "solver_order", "flow_shift"),
         )
-        if self.solver_order < 1:
-            raise ConfigError(f"scheduler option solver_order={self.solver_order}, expected at least 1")
 
 
 class _Interval(NamedTuple):

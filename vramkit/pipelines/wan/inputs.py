@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ def check_positive(**counts: Any) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"{name} is {count!r}; expected a whole number of at least 1")
+
+
+def check_finite(**numbers: Any) -> None:
+    """Refuse what is no number, and the infinite ones."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not math.isfinite(number):
+            raise ConfigError(f"{name} is {number!r}; expected a finite number")
 
 
 def check_choices(name: str, given: Sequence[str], known: Sequence[str]) -> None:

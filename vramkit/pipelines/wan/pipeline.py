@@ -21,6 +21,7 @@ from vramkit.pipelines.wan.inputs import (
     Generators,
     Prompt,
     check_choices,
+    check_finite,
     check_noise,
     check_positive,
     check_prompts,
@@ -205,6 +206,7 @@ class WanPipeline(Pipeline):
             num_videos_per_prompt=num_videos_per_prompt,
             max_sequence_length=max_sequence_length,
         )
+        check_finite(guidance_scale=guidance_scale)
         num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal)
         prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         self._guidance_scale = guidance_scale
@@ -332,10 +334,9 @@ class WanPipeline(Pipeline):
         return negative + self._guidance_scale * (positive - negative)
 
     def _check_call(self, height: int, width: int, output_type: str, wanted: tuple[str, ...]) -> None:
-        if self.transformer is None:
-            raise ConfigError(
-                "this pipeline has no transformer: load the checkpoint with it, or set pipeline.transformer"
-            )
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"this pipeline has no {name}: load the checkpoint with it, or set pipeline.{name}")
         if self.vae is None and output_type != "latent":
             raise ConfigError('this pipeline has no vae: ask for output_type="latent", or set pipeline.vae')
         check_positive(height=height, width=width)
