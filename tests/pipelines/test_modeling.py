@@ -125,12 +125,18 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ffn_dim": "many"}, {"ffn_dim": -3}, {"num_attention_heads": None}, {"patch_size": 3}]
+    ("changes", "kind", "message"),
+    [
+        ({"ffn_dim": "many"}, ConfigError, "WanTransformer3DModel: option ffn_dim='many', expected int"),
+        ({"num_attention_heads": None}, ConfigError, "num_attention_heads=None"),
+        ({"patch_size": 3}, ConfigError, "patch_size=3"),
+        ({"ffn_dim": -3}, CheckpointError, r"config\.json does not describe a WanTransformer3DModel: ."),
+    ],
 )
-def test_a_config_of_no_model_is_named(changes, model, tmp_path):
+def test_a_config_of_no_model_is_named(changes, kind, message, model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY | changes))
-    with pytest.raises(CheckpointError, match=r"config\.json does not describe a WanTransformer3DModel: ."):
+    with pytest.raises(kind, match=message):
         WanTransformer3DModel.from_pretrained(tmp_path)
 
 

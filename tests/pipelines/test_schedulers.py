@@ -224,7 +224,7 @@ def test_config_travels_between_schedulers(tmp_path):
         (lambda: UniPCMultistepScheduler.from_config(WAN, use_karras_sigmas=True), "use_karras_sigmas=True"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, solver_type="heun"), "solver_type='heun'"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, solver_order=0), "solver_order=0"),
-        (lambda: UniPCMultistepScheduler.from_config(WAN, solver_order="2"), "solver_order='2', expected a number"),
+        (lambda: UniPCMultistepScheduler.from_config(WAN, solver_order="2"), "option solver_order='2', expected int"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=0.0), "flow_shift=0.0, expected a number above 0"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=float("nan")), "flow_shift=nan"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=None), "flow_shift=None"),

@@ -331,6 +331,7 @@ class TestLoading:
         [
             ({"vae": ["diffusers", "AutoencoderKLMochi"]}, "diffusers.AutoencoderKLMochi as 'vae'.*pass vae="),
             ({"vae": ["evil", "AutoencoderKLWan"]}, "evil.AutoencoderKLWan"),
+            ({"vae": 3}, r"vae is 3, expected \[library, class\]"),
             ({"_class_name": "WanImageToVideoPipeline"}, "WanImageToVideoPipeline, not of WanPipeline"),
             ({"image_encoder": ["transformers", "CLIPVisionModel"]}, "image_encoder"),
             ({"boundary_ratio": 0.875}, "Wan2.2"),

@@ -270,7 +270,7 @@ def test_three_token_tensors_are_alive(dtype):
         ({"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
         ({"patch_size": (2, 2)}, "three numbers"),
         ({"attention_head_dim": 7}, "even"),
-        ({"colour": "red"}, r"unknown config keys \['colour'\]"),
+        ({"colour": "red"}, r"unknown options \['colour'\]"),
     ],
 )
 def test_wrong_configs_are_named(config, message):

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.pipelines.folders import read_json, weights_files
+from vramkit.pipelines.options import make_options
 
 __all__ = ["AutoModel", "Model"]
 
@@ -64,15 +65,12 @@ class Model(nn.Module):
         """A model with random weights, from a config object or from the dict of a config.json.
 
         Raises:
-            ConfigError: keys that the model does not know; those that start with "_" are ignored.
+            ConfigError: keys that the model does not know, or values of another kind; keys that start with "_" are ignored.
         """
         if not isinstance(config, Mapping):
             return cls(config)
         given = {key: value for key, value in config.items() if not key.startswith("_")}
-        known = {field.name for field in dataclasses.fields(cls.config_class)}
-        if unknown := sorted(given.keys() - known):
-            raise ConfigError(f"{cls.__name__}: unknown config keys {unknown}, expected some of {sorted(known)}")
-        return cls(cls.config_class(**given))
+        return cls(make_options(cls.config_class, given, owner=cls.__name__))
 
     @classmethod
     def from_pretrained(

@@ -99,7 +99,11 @@ class Pipeline:
                 "that it names"
             )
         public = {key: value for key, value in index.items() if not key.startswith("_")}
-        entries = {key: value for key, value in public.items() if is_component(value)}
+        entries = {key: value for key, value in public.items() if is_component(value) or key in cls.component_names}
+        if damaged := [key for key, value in entries.items() if not is_component(value)]:
+            raise CheckpointError(
+                f"{root / MODEL_INDEX}: {damaged[0]} is {index[damaged[0]]!r}, expected [library, class]"
+            )
         options = {key: value for key, value in public.items() if key not in entries}
         known = inspect.signature(cls).parameters
         unknown = [key for key in public if key not in known]

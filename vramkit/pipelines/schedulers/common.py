@@ -7,7 +7,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +18,7 @@ from typing_extensions import Self
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.folders import read_json
+from vramkit.pipelines.options import make_options
 
 __all__ = [
     "Scheduler",
@@ -82,10 +82,7 @@ class Scheduler(ABC):
     init_noise_sigma: ClassVar[float] = 1.0
 
     def __init__(self, **options: Any) -> None:
-        known = {field.name for field in dataclasses.fields(self.options_class)}
-        if unknown := sorted(options.keys() - known):
-            raise ConfigError(f"{type(self).__name__}: unknown options {unknown}, expected some of {sorted(known)}")
-        self.options = self.options_class(**options)
+        self.options = make_options(self.options_class, options, owner=type(self).__name__)
         self.config = SchedulerConfig({"_class_name": type(self).__name__, **dataclasses.asdict(self.options)})
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
@@ -231,14 +228,10 @@ class Scheduler(ABC):
 
 
 def check_options(options: Any, *, supported: Mapping[str, Sequence[Any]], above_zero: Sequence[str]) -> None:
-    """Raise ConfigError for the first option that is not a number where one is due, too small, or not supported."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if isinstance(field.default, Real) and value is not None and not isinstance(value, Real):
-            raise ConfigError(f"scheduler option {field.name}={value!r}, expected a number such as {field.default}")
+    """Raise ConfigError for the first option that is too small or not supported."""
     for name in above_zero:
         value = getattr(options, name)
-        if value is None or not 0 < value < math.inf:  # written so that NaN fails too
+        if not 0 < value < math.inf:  # written so that NaN fails too
             raise ConfigError(f"scheduler option {name}={value}, expected a number above 0")
     for name, values in supported.items():
         value = getattr(options, name)
