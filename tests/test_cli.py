@@ -160,6 +160,8 @@ class TestErrors:
             (wan("x", "--seed", str(2**64)), "--seed"),
             (wan("x", "--dtype", "int8"), "--dtype"),
             (wan("x", "--offload", "some"), "--offload"),
+            (wan("x", "--offload", "model", "--store", "disk"), "--store was given with --offload model"),
+            (wan("x", "--offload", "none", "--slots", "2"), "--slots was given with --offload none"),
             (wan("x", "--device", "tpu"), "tpu"),
             (wan("x", "--out", "clip.txt"), ".mp4"),
             (wan("x", "--out", "./missing/clip.mp4"), "missing does not exist"),

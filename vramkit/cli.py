@@ -162,7 +162,9 @@ def wan(
         ),
     ] = None,
     resident: Annotated[str, typer.Option(help='Transformer weights that stay on the device, such as "4GiB".')] = "0",
-    slots: Annotated[int, typer.Option(help="Device slots that weights pass through.", min=1)] = 2,
+    slots: Annotated[
+        int | None, typer.Option(help="Device slots that weights pass through; 2 for blocks, 3 for leaves.", min=1)
+    ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Keep the transformer's large weights in fp8.")] = False,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, more time.")] = False,
 ) -> None:
@@ -170,6 +172,7 @@ def wan(
     from vramkit.demo.job import resolve_device  # noqa: PLC0415
     from vramkit.pipelines.video import check_video, export_to_video  # noqa: PLC0415
 
+    _check_streaming(offload, {"--store": store, "--resident": resident, "--slots": slots})
     check_video(out, fps=fps)  # before minutes of work, not after them
     if frames % 4 != 1 or frames < 1:
         below = max(frames - 2, 0) // 4 * 4 + 1
@@ -196,8 +199,14 @@ def wan(
     typer.echo(export_to_video(clip, out, fps=fps))
 
 
+def _check_streaming(offload: Offload, options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value not in (None, "0")]
+    if given and offload in (Offload.none, Offload.model):
+        raise ConfigError(f"{given[0]} was given with --offload {offload.value}; it goes with block or leaf")
+
+
 def place(
-    pipeline: WanPipeline, device: str, offload: Offload, *, store: str | None, resident: str, slots: int
+    pipeline: WanPipeline, device: str, offload: Offload, *, store: str | None, resident: str, slots: int | None
 ) -> None:
     """Put the models where ``--offload`` says."""
     from vramkit.offload import apply_group_offloading  # noqa: PLC0415
