@@ -61,6 +61,7 @@ class Engine:
         self._lock = threading.Lock()
         for resident in self.assembly.residents:
             resident.show()
+        backend.fence().synchronize()  # they were copied on this stream; forwards may come on others
         self._group_hooks = [GroupHook(self, group) for group in self.assembly.groups]
         self._attachments = self._attach(place)
         self._streamer.prefill()

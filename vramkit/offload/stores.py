@@ -74,8 +74,7 @@ class Staging:
             produce(0, target)
             return
         if self._buffers is None:
-            with torch.inference_mode(False):
-                self._buffers = [torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._buffers = [_page_locked(_STAGE_BYTES) for _ in range(2)]
         for turn, offset in enumerate(range(0, target.numel(), _STAGE_BYTES)):
             piece, which = target[offset : offset + _STAGE_BYTES], turn % 2
             sent = self._sent[which]
@@ -85,6 +84,14 @@ class Staging:
             produce(offset, host)
             piece.copy_(host, non_blocking=True)
             self._sent[which] = self._backend.fence()
+
+
+def _page_locked(size_bytes: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # no memory may be locked here: copies from ordinary memory are right too, only slower
+            return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 class PageableStore:
