@@ -11,13 +11,9 @@ from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
 from vramkit.memory import module_bytes
 from vramkit.offload import apply_group_offloading, apply_model_offload, load_mapped, offload_of
 from vramkit.offload.checkpoint import write_checkpoint
+from vramkit.quant import sqnr_db
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-def sqnr_db(exact: torch.Tensor, stored: torch.Tensor) -> float:
-    exact, stored = exact.double(), stored.double()
-    return float(20 * torch.log10(exact.norm() / (exact - stored).norm()))
 
 
 class Gate(nn.Module):
