@@ -50,7 +50,7 @@ def format_bytes(count: float) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
     """Count the bytes that `tensor` keeps in memory, inner tensors of wrapper subclasses included."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tensors.leaves(tensor))
+    return sum(leaf.nbytes for leaf in tensors.leaves(tensor))
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -15,7 +15,18 @@ from torch import nn
 
 from vramkit.errors import UnsupportedTensorError
 
-__all__ = ["as_owned", "byte_view", "dense_like", "is_dense", "is_plain", "leaves", "rebuild", "typed_view", "version"]
+__all__ = [
+    "as_owned",
+    "byte_view",
+    "copy_values",
+    "dense_like",
+    "is_dense",
+    "is_plain",
+    "leaves",
+    "rebuild",
+    "typed_view",
+    "version",
+]
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
@@ -57,6 +68,13 @@ def as_owned(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Write the bytes of `source`, a tensor of the same kind and shape on whatever device, into `target`."""
+    with torch.no_grad():
+        for old, new in zip(leaves(target), leaves(source), strict=True):
+            old.copy_(new)
+
+
 def version(tensor: torch.Tensor) -> int:
     """Return a number that changes when `tensor` is written in place (0 for inference tensors, which do not count)."""
     if is_plain(tensor):
@@ -82,7 +100,7 @@ def dense_like(leaf: torch.Tensor) -> tuple[int, ...]:
 
 def byte_view(leaf: torch.Tensor, size_bytes: int | None = None) -> torch.Tensor:
     """Return the bytes of a dense `leaf` as a 1-D uint8 tensor over the same memory (`size_bytes` from its first on)."""
-    count = leaf.numel() * leaf.element_size() if size_bytes is None else size_bytes
+    count = leaf.nbytes if size_bytes is None else size_bytes
     offset = leaf.storage_offset() * leaf.element_size()
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(

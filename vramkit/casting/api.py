@@ -55,7 +55,8 @@ def apply_layerwise_casting(  # noqa: PLR0917 (the peers' signature)
     Args:
         module: any module; what is offloaded already is cast where it rests.
         storage_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-        compute_dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``; other floating parameters become this too.
+        compute_dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``. Parameters
+            that are not cast keep their dtype, which should be this one.
         skip_modules_pattern: regular expressions searched in module names; what matches is left alone, with what is below
             it. ``"auto"`` is `DEFAULT_SKIP_PATTERNS`, None skips nothing.
         skip_modules_classes: classes of modules to leave alone.

@@ -69,9 +69,7 @@ class Resident:
         return self._copy_back(current)
 
     def _copy_back(self, current: torch.Tensor) -> int:
-        with torch.no_grad():
-            for old, new in zip(tensors.leaves(self.slot.rest), tensors.leaves(current), strict=True):
-                old.copy_(new)
+        tensors.copy_values(self.slot.rest, current)
         return tensor_bytes(current)
 
 
@@ -127,7 +125,7 @@ def assemble(module: nn.Module, config: OffloadConfig, place: RestingPlace) -> A
     table_items = [item for table in tables for item in inventory.parameters_of([table])]  # tied tables share one
     place.check(leaf for plan in plans for leaf in plan.leaves())
     for plan in plans:
-        place.settle([(item, tensors.leaves(item.tensor)) for item, _ in plan.items], inventory)
+        place.settle([item for item, _ in plan.items], inventory)
     place.lock(
         [*(plan.leaves() for plan in plans), [leaf for item in table_items for leaf in tensors.leaves(item.tensor)]]
     )
@@ -148,14 +146,14 @@ def assemble(module: nn.Module, config: OffloadConfig, place: RestingPlace) -> A
 def _plan(unit: Unit, inventory: Inventory) -> _Plan:
     """Tell the leaves that travel from those that are not worth a copy."""
     items = inventory.parameters_of(unit.holders)
-    sizes = sorted(_bytes(leaf) for item in items for leaf in tensors.leaves(item.tensor))
+    sizes = sorted(leaf.nbytes for item in items for leaf in tensors.leaves(item.tensor))
     total, kept, limit = sum(sizes), 0, 0
     for size in sizes:
         kept += size
         if size * _SMALL_LEAF_SHARE > total or size > _SMALL_LEAF_BYTES or kept * _SMALL_LEAVES_SHARE > total:
             break
         limit = size
-    travels = [(item, [_bytes(leaf) > limit for leaf in tensors.leaves(item.tensor)]) for item in items]
+    travels = [(item, [leaf.nbytes > limit for leaf in tensors.leaves(item.tensor)]) for item in items]
     return _Plan(unit, [(item, flags) for item, flags in travels if any(flags)])
 
 
@@ -212,7 +210,3 @@ def _resident(item: Item, covered: set[tuple[int, str]], place: RestingPlace) ->
     unmoved = not item.tensor.requires_grad and all(new is old for new, old in zip(moved, leaves, strict=True))
     on_device = item.tensor if unmoved else tensors.as_owned(tensors.rebuild(item.tensor, moved), like=item.tensor)
     return Resident(TensorSlot(item.tensor, owners), on_device, item.is_buffer)
-
-
-def _bytes(leaf: torch.Tensor) -> int:
-    return leaf.numel() * leaf.element_size()

@@ -84,7 +84,7 @@ def write_checkpoint(path: str | os.PathLike[str], leaves: Mapping[str, torch.Te
     """
     header, end = {}, 0
     for name, leaf in leaves.items():
-        size_bytes = leaf.numel() * leaf.element_size()
+        size_bytes = leaf.nbytes
         header[name] = {"dtype": _NAMES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [end, end + size_bytes]}
         end += size_bytes
     text = json.dumps(header).encode()

@@ -118,7 +118,7 @@ def span_of(leaf: torch.Tensor) -> FileSpan | None:
     if span is None or leaf.storage_offset() or not tensors.is_dense(leaf):
         return None
     written = not leaf.is_inference() and leaf._version > 0  # noqa: SLF001 (torch has no public reader)
-    return None if written or leaf.numel() * leaf.element_size() != span.size_bytes else span
+    return None if written or leaf.nbytes != span.size_bytes else span
 
 
 def forget_span(leaf: torch.Tensor) -> None:

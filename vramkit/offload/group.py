@@ -139,9 +139,7 @@ class ModuleGroup:
         """Copy to the tensors at rest what was written to those that were on show between calls (model offload)."""
         for binding, (tensor, version) in zip(self._bindings, self._on_show, strict=False):
             if tensors.version(tensor) != version:
-                with torch.no_grad():
-                    for old, new in zip(tensors.leaves(binding.slot.rest), tensors.leaves(tensor), strict=True):
-                        old.copy_(new)
+                tensors.copy_values(binding.slot.rest, tensor)
 
     def show_rest(self) -> None:
         """Let owners have the tensors at rest."""

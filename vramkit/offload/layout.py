@@ -41,7 +41,7 @@ class BufferLayout:
         """Lay `leaves` out in order. Strides are kept where they are dense. Meta tensors do."""
         specs, end = [], 0
         for leaf in leaves:
-            size_bytes = leaf.numel() * leaf.element_size()
+            size_bytes = leaf.nbytes
             specs.append(LeafSpec(end, size_bytes, leaf.dtype, tuple(leaf.shape), tensors.dense_like(leaf)))
             end += -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         return cls(tuple(specs), end)

@@ -140,7 +140,7 @@ def _forget_cuda_error(device: torch.device) -> None:
 
 
 def _range(memory: torch.Tensor) -> Range:
-    return memory.data_ptr(), memory.data_ptr() + memory.numel() * memory.element_size()
+    return memory.data_ptr(), memory.data_ptr() + memory.nbytes
 
 
 def _pages_of(memory: torch.Tensor) -> Range:

@@ -31,8 +31,6 @@ __all__ = ["RestingPlace"]
 
 _RAM_SHARE = 0.9  # of what is free, for page-locking files that are not in RAM yet
 
-Travelling = tuple[Item, list[torch.Tensor]]  # a tensor, and those of its leaves that travel
-
 
 class RestingPlace:
     """The host side of one offloaded module: its pins, its staging, its open files and what it wrote to disk."""
@@ -83,18 +81,16 @@ class RestingPlace:
             if may_be_written[span.file] and not span.holds(leaf):
                 forget_span(leaf)
 
-    def settle(self, travelling: Sequence[Travelling], inventory: Inventory) -> None:
-        """Bring the leaves of one unit to where they rest from now on: in host memory, dense, in few pieces, or on disk."""
+    def settle(self, items: Sequence[Item], inventory: Inventory) -> None:
+        """Bring the tensors of one unit to where they rest from now on: in host memory, dense, in few pieces, or on disk."""
         if self._config.disk_folder is not None:
-            self._spill(
-                [item for item, _ in travelling if any(span_of(x) is None for x in tensors.leaves(item.tensor))]
-            )
+            self._spill([item for item in items if _is_loose(item)])
             return
         to_ram = self._config.store == "registered"  # asked for: files are read into RAM once
-        loose = [
-            (item, leaves) for item, leaves in travelling if to_ram or any(span_of(leaf) is None for leaf in leaves)
-        ]
-        self._gather([pair for pair in loose if any(self._must_move(leaf, inventory) for leaf in pair[1])])
+        loose = [item for item in items if to_ram or _is_loose(item)]
+        self._gather(
+            [item for item in loose if any(self._must_move(leaf, inventory) for leaf in tensors.leaves(item.tensor))]
+        )
 
     def lock(self, units: Sequence[Sequence[torch.Tensor]]) -> None:
         """Page-lock what travels, within the budget; warn once about what could not be."""
@@ -183,19 +179,19 @@ class RestingPlace:
         is_locked = not self._on_cpu and self._config.store != "pageable"
         return is_locked and not has_own_pages(leaf) and not inventory.shares_memory(leaf)
 
-    def _gather(self, travelling: Sequence[Travelling]) -> None:
+    def _gather(self, items: Sequence[Item]) -> None:
         """Copy leaves into one piece of host memory with pages of its own, laid out as in a slot."""
-        if not travelling:
+        if not items:
             return
-        leaves = [leaf for item, _ in travelling for leaf in tensors.leaves(item.tensor)]
+        leaves = [leaf for item in items for leaf in tensors.leaves(item.tensor)]
         layout = BufferLayout.of(leaves)
         memory = own_pages(layout.size_bytes)
         views = [spec.view(memory) for spec in layout.leaves]
         for view, leaf in zip(views, leaves, strict=True):
             view.copy_(leaf)
-            self.copied_to_host_bytes += 0 if leaf.device.type == "cpu" else leaf.numel() * leaf.element_size()
+            self.copied_to_host_bytes += 0 if leaf.device.type == "cpu" else leaf.nbytes
         remaining = iter(views)
-        for item, _ in travelling:
+        for item in items:
             item.move_to([next(remaining) for _ in tensors.leaves(item.tensor)])
 
     def _spill(self, items: Sequence[Item]) -> None:
@@ -223,6 +219,11 @@ class RestingPlace:
         if file not in self._readers:
             self._readers[file] = FileReader(file, direct=self._config.direct_io)
         return self._readers[file]
+
+
+def _is_loose(item: Item) -> bool:
+    """Whether a tensor, or a part of it, is not a view of a file."""
+    return any(span_of(leaf) is None for leaf in tensors.leaves(item.tensor))
 
 
 def _bytes_in_memory_order(leaf: torch.Tensor) -> torch.Tensor:
