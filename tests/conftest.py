@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 # Set before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Otherwise MKL picks a kernel by the alignment of its operands, and weights in a file are aligned otherwise than in a slot.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+import torch
+
 # Tensors here are so small that a second thread costs more than it computes, most of all on a busy machine.
 torch.set_num_threads(1)
 

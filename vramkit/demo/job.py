@@ -161,6 +161,11 @@ def _run_worker(checkpoint: Path, preset: Preset, device: str, *, budget_bytes: 
         return Run(frames=np.load(Path(folder) / FRAMES), trace=Trace.load(Path(folder) / TRACE))
 
 
-# glibc hands memory of freed tensors back to the system at once only above this size; it raises the limit by itself
-# otherwise, and what the process keeps for later would be measured as if the model held it.
-_WORKER_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+_WORKER_SETTINGS = {
+    # glibc hands memory of freed tensors back to the system at once only above this size; it raises the limit by itself
+    # otherwise, and what the process keeps for later would be measured as if the model held it.
+    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_TRIM_THRESHOLD_": "262144",
+    # MKL picks a kernel by the alignment of its operands, and weights in a file are aligned otherwise than in a slot.
+    "MKL_CBWR": "AUTO,STRICT",
+}
