@@ -71,11 +71,28 @@ def test_rms_rotate_is_a_rotation_of_the_normed_pairs(dtype, compiled):
     torch.testing.assert_close(plain, normed.flatten(-2).to(dtype))
 
 
-def test_attention_of_one_sample():
-    query, key, value = randn(5, 2, 8), randn(9, 2, 8, seed=1), randn(9, 2, 8, seed=2)
-    weights = (torch.einsum("shd,thd->hst", query, key) / math.sqrt(8)).softmax(-1)
-    expected = torch.einsum("hst,thd->shd", weights, value).flatten(1)
-    torch.testing.assert_close(layers.attention(query, key, value), expected)
+@pytest.mark.parametrize("bias", [None, 1.0])
+def test_rms_norm_scales_and_shifts_in_fp32(bias):
+    x, weight = randn(5, 16, dtype=torch.bfloat16), randn(16, seed=1)
+    shift = None if bias is None else torch.full((16,), bias)
+    expected = F.rms_norm(x.float(), (16,), weight, 1e-6) + (bias or 0.0)
+    torch.testing.assert_close(layers.rms_norm(x, weight, shift, 1e-6), expected.bfloat16())
+
+
+def test_norms_per_head_and_tables_per_head():
+    heads, x = 3, randn(7, 24)
+    table = layers.rotary_grid((7,), (24,), device=torch.device("cpu")).view(7, heads, 4, 2)  # across the heads
+    weight, bias = randn(8, seed=1), randn(8, seed=2)
+
+    def turned(normed):
+        pairs = torch.view_as_complex(normed.view(7, heads, -1, 2).double())
+        return torch.view_as_real(pairs * torch.view_as_complex(table.double())).flatten(-2).float()
+
+    split = x.view(7, heads, 8)
+    rms = layers.rms_rotate(x, weight, 1e-6, heads=heads, table=table)
+    torch.testing.assert_close(rms, turned(F.rms_norm(split, (8,), weight, 1e-6)))
+    layer = layers.layer_norm_rotate(x, weight, bias, 1e-6, heads=heads, table=table)
+    torch.testing.assert_close(layer, turned(F.layer_norm(split, (8,), weight, bias, 1e-6)))
 
 
 def test_rotary_axis_equals_diffusers_bit_for_bit():
@@ -120,12 +137,13 @@ def test_timestep_embedding_computes_in_the_dtype_of_its_weights():
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_feed_forward_updates_in_place(chunk):
     torch.manual_seed(0)
-    ffn = layers.FeedForward(8, 32, eps=1e-6).requires_grad_(False)
-    x, weight, bias, gate = (randn(2, n, 8, seed=n) for n in (10, 1, 2, 3))
-    weight, bias, gate = weight[:, 0], bias[:, 0], gate[:, 0]
-    normed = F.layer_norm(x, (8,), eps=1e-6) * weight[:, None] + bias[:, None]
+    ffn = layers.FeedForward(8, 32).requires_grad_(False)
+    x = randn(2, 10, 8)
+    shift, scale, gate = (randn(2, 8, seed=seed) for seed in (1, 2, 3))
+    normed = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
     inner = F.gelu(ffn.net[0].proj(normed), approximate="tanh")
     expected = x + ffn.net[2](inner) * gate[:, None]
-    out = ffn(x, weight=weight, bias=bias, gate=gate, ops=TokenOps(chunk_tokens=chunk))
+    ops = TokenOps(chunk_tokens=chunk)
+    (out,) = ffn(layers.Modulated(x, ops.layer_norm, 1e-6, shift, scale, gate), ops=ops)
     assert out is x
     torch.testing.assert_close(out, expected)

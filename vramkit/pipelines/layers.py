@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,15 @@ from torch.nn import functional as F
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
     "FeedForward",
+    "Modulated",
     "PatchEmbedding",
     "TextProjection",
     "TimestepEmbedding",
     "TokenOps",
-    "attention",
     "gated_add",
     "layer_norm",
+    "layer_norm_rotate",
+    "rms_norm",
     "rms_rotate",
     "rotary_axis",
     "rotary_grid",
@@ -61,6 +64,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Divide x [..., C] by the root mean square of its channels in fp32, then scale and shift as `layer_norm` does."""
+    y = F.rms_norm(x.float(), x.shape[-1:], weight, eps)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
 @torch.library.custom_op("vramkit::write", mutates_args={"out"})
 def _opaque_write(out: Tensor, value: Tensor) -> None:
     out.copy_(value)
@@ -86,44 +95,60 @@ def gated_add(x: Tensor, update: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 def rotate_pairs_(x: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn each pair of channels of x [S, H, D] fp32 by its angle; table [S, P, 2] holds cos and sin.
+    """Turn each pair of channels of x [S, H, D] fp32 by its angle.
 
-    Overwrites x where that is faster, and rounds the result to dtype where that is free.
+    The table holds cos and sin: [S, P, 2] for all heads, or [S, H, P, 2]. Overwrites x where that is faster, and rounds the
+    result to dtype where that is free.
     """
     pairs = x.view(*x.shape[:-1], -1, 2)  # [S, H, P, 2]
+    table = table if table.ndim == pairs.ndim else table[:, None]
     if torch.compiler.is_compiling():  # inductor fuses real arithmetic only
-        cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+        cos, sin = table.unbind(-1)
         even, odd = pairs.unbind(-1)
         turned = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
         return torch.stack(turned, dim=-1).flatten(-2)
-    torch.view_as_complex(pairs).mul_(torch.view_as_complex(table)[:, None])
+    torch.view_as_complex(pairs).mul_(torch.view_as_complex(table))
     return x
 
 
 def rms_rotate(
     x: Tensor, weight: Tensor, eps: float, *, heads: int, table: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Root-mean-square norm of x [S, C] over all heads, split into heads, then rotary embedding if a table is given.
+    """Root-mean-square norm of x [S, C], split into heads, then rotary embedding if a table is given.
 
     Args:
         x: queries or keys [S, C].
-        weight: norm weight [C], in the dtype of x.
+        weight: norm weight in the dtype of x: [C] for one norm over all heads, [D] for one per head.
         eps: added to the mean square.
         heads: H.
-        table: cos and sin [S, P, 2] fp32, or None for no rotation.
+        table: cos and sin fp32, [S, P, 2] or [S, H, P, 2]; None for no rotation.
         out: [S, H, D] to write to; a new tensor of the dtype of x without it.
     """
-    y = F.rms_norm(x, x.shape[-1:], weight, eps).view(x.shape[0], heads, -1)
+    y = F.rms_norm(x.view(x.shape[0], -1, weight.shape[0]), weight.shape, weight, eps)
+    return _rotate(y.view(x.shape[0], heads, -1), table, out)
+
+
+def layer_norm_rotate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    heads: int,
+    table: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The same with a layer norm per head, whose weight and bias [D] are in the dtype of x."""
+    y = F.layer_norm(x.view(x.shape[0], heads, -1), weight.shape, weight, bias, eps)
+    return _rotate(y, table, out)
+
+
+def _rotate(y: Tensor, table: Tensor | None, out: Tensor | None) -> Tensor:
+    dtype = y.dtype
     if table is not None:
         y = y.float()  # drops the rounded tensor before the next one is made
-        y = rotate_pairs_(y, table, x.dtype)
-    return y.to(x.dtype) if out is None else write(out, y.to(x.dtype))
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot product attention of one sample: query [S, H, D], key and value [T, H, D] -> [S, C]."""
-    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))  # [1, H, S or T, D]
-    return F.scaled_dot_product_attention(query, key, value).squeeze(0).transpose(0, 1).flatten(1)
+        y = rotate_pairs_(y, table, dtype)
+    return y.to(dtype) if out is None else write(out, y.to(dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +160,15 @@ class TokenOps:
 
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     layer_norm: Callable[..., Tensor] = layer_norm
+    rms_norm: Callable[..., Tensor] = rms_norm
     rms_rotate: Callable[..., Tensor] = rms_rotate
+    layer_norm_rotate: Callable[..., Tensor] = layer_norm_rotate
     gated_add: Callable[..., Tensor] = gated_add
 
     def compiled(self) -> TokenOps:
         """The same with the functions compiled at their first call, for any chunk length."""
-        return replace(
-            self,
-            layer_norm=torch.compile(layer_norm, dynamic=True),
-            rms_rotate=torch.compile(rms_rotate, dynamic=True),
-            gated_add=torch.compile(gated_add, dynamic=True),
-        )
+        functions = (layer_norm, rms_norm, rms_rotate, layer_norm_rotate, gated_add)
+        return TokenOps(self.chunk_tokens, *(torch.compile(each, dynamic=True) for each in functions))
 
 
 # -- rotary positions --------------------------------------------------------------------------------------------------
@@ -249,12 +272,33 @@ class PatchEmbedding(nn.Conv3d):
 class _Gelu(nn.Module):
     """The first half of the feed-forward; its own module because checkpoints name it `net.0.proj`."""
 
-    def __init__(self, channels: int, inner_channels: int) -> None:
+    def __init__(self, channels: int, inner_channels: int, *, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, inner_channels)
+        self.proj = nn.Linear(channels, inner_channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
+
+
+class Modulated(NamedTuple):
+    """Tokens on their way into a layer that updates them in place, and their modulation by the timestep.
+
+    A layer returns the tokens that it was given: they may be a copy, made by a hook that moved them.
+    """
+
+    tokens: Tensor  # [B, S, C]
+    norm: Callable[..., Tensor]  # layer_norm or rms_norm of a TokenOps
+    eps: float  # of the norm
+    shift: Tensor  # [B, C] fp32, as are the next two
+    scale: Tensor  # the norm is multiplied by 1 + scale
+    gate: Tensor  # what the layer adds is multiplied by gate
+
+    def samples(self) -> list[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]]:
+        """Tokens [S, C], norm of a chunk of them, and gate [C], of each sample."""
+        return [
+            (tokens, partial(self.norm, weight=1 + self.scale[b], bias=self.shift[b], eps=self.eps), self.gate[b])
+            for b, tokens in enumerate(self.tokens)
+        ]
 
 
 class FeedForward(nn.Module):
@@ -262,18 +306,18 @@ class FeedForward(nn.Module):
 
     offload_unit: ClassVar[bool] = True
 
-    def __init__(self, channels: int, inner_channels: int, *, eps: float) -> None:
+    def __init__(self, channels: int, inner_channels: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.eps = eps
         # Checkpoints leave index 1 to a dropout.
-        self.net = nn.ModuleList([_Gelu(channels, inner_channels), nn.Identity(), nn.Linear(inner_channels, channels)])
+        self.net = nn.ModuleList(
+            [_Gelu(channels, inner_channels, bias=bias), nn.Identity(), nn.Linear(inner_channels, channels, bias=bias)]
+        )
 
-    def forward(self, x: Tensor, *, weight: Tensor, bias: Tensor, gate: Tensor, ops: TokenOps) -> Tensor:
-        """Update the tokens x [B, S, C] in place and return them; weight, bias (of the norm) and gate [B, C] fp32."""
-        parts = token_chunks(x.shape[1], ops.chunk_tokens)
-        for b in range(x.shape[0]):
-            for part in parts:
-                tokens = x[b, part]
-                inner = self.net[0](ops.layer_norm(tokens, weight[b], bias[b], self.eps))
-                ops.gated_add(tokens, self.net[2](inner), gate[b])
-        return x
+    def forward(self, *streams: Modulated, ops: TokenOps) -> tuple[Tensor, ...]:
+        """Update the tokens of each stream in place and return them."""
+        for stream in streams:
+            parts = token_chunks(stream.tokens.shape[1], ops.chunk_tokens)
+            for tokens, norm, gate in stream.samples():
+                for part in parts:
+                    ops.gated_add(tokens[part], self.net[2](self.net[0](norm(tokens[part]))), gate)
+        return tuple(stream.tokens for stream in streams)

@@ -10,8 +10,9 @@ P = D / 2 rotated pairs, T text tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.errors import ConfigError
+from vramkit.pipelines.attention import AttentionLayers, Stream, cross_attention_, self_attention_
 from vramkit.pipelines.layers import (
     FeedForward,
+    Modulated,
     PatchEmbedding,
     TextProjection,
     TimestepEmbedding,
     TokenOps,
-    attention,
     rotary_grid,
     sinusoidal_embedding,
     token_chunks,
-    write,
 )
 from vramkit.pipelines.modeling import Model
 
@@ -90,81 +91,23 @@ class TransformerOutput(NamedTuple):
     sample: Tensor
 
 
-class _Attention(nn.Module):
-    """The projections that self- and cross-attention share."""
+class WanSelfAttention(AttentionLayers):
+    """x += gate * attention(norm(x)), in place."""
 
-    # The projections run once per chunk of tokens: streamed one by one, each weight would travel once per chunk.
-    offload_unit: ClassVar[bool] = True
-
-    def __init__(self, config: WanTransformerConfig) -> None:
-        super().__init__()
-        channels = config.inner_dim
-        self.heads, self.eps = config.num_attention_heads, config.eps
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.norm_q = nn.RMSNorm(channels, eps=config.eps)
-        self.norm_k = nn.RMSNorm(channels, eps=config.eps)
+    def forward(self, x: Modulated, *, rotary: Tensor, ops: TokenOps) -> Tensor:
+        """Update the tokens [B, S, C] in place and return them; rotary is [S, P, 2] fp32."""
+        for tokens, norm, gate in x.samples():
+            self_attention_([Stream(tokens, norm, self.projections, self.adder(ops, gate), rotary)], ops=ops)
+        return x.tokens
 
 
-class WanSelfAttention(_Attention):
-    """x += gate * attention(norm(x)); keys and values of one sample whole, queries chunk by chunk, in place."""
+class WanCrossAttention(AttentionLayers):
+    """x += attention(norm(x), text), in place."""
 
-    def forward(
-        self, x: Tensor, *, weight: Tensor, bias: Tensor, gate: Tensor, rotary: Tensor, ops: TokenOps
-    ) -> Tensor:
-        """Update the tokens x [B, S, C] in place and return them.
-
-        weight and bias (of the norm) and gate are [B, C] fp32, rotary is [S, P, 2] fp32.
-        """
-        for b in range(x.shape[0]):
-            self._attend(x[b], weight=weight[b], bias=bias[b], gate=gate[b], rotary=rotary, ops=ops)
-        return x
-
-    def _attend(self, x: Tensor, *, weight: Tensor, bias: Tensor, gate: Tensor, rotary: Tensor, ops: TokenOps) -> None:
-        tokens, channels = x.shape
-        keys = x.new_empty(tokens, self.heads, channels // self.heads)
-        values = torch.empty_like(keys)
-        parts = token_chunks(tokens, ops.chunk_tokens)
-        normed = None
-        for part in parts:
-            normed = None  # frees the last chunk before the next is made; so do the other lines of this kind
-            normed = ops.layer_norm(x[part], weight, bias, self.eps)
-            ops.rms_rotate(
-                self.to_k(normed), self.norm_k.weight, self.eps, heads=self.heads, table=rotary[part], out=keys[part]
-            )
-            write(values[part], self.to_v(normed).view_as(values[part]))
-        for part in reversed(parts):  # the last chunk first: it is normed already
-            if normed is None:
-                normed = ops.layer_norm(x[part], weight, bias, self.eps)
-            query = ops.rms_rotate(
-                self.to_q(normed), self.norm_q.weight, self.eps, heads=self.heads, table=rotary[part]
-            )
-            normed = None
-            ops.gated_add(x[part], self.to_out[0](attention(query, keys, values)), gate)
-            del query
-
-
-class WanCrossAttention(_Attention):
-    """x += attention(norm(x), text), queries chunk by chunk, in place."""
-
-    def forward(self, x: Tensor, *, text: Tensor, weight: Tensor | None, bias: Tensor | None, ops: TokenOps) -> Tensor:
-        """Update the tokens x [B, S, C] in place and return them.
-
-        text is [B, T, C]; weight and bias of the norm are [C] fp32, or None for no norm.
-        """
-        parts = token_chunks(x.shape[1], ops.chunk_tokens)
-        for b in range(x.shape[0]):
-            keys = ops.rms_rotate(self.to_k(text[b]), self.norm_k.weight, self.eps, heads=self.heads)
-            values = self.to_v(text[b]).unflatten(-1, (self.heads, -1))
-            for part in parts:
-                tokens = x[b, part]
-                normed = tokens if weight is None else ops.layer_norm(tokens, weight, bias, self.eps)
-                query = ops.rms_rotate(self.to_q(normed), self.norm_q.weight, self.eps, heads=self.heads)
-                del normed
-                ops.gated_add(tokens, self.to_out[0](attention(query, keys, values)))
-                del query
+    def forward(self, x: Tensor, *, norm: Callable[[Tensor], Tensor], text: Tensor, ops: TokenOps) -> Tensor:
+        """Update the tokens x [B, S, C] in place and return them; text is [B, T, C]."""
+        for tokens, states in zip(x, text, strict=True):
+            cross_attention_(Stream(tokens, norm, self.projections, self.adder(ops)), states, ops=ops)
         return x
 
 
@@ -176,11 +119,13 @@ class WanTransformerBlock(nn.Module):
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
-        channels = config.inner_dim
-        self.attn1 = WanSelfAttention(config)
-        self.attn2 = WanCrossAttention(config)
-        self.norm2 = nn.LayerNorm(channels, eps=config.eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(channels, config.ffn_dim, eps=config.eps)
+        channels, eps = config.inner_dim, config.eps
+        norm = partial(nn.RMSNorm, channels, eps=eps)
+        self.eps = eps
+        self.attn1 = WanSelfAttention(channels, config.num_attention_heads, norm=norm)
+        self.attn2 = WanCrossAttention(channels, config.num_attention_heads, norm=norm)
+        self.norm2 = nn.LayerNorm(channels, eps=eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(channels, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, channels) / channels**0.5)
 
     def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotary: Tensor, ops: TokenOps) -> Tensor:
@@ -190,11 +135,17 @@ class WanTransformerBlock(nn.Module):
         """
         table = self.scale_shift_table.float() + modulation.float()
         shift1, scale1, gate1, shift3, scale3, gate3 = table.unbind(dim=1)  # [B, C] each
-        weight2, bias2 = (None, None) if self.norm2 is None else (self.norm2.weight.float(), self.norm2.bias.float())
-        x = self.attn1(x, weight=1 + scale1, bias=shift1, gate=gate1, rotary=rotary, ops=ops)
-        x = self.attn2(x, text=text, weight=weight2, bias=bias2, ops=ops)
-        out: Tensor = self.ffn(x, weight=1 + scale3, bias=shift3, gate=gate3, ops=ops)
-        return out
+        norm = ops.layer_norm
+        x = self.attn1(Modulated(x, norm, self.eps, shift1, scale1, gate1), rotary=rotary, ops=ops)
+        x = self.attn2(x, norm=self._norm2(ops), text=text, ops=ops)
+        (x,) = self.ffn(Modulated(x, norm, self.eps, shift3, scale3, gate3), ops=ops)
+        return x
+
+    def _norm2(self, ops: TokenOps) -> Callable[[Tensor], Tensor]:
+        """The norm before cross-attention, with its weights in fp32."""
+        if isinstance(self.norm2, nn.Identity):
+            return self.norm2
+        return partial(ops.layer_norm, weight=self.norm2.weight.float(), bias=self.norm2.bias.float(), eps=self.eps)
 
 
 class WanConditionEmbedder(nn.Module):
