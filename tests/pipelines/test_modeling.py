@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.pipelines.modeling import MODELS, AutoModel
+from vramkit.pipelines.modeling import AutoModel
+from vramkit.pipelines.registry import MODELS
 from vramkit.pipelines.wan.transformer import WanTransformer3DModel
 
 TINY = {

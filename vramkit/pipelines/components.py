@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from vramkit.errors import CheckpointError
 from vramkit.pipelines.folders import read_json
+from vramkit.pipelines.registry import MODELS, SCHEDULERS, TEXT_ENCODERS, TOKENIZERS
 
 MODEL_INDEX = "model_index.json"
 
@@ -50,11 +51,12 @@ def load_component(source: Source) -> Any:
     Raises:
         CheckpointError: its folder is missing, or its class is not one that vramkit knows.
     """
-    loader = _LOADERS.get(source.class_name) if source.library in _LIBRARIES else None
+    loader = _loader_of(source.class_name) if source.library in _LIBRARIES else None
     if loader is None:
+        known = ", ".join(sorted(name for names, _ in _LOADERS for name in names))
         raise CheckpointError(
             f"{MODEL_INDEX} asks for {source.library}.{source.class_name} as {source.name!r}, which is not supported; "
-            f"known classes: {', '.join(sorted(_LOADERS))}. Load it yourself and pass {source.name}=... to from_pretrained"
+            f"known classes: {known}. Load it yourself and pass {source.name}=... to from_pretrained"
         )
     if not source.folder.is_dir():
         raise CheckpointError(
@@ -71,9 +73,8 @@ def _load_model(source: Source) -> Any:
 
 
 def _load_scheduler(source: Source) -> Any:
-    from vramkit.pipelines import schedulers  # noqa: PLC0415
-
-    return getattr(schedulers, source.class_name).from_pretrained(source.folder)
+    module = importlib.import_module(SCHEDULERS[source.class_name])
+    return getattr(module, source.class_name).from_pretrained(source.folder)
 
 
 def _load_text_encoder(source: Source) -> Any:
@@ -91,15 +92,13 @@ def _load_tokenizer(source: Source) -> Any:
 
 
 _LIBRARIES = frozenset({"diffusers", "transformers", "vramkit"})
-_LOADERS: Mapping[str, Callable[[Source], Any]] = MappingProxyType(
-    {
-        "WanTransformer3DModel": _load_model,
-        "AutoencoderKLWan": _load_model,
-        "UniPCMultistepScheduler": _load_scheduler,
-        "FlowMatchEulerDiscreteScheduler": _load_scheduler,
-        "UMT5EncoderModel": _load_text_encoder,
-        "T5EncoderModel": _load_text_encoder,
-        "T5Tokenizer": _load_tokenizer,
-        "T5TokenizerFast": _load_tokenizer,
-    }
+_LOADERS: tuple[tuple[Collection[str], Callable[[Source], Any]], ...] = (
+    (MODELS, _load_model),
+    (SCHEDULERS, _load_scheduler),
+    (TEXT_ENCODERS, _load_text_encoder),
+    (TOKENIZERS, _load_tokenizer),
 )
+
+
+def _loader_of(class_name: str) -> Callable[[Source], Any] | None:
+    return next((loader for names, loader in _LOADERS if class_name in names), None)

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -18,19 +17,12 @@ from typing_extensions import Self
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.pipelines.folders import read_json, weights_files
 from vramkit.pipelines.options import make_options
+from vramkit.pipelines.registry import MODELS
 
 __all__ = ["AutoModel", "Model"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
-
-# Published class name -> the module that defines the class of that name here.
-MODELS: Mapping[str, str] = MappingProxyType(
-    {
-        "WanTransformer3DModel": "vramkit.pipelines.wan.transformer",
-        "AutoencoderKLWan": "vramkit.pipelines.wan.vae",
-    }
-)
 
 
 class Model(nn.Module):
