@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers of the transformers library: loaded mapped, and run as the Wan checkpoints want."""
+"""Text encoders and tokenizers of the transformers library: loaded mapped, and run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import load_mapped
 from vramkit.pipelines.folders import listing, read_json, weights_files
-from vramkit.pipelines.prompts import clean_prompt
+from vramkit.pipelines.pipeline import execution_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,23 +86,23 @@ def encode_t5(
     tokenizer: Any,
     text_encoder: nn.Module,
     max_sequence_length: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Encode prompts to [B, S, C] with S = ``max_sequence_length``, zeros behind each prompt's last token.
+    attend_to_padding: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode prompts to states [B, S, C] and a mask [B, S], bool, True on the prompt's tokens; S = max_sequence_length.
 
-    Wan was trained with zeros there and not with what the encoder makes of padding tokens. Longer prompts are cut.
+    Longer prompts are cut. Both results are on the device where the encoder computes.
 
     Args:
-        prompts: B prompts, cleaned here.
+        prompts: B prompts.
         tokenizer: a T5 tokenizer.
         text_encoder: a T5 encoder.
         max_sequence_length: tokens per prompt, the end token included.
-        device: where the encoder computes, and where its output stays.
+        attend_to_padding: whether the encoder looks at the padding behind a prompt; a checkpoint was trained one way.
     """
     if max_sequence_length < 1:
         raise ConfigError(f"max_sequence_length is {max_sequence_length}; expected at least 1 token")
     tokens = tokenizer(
-        [clean_prompt(prompt) for prompt in prompts],
+        list(prompts),
         padding="max_length",
         max_length=max_sequence_length,
         truncation=True,
@@ -110,6 +110,7 @@ def encode_t5(
         return_attention_mask=True,
         return_tensors="pt",
     )
-    mask = tokens.attention_mask.to(device)  # [B, S], 1 on the prompt's tokens
-    embeds: torch.Tensor = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
-    return embeds.masked_fill_(mask[..., None] == 0, 0)
+    device = execution_device(text_encoder)
+    mask = tokens.attention_mask.to(device)
+    states = text_encoder(tokens.input_ids.to(device), None if attend_to_padding else mask)
+    return states.last_hidden_state, mask.bool()

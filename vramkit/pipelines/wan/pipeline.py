@@ -7,41 +7,34 @@ Mirrors the call of diffusers' WanPipeline: the same folder, seed and arguments 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.pipelines.pipeline import Pipeline, execution_device
-from vramkit.pipelines.text_encoders import encode_t5
-from vramkit.pipelines.video import OUTPUT_TYPES, postprocess_video
-from vramkit.pipelines.wan.inputs import (
+from vramkit.pipelines.inputs import (
     Generators,
     Prompt,
-    check_choices,
     check_finite,
     check_noise,
-    check_positive,
     check_prompts,
-    check_size,
     make_noise,
     whole_latent_frames,
 )
+from vramkit.pipelines.pipeline import execution_device
+from vramkit.pipelines.prompts import clean_prompt
+from vramkit.pipelines.text_encoders import encode_t5
+from vramkit.pipelines.text_to_video import (
+    Conditions,
+    StepCallback,
+    TextToVideoPipeline,
+    VideoOutput,
+    wanted_tensors,
+)
 
-# (pipeline, step, timestep, tensors) -> replacements for the tensors
-StepCallback: TypeAlias = Callable[["WanPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
-
-class WanPipelineOutput(NamedTuple):
-    """What a call returns: ``.frames`` and ``[0]`` are the same."""
-
-    frames: Any  # by output_type: array [B, F, H, W, C], tensor [B, F, C, H, W], B lists of pictures, latents
-
-
-class WanPipeline(Pipeline):
+class WanPipeline(TextToVideoPipeline):
     """Text-to-video with a Wan2.1 checkpoint.
 
     Args:
@@ -92,56 +85,6 @@ class WanPipeline(Pipeline):
         self.expand_timesteps = False
         self.vae_scale_factor_temporal: int = vae.config.scale_factor_temporal if vae is not None else 4
         self.vae_scale_factor_spatial: int = vae.config.scale_factor_spatial if vae is not None else 8
-        self._guidance_scale = 1.0
-        self._attention_kwargs: dict[str, Any] | None = None
-        self._num_timesteps = 0
-        self._current_timestep: Any = None
-        self._interrupt = False
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of the call in progress."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the call in progress runs the transformer on the negative prompt too."""
-        return self._guidance_scale > 1.0
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        """The attention arguments of the call in progress."""
-        return self._attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """How many steps the call in progress takes."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Any:
-        """The timestep being computed, None between calls."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Set it to True from a step callback to skip the remaining steps and decode what is there."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the transformer computes (the first module's when there is none)."""
-        return super().device if self.transformer is None else execution_device(self.transformer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The transformer's dtype (float32 when there is none)."""
-        dtype: torch.dtype = self.transformer.dtype if self.transformer is not None else torch.float32
-        return dtype
 
     @torch.no_grad()  # not inference_mode: the slots that weights stream through are ordinary tensors
     def __call__(
@@ -165,7 +108,7 @@ class WanPipeline(Pipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
-    ) -> WanPipelineOutput:
+    ) -> VideoOutput:
         """Generate clips.
 
         Args:
@@ -192,15 +135,18 @@ class WanPipeline(Pipeline):
             max_sequence_length: tokens per prompt; longer prompts are cut.
 
         Returns:
-            WanPipelineOutput, whose ``frames`` has one entry per clip.
+            VideoOutput, whose ``frames`` has one entry per clip.
 
         Raises:
             ConfigError: arguments that do not fit, before anything is computed.
         """
-        # A callback object may say for itself what it wants, as those of diffusers do.
-        wanted = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ())
-        self._check_call(height, width, output_type, wanted)
-        check_positive(
+        wanted = wanted_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._check_call(
+            height=height,
+            width=width,
+            multiple=self._pixels_per_patch(),
+            output_type=output_type,
+            wanted=wanted,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
             num_videos_per_prompt=num_videos_per_prompt,
@@ -209,13 +155,11 @@ class WanPipeline(Pipeline):
         check_finite(guidance_scale=guidance_scale)
         num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal)
         prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        self._guidance_scale = guidance_scale
+        self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._check_encoder(prompt_embeds, negative_prompt_embeds)
         shape = self._latent_shape(prompts * num_videos_per_prompt, height, width, num_frames)
         check_noise(shape, generator, latents, device=self.device)
 
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
         positive, negative = self.encode_prompt(
             prompt,
             negative_prompt,
@@ -227,16 +171,13 @@ class WanPipeline(Pipeline):
         )
         if latents is None:
             latents = make_noise(shape, generator, device=self.device)
-        latents = self._denoise(
-            latents.to(self.device, torch.float32),
-            _Guidance(positive, negative),
-            num_inference_steps=num_inference_steps,
-            callback=callback_on_step_end,
-            wanted=wanted,
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        conditions = Conditions(
+            {"encoder_hidden_states": positive}, None if negative is None else {"encoder_hidden_states": negative}
         )
-        frames = latents if output_type == "latent" else postprocess_video(self.decode_latents(latents), output_type)
-        self.maybe_free()
-        return WanPipelineOutput(frames)
+        latents = latents.to(self.device, torch.float32)
+        latents = self._denoise(latents, conditions, callback=callback_on_step_end, wanted=wanted)
+        return self._finish(latents, output_type)
 
     def encode_prompt(
         self,
@@ -279,72 +220,20 @@ class WanPipeline(Pipeline):
         return video
 
     def _encode(self, texts: list[str], max_sequence_length: int) -> torch.Tensor:
-        return encode_t5(
-            texts,
+        """Embeddings [B, S, C] of prompts with zeros behind the last token: Wan was trained without padding tokens."""
+        embeds, mask = encode_t5(
+            [clean_prompt(text) for text in texts],
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,
             max_sequence_length=max_sequence_length,
-            device=execution_device(self.text_encoder),
+            attend_to_padding=False,
         )
+        return embeds.masked_fill_(~mask[..., None], 0)
 
-    def _denoise(
-        self,
-        latents: torch.Tensor,
-        guidance: _Guidance,
-        *,
-        num_inference_steps: int,
-        callback: StepCallback | None,
-        wanted: tuple[str, ...],
-    ) -> torch.Tensor:
-        """Walk the latents (float32) from noise to the clip."""
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            for step, timestep in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep = timestep
-                noise = self._predict_noise(latents, timestep, guidance)
-                latents = self.scheduler.step(noise, timestep, latents, return_dict=False)[0]
-                if callback is not None:
-                    tensors = {"latents": latents, **guidance.tensors()}
-                    changed = callback(self, step, timestep, {name: tensors[name] for name in wanted}) or {}
-                    latents = changed.get("latents", latents)
-                    guidance = guidance.replaced(changed)
-                bar.update()
-        self._current_timestep = None
-        return latents
-
-    def _predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, guidance: _Guidance) -> torch.Tensor:
-        def predict(embeds: torch.Tensor) -> torch.Tensor:
-            noise: torch.Tensor = self.transformer(
-                hidden_states=latents.to(self.dtype),
-                timestep=timestep.expand(latents.shape[0]),
-                encoder_hidden_states=embeds,
-                attention_kwargs=self._attention_kwargs,
-                return_dict=False,
-            )[0]
-            return noise
-
-        positive = predict(guidance.positive)
-        if guidance.negative is None:
-            return positive
-        negative = predict(guidance.negative)
-        return negative + self._guidance_scale * (positive - negative)
-
-    def _check_call(self, height: int, width: int, output_type: str, wanted: tuple[str, ...]) -> None:
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ConfigError(f"this pipeline has no {name}: load the checkpoint with it, or set pipeline.{name}")
-        if self.vae is None and output_type != "latent":
-            raise ConfigError('this pipeline has no vae: ask for output_type="latent", or set pipeline.vae')
-        check_positive(height=height, width=width)
-        # The published pipeline asks for 16 in any case; larger factors or patches ask for more.
-        patch = max(self.transformer.config.patch_size[1:])
-        check_size(height, width, multiple=math.lcm(16, self.vae_scale_factor_spatial * patch))
-        check_choices("output_type", [output_type], (*OUTPUT_TYPES, "latent"))
-        check_choices("callback_on_step_end_tensor_inputs", wanted, CALLBACK_TENSORS)
+    def _pixels_per_patch(self) -> int:
+        """What height and width are multiples of: 16 at the least, as the published pipeline asks for."""
+        patch = max(self.transformer.config.patch_size[1:]) if self.transformer is not None else 1
+        return math.lcm(16, self.vae_scale_factor_spatial * patch)
 
     def _check_encoder(self, prompt_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None) -> None:
         ready = prompt_embeds is not None and (
@@ -363,22 +252,4 @@ class WanPipeline(Pipeline):
             (num_frames - 1) // self.vae_scale_factor_temporal + 1,
             height // self.vae_scale_factor_spatial,
             width // self.vae_scale_factor_spatial,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Guidance:
-    """Text embeddings [B, S, C] of a call; ``negative`` is None without guidance."""
-
-    positive: torch.Tensor
-    negative: torch.Tensor | None
-
-    def tensors(self) -> dict[str, Any]:
-        """Name them as callbacks do."""
-        return {"prompt_embeds": self.positive, "negative_prompt_embeds": self.negative}
-
-    def replaced(self, changed: dict[str, torch.Tensor]) -> _Guidance:
-        """Return the same with what a callback gave back."""
-        return _Guidance(
-            changed.get("prompt_embeds", self.positive), changed.get("negative_prompt_embeds", self.negative)
         )
