@@ -124,8 +124,11 @@ def rms_rotate(
         table: cos and sin fp32, [S, P, 2] or [S, H, P, 2]; None for no rotation.
         out: [S, H, D] to write to; a new tensor of the dtype of x without it.
     """
-    y = F.rms_norm(x.view(x.shape[0], -1, weight.shape[0]), weight.shape, weight, eps)
-    return _rotate(y.view(x.shape[0], heads, -1), table, out)
+    y = F.rms_norm(x.view(x.shape[0], -1, weight.shape[0]), weight.shape, weight, eps).view(x.shape[0], heads, -1)
+    if table is not None:
+        y = y.float()  # drops the rounded tensor before the next one is made
+        y = rotate_pairs_(y, table, x.dtype)
+    return y.to(x.dtype) if out is None else write(out, y.to(x.dtype))
 
 
 def layer_norm_rotate(
@@ -140,15 +143,10 @@ def layer_norm_rotate(
 ) -> Tensor:
     """The same with a layer norm per head, whose weight and bias [D] are in the dtype of x."""
     y = F.layer_norm(x.view(x.shape[0], heads, -1), weight.shape, weight, bias, eps)
-    return _rotate(y, table, out)
-
-
-def _rotate(y: Tensor, table: Tensor | None, out: Tensor | None) -> Tensor:
-    dtype = y.dtype
     if table is not None:
-        y = y.float()  # drops the rounded tensor before the next one is made
-        y = rotate_pairs_(y, table, dtype)
-    return y.to(dtype) if out is None else write(out, y.to(dtype))
+        y = y.float()
+        y = rotate_pairs_(y, table, x.dtype)
+    return y.to(x.dtype) if out is None else write(out, y.to(x.dtype))
 
 
 @dataclass(frozen=True, slots=True)
