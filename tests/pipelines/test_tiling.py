@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.tiling import Tiling, blend_, fill_by_tiles
+from vramkit.pipelines.tiling import FrameTiling, Tiling, blend_, fade_in_, fill_by_tiles, frame_tiles
 
 
 def small_tiling(**sizes: int) -> Tiling:
@@ -75,3 +75,50 @@ def test_gaps_are_refused(sizes):
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="stride_width 190 is no multiple of 8"):
         Tiling(stride_width=190).scaled_down(8)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 6, 7, 9, 10, 14])
+def test_frame_tiles_cut_from_one_clip_give_it_back(frames):
+    clip = torch.randn(2, frames, 3, 5, generator=torch.Generator().manual_seed(0))
+    tiling = FrameTiling(frames=4, stride=3)
+    out = torch.full_like(clip, torch.nan)
+    for tile in frame_tiles(frames, tiling):
+        source = clip[:, tile.begin : tile.begin + tiling.frames + 1]
+        fade_in_(out[:, tile.frames], source[:, 1 if tile.begin else 0 :].clone(), shared_frames=tile.shared)
+    torch.testing.assert_close(out, clip)
+
+
+def test_frames_fade_from_one_tile_to_the_next():
+    out = torch.empty(11, 1, 1)
+    tiles = list(frame_tiles(11, FrameTiling(frames=6, stride=4)))
+    for number, tile in enumerate(tiles):
+        fade_in_(out[tile.frames], torch.full_like(out[tile.frames], float(number)), shared_frames=tile.shared)
+    assert [(tile.begin, tile.frames.start, tile.frames.stop, tile.shared) for tile in tiles] == [
+        (0, 0, 7, 0),
+        (4, 5, 11, 2),
+        (8, 9, 11, 2),
+    ]
+    assert out.flatten().tolist() == [0, 0, 0, 0, 0, 0, 0.5, 1, 1, 1, 1.5]
+
+
+def test_pictures_in_tiles_fade_from_the_frames_before_as_whole_ones_do():
+    before, after = torch.randn(2, 1, 5, 13, 11, generator=torch.Generator().manual_seed(0))
+    tiling = small_tiling()
+
+    def cut(top, left):
+        return after[..., top : top + tiling.height, left : left + tiling.width].clone()
+
+    out, whole = before.clone(), before.clone()
+    fill_by_tiles(out, tiling, cut, shared_frames=3)
+    fade_in_(whole, after.clone(), shared_frames=3)
+    torch.testing.assert_close(out, whole)
+    assert torch.equal(out[:, 0], before[:, 0])
+
+
+def test_frame_tilings_are_scaled_and_checked_like_those_of_pictures():
+    assert FrameTiling().scaled_down(4) == FrameTiling(frames=4, stride=3)
+    assert [FrameTiling().is_needed(frames) for frames in (16, 17)] == [False, True]
+    with pytest.raises(ConfigError, match="leave gaps"):
+        FrameTiling(frames=4, stride=5)
+    with pytest.raises(ConfigError, match="stride 10 is no multiple of 4"):
+        FrameTiling(stride=10).scaled_down(4)

@@ -1,21 +1,22 @@
-"""Pictures too large for one pass, computed in overlapping tiles whose seams are blended.
+"""Clips too large for one pass, computed in overlapping tiles of the picture and of the frames, their seams blended.
 
 Shared by the video autoencoders. The tile sizes, the order of the blends and the linear ramp are those of the tiled modes
 in diffusers, so that a tiled result is the same there and here; what differs is what stays in memory: one tile and the
-overlaps.
+overlaps within a picture. Frames that two tiles give lie in the result from the first to the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vramkit.errors import ConfigError
 
-__all__ = ["Tiling", "blend_", "fill_by_tiles"]
+__all__ = ["FrameTile", "FrameTiling", "Tiling", "blend_", "fade_in_", "fill_by_tiles", "frame_tiles"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +66,78 @@ class Tiling:
         return height > self.height or width > self.width
 
 
-def fill_by_tiles(out: Tensor, tiling: Tiling, compute_tile: Callable[[int, int], Tensor]) -> Tensor:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameTiling:
+    """Frames that a tile gives and the distance from one tile to the next, in frames of video or of latents.
+
+    The autoencoders are causal, and the first frame of a clip is a latent frame of its own. So each tile begins with one
+    frame more, which is a result in the first tile only.
+
+    Raises:
+        ConfigError: a size or distance below one, or tiles that leave a gap.
+    """
+
+    frames: int = 16
+    stride: int = 12
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride <= self.frames:
+            raise ConfigError(
+                f"Tiles of {self.frames} frames at a distance of {self.stride} leave gaps; "
+                "choose a stride from 1 to the tile's frames."
+            )
+
+    def scaled_down(self, ratio: int) -> FrameTiling:
+        """The same tiles measured in latent frames of `ratio` frames each.
+
+        Raises:
+            ConfigError: frames or stride are no multiple of `ratio`.
+        """
+        for name in ("frames", "stride"):
+            if getattr(self, name) % ratio:
+                raise ConfigError(
+                    f"Tile {name} {getattr(self, name)} is no multiple of {ratio}, the frames per latent frame."
+                )
+        return FrameTiling(frames=self.frames // ratio, stride=self.stride // ratio)
+
+    def is_needed(self, frames: int) -> bool:
+        """Whether a clip of so many frames is longer than one tile."""
+        return frames > self.frames
+
+
+class FrameTile(NamedTuple):
+    """A part of a clip, in frames of the result."""
+
+    begin: int  # where its computation begins
+    frames: slice  # what it gives: from `begin` in the first tile, from the frame after that in the others
+    shared: int  # how many of these the tile before gave as well
+
+
+def frame_tiles(frames: int, tiling: FrameTiling) -> Iterator[FrameTile]:
+    """The tiles of a result of `frames` frames, in order; `tiling` is in the units of the result."""
+    for begin in range(0, frames, tiling.stride):
+        start, stop = begin + (begin > 0), min(begin + tiling.frames + 1, frames)
+        if start < stop:
+            yield FrameTile(begin, slice(start, stop), min(tiling.frames - tiling.stride, stop - start) if begin else 0)
+
+
+def fade_in_(out: Tensor, tile: Tensor, *, shared_frames: int) -> None:
+    """Write `tile` into `out`, both [..., F, H, W]; its first frames fade in from the `shared_frames` that `out` holds.
+
+    `tile` is overwritten.
+    """
+    if shared_frames:
+        blend_(tile, out[..., :shared_frames, :, :], dim=-3)
+    out.copy_(tile)
+
+
+def fill_by_tiles(
+    out: Tensor, tiling: Tiling, compute_tile: Callable[[int, int], Tensor], *, shared_frames: int = 0
+) -> Tensor:
     """Fill `out` [..., H, W] tile by tile, each blended into its neighbours above and to the left, and return it.
 
     `tiling` is in the units of `out`. `compute_tile(top, left)` returns the tile that begins there, cut off where `out`
-    ends; it is overwritten.
+    ends; it is overwritten. With `shared_frames`, `out` is [..., F, H, W] and fades from what its first frames hold.
     """
     overlap_height = tiling.height - tiling.stride_height
     overlap_width = tiling.width - tiling.stride_width
@@ -83,10 +151,11 @@ def fill_by_tiles(out: Tensor, tiling: Tiling, compute_tile: Callable[[int, int]
                 blend_(tile, above[column], dim=-2)
             if right_edge is not None:
                 blend_(tile, right_edge, dim=-1)
-            kept = tile[..., : tiling.stride_height, : tiling.stride_width]
-            out[..., top : top + kept.shape[-2], left : left + kept.shape[-1]] = kept
             right_edge = _last(tile, overlap_width, dim=-1).clone()
             lower_edges.append(_last(tile, overlap_height, dim=-2).clone())
+            kept = tile[..., : tiling.stride_height, : tiling.stride_width]
+            place = out[..., top : top + kept.shape[-2], left : left + kept.shape[-1]]
+            fade_in_(place, kept, shared_frames=shared_frames)
             del tile, kept  # before the next one is computed
         above = lower_edges
     return out
