@@ -9,14 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vramkit.errors import ConfigError
 
-__all__ = ["FrameTile", "FrameTiling", "Tiling", "blend_", "fade_in_", "fill_by_tiles", "frame_tiles"]
+__all__ = [
+    "Box",
+    "FrameTile",
+    "FrameTiling",
+    "Tiling",
+    "blend_",
+    "fade_in_",
+    "fill_by_tiles",
+    "fill_clip",
+    "frame_tiles",
+]
+
+# Frames, rows and columns of a tile in the units of the result, to the end where the stop is None; may reach beyond it.
+Box: TypeAlias = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +171,44 @@ def fill_by_tiles(
             fade_in_(place, kept, shared_frames=shared_frames)
             del tile, kept  # before the next one is computed
         above = lower_edges
+    return out
+
+
+def fill_clip(
+    out: Tensor,
+    compute_tile: Callable[[Box], Tensor],
+    *,
+    tiling: Tiling | None,
+    frame_tiling: FrameTiling | None,
+    kept_frames: slice = slice(1, None),
+) -> Tensor:
+    """Fill `out` [..., F, H, W] tile by tile and return it.
+
+    Args:
+        out: the result.
+        compute_tile: makes the tile of a box, cut off where `out` ends; it is overwritten.
+        tiling: tiles of the picture in the units of `out`, None for whole pictures.
+        frame_tiling: tiles of the frames in the units of `out`, None for all frames at once.
+        kept_frames: what to take of tiles after the first, which are one frame longer than what they give.
+    """
+    whole = FrameTile(0, slice(0, out.shape[-3]), 0)
+    for tile in [whole] if frame_tiling is None else frame_tiles(out.shape[-3], frame_tiling):
+        frames = slice(tile.begin, None if frame_tiling is None else tile.begin + frame_tiling.frames + 1)
+        kept = kept_frames if tile.begin else slice(None)
+        place = out[..., tile.frames, :, :]
+        if tiling is None:
+            fade_in_(
+                place,
+                compute_tile((frames, slice(0, None), slice(0, None)))[..., kept, :, :],
+                shared_frames=tile.shared,
+            )
+            continue
+
+        def compute(top: int, left: int, frames: slice = frames, kept: slice = kept, tiling: Tiling = tiling) -> Tensor:
+            box = frames, slice(top, top + tiling.height), slice(left, left + tiling.width)
+            return compute_tile(box)[..., kept, :, :]
+
+        fill_by_tiles(place, tiling, compute, shared_frames=tile.shared)
     return out
 
 
