@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,11 @@ from vramkit.pipelines.layers import (
     TextProjection,
     TimestepEmbedding,
     TokenOps,
-    rotary_grid,
     sinusoidal_embedding,
-    token_chunks,
 )
-from vramkit.pipelines.modeling import Model
+from vramkit.pipelines.video_transformer import TransformerOutput, VideoTransformer
 
-__all__ = ["TransformerOutput", "WanTransformer3DModel", "WanTransformerBlock", "WanTransformerConfig"]
+__all__ = ["WanTransformer3DModel", "WanTransformerBlock", "WanTransformerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +81,6 @@ class WanTransformerConfig:
         """Channels of a head that encode frames, rows and columns."""
         plane = 2 * (self.attention_head_dim // 6)
         return self.attention_head_dim - 2 * plane, plane, plane
-
-
-class TransformerOutput(NamedTuple):
-    """What a transformer returns; also answers to [0]."""
-
-    sample: Tensor
 
 
 class WanSelfAttention(AttentionLayers):
@@ -165,7 +157,7 @@ class WanConditionEmbedder(nn.Module):
         return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)), self.text_embedder(text)
 
 
-class WanTransformer3DModel(Model):
+class WanTransformer3DModel(VideoTransformer):
     """Predicts the flow of a latent video from its noisy state, a timestep and text.
 
     For inference: gradients are not recorded, since the token stream is updated in place.
@@ -184,18 +176,6 @@ class WanTransformer3DModel(Model):
         self.blocks = nn.ModuleList([WanTransformerBlock(config) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(channels, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, channels) / channels**0.5)
-        self._ops = TokenOps()
-        self._rotary: tuple[tuple[Any, ...], Tensor] | None = None  # the last grid and device, and their table
-
-    def set_chunk_size(self, tokens: int) -> None:
-        """Set how many tokens are computed at a time: fewer need less memory, results differ by rounding only."""
-        if tokens < 1:
-            raise ConfigError(f"chunk size: got {tokens} tokens, expected at least 1")
-        self._ops = replace(self._ops, chunk_tokens=tokens)
-
-    def compile_elementwise(self) -> None:
-        """Compile the few memory-bound functions of a block; the matrix products stay as they are."""
-        self._ops = self._ops.compiled()
 
     @torch.no_grad()
     def forward(
@@ -223,54 +203,17 @@ class WanTransformer3DModel(Model):
             ConfigError: sizes that the patches do not divide, more positions than `rope_max_seq_len`, timesteps per
                 token, or attention_kwargs.
         """
-        if attention_kwargs:
-            raise ConfigError(f"attention_kwargs: got {sorted(attention_kwargs)}, expected none; leave it out")
-        batch, grid = hidden_states.shape[0], self._grid(hidden_states)
-        if timestep.ndim != 1 or timestep.shape[0] not in (1, batch):
-            raise ConfigError(
-                f"timestep: got shape {tuple(timestep.shape)}, expected ({batch},); timesteps per token (Wan2.2 5B) "
-                "are not supported"
-            )
-        rotary, ops = self._rotary_table(grid, hidden_states.device), self._ops
+        config, batch, device = self.config, hidden_states.shape[0], hidden_states.device
+        self._check_inputs(timestep, batch, attention_kwargs)
+        grid = self._grid(hidden_states, config.patch_size)
+        if max(grid) > config.rope_max_seq_len:
+            raise ConfigError(f"latents: {grid} patches, at most {config.rope_max_seq_len} along an axis")
+        rotary, ops = self._rotary_table(grid, config.rotary_channels, device), self._ops
         time, modulation, text = self.condition_embedder(timestep.expand(batch), encoder_hidden_states)
         x = self.patch_embedding(hidden_states)  # [B, S, C]
         for block in self.blocks:
             x = block(x, text, modulation, rotary, ops)
-        sample = self._unpatchify(self._head(x, time), grid)
-        return TransformerOutput(sample) if return_dict else (sample,)
-
-    def _grid(self, video: Tensor) -> tuple[int, int, int]:
-        """Tokens along frames, rows and columns."""
-        sizes, patch, limit = video.shape[2:], self.config.patch_size, self.config.rope_max_seq_len
-        if len(sizes) != 3 or any(size % p for size, p in zip(sizes, patch, strict=True)):
-            raise ConfigError(
-                f"latents: got shape {tuple(video.shape)}, expected [batch, channels, frames, height, width] with the "
-                f"last three divisible by {patch}"
-            )
-        frames, rows, columns = (size // p for size, p in zip(sizes, patch, strict=True))
-        if max(frames, rows, columns) > limit:
-            raise ConfigError(f"latents: {frames} x {rows} x {columns} patches, at most {limit} along an axis")
-        return frames, rows, columns
-
-    def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        """The table [S, P, 2] of a grid, kept until another is asked for."""
-        if self._rotary is None or self._rotary[0] != (grid, device):
-            table = rotary_grid(grid, self.config.rotary_channels, device=device)
-            self._rotary = (grid, device), table
-        return self._rotary[1]
-
-    def _head(self, x: Tensor, time: Tensor) -> Tensor:
-        """Tokens [B, S, C] and time embedding [B, C] -> patches [B, S, out_channels * patch volume]."""
         shift, scale = (self.scale_shift_table.float() + time.float()[:, None]).unbind(dim=1)  # [B, C] each
-        patches = x.new_empty(*x.shape[:2], self.proj_out.out_features)
-        for b in range(x.shape[0]):
-            for part in token_chunks(x.shape[1], self._ops.chunk_tokens):
-                normed = self._ops.layer_norm(x[b, part], 1 + scale[b], shift[b], self.config.eps)
-                patches[b, part] = self.proj_out(normed)
-        return patches
-
-    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Patches [B, F R L, pf ph pw out] -> video [B, out, F pf, R ph, L pw]."""
-        video = patches.view(patches.shape[0], *grid, *self.config.patch_size, -1)
-        video = video.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, out, F, pf, R, ph, L, pw]
-        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        patches = self._head(x, partial(ops.layer_norm, eps=config.eps), scale, shift, self.proj_out)
+        sample = self._unpatchify(patches, grid, config.patch_size)
+        return TransformerOutput(sample) if return_dict else (sample,)
