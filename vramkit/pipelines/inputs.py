@@ -118,9 +118,14 @@ def check_noise(
             )
 
 
-def make_noise(shape: tuple[int, ...], generator: Generators, *, device: torch.device) -> torch.Tensor:
-    """Draw float32 noise on the generator's device, clip by clip when there is one generator per clip."""
+def make_noise(
+    shape: tuple[int, ...], generator: Generators, *, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Draw noise on the generator's device, clip by clip when there is one generator per clip.
+
+    The dtype counts: another one draws other noise, not the same in fewer digits.
+    """
     if isinstance(generator, list):
-        return torch.cat([make_noise((1, *shape[1:]), each, device=device) for each in generator])
+        return torch.cat([make_noise((1, *shape[1:]), each, device=device, dtype=dtype) for each in generator])
     drawn_on = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=drawn_on, dtype=torch.float32).to(device)
+    return torch.randn(shape, generator=generator, device=drawn_on, dtype=dtype).to(device)

@@ -1,0 +1,1 @@
+"""CogVideoX and CogVideoX1.5 text-to-video."""
