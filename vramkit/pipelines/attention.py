@@ -77,8 +77,11 @@ class Stream:
         return None if self.table is None else self.table[part]
 
 
-def self_attention_(streams: Sequence[Stream], *, ops: TokenOps) -> None:
-    """Let the tokens of all streams attend to one another; the streams follow each other in the order of the keys."""
+def self_attention_(streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | None = None) -> None:
+    """Let the tokens of all streams attend to one another; the streams follow each other in the order of the keys.
+
+    mask is bool, True for the keys that are attended to; without it all are, which is what the fast kernels want.
+    """
     first = streams[0]
     lengths = [stream.tokens.shape[0] for stream in streams]
     keys = first.tokens.new_empty(
@@ -100,7 +103,7 @@ def self_attention_(streams: Sequence[Stream], *, ops: TokenOps) -> None:
             normed = stream.norm(stream.tokens[part])
         query = stream.projections.query(normed, stream.positions(part), ops)
         normed = None
-        stream.add(stream.tokens[part], attention(query, keys, values))
+        stream.add(stream.tokens[part], attention(query, keys, values, mask))
         del query
 
 

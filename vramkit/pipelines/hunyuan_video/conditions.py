@@ -1,0 +1,200 @@
+"""What the HunyuanVideo transformer is conditioned on: timestep, guidance and text, and how long each text is.
+
+Shapes: B batch, T text tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vramkit.errors import ConfigError
+from vramkit.pipelines.attention import attention
+from vramkit.pipelines.layers import TimestepEmbedding, sinusoidal_embedding
+
+__all__ = ["ConditionEmbedder", "TextLengths", "TokenRefiner"]
+
+TIME_FEATURES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TextLengths:
+    """How many tokens of each sample's text count."""
+
+    counts: tuple[int, ...]
+    valid: Tensor | None = None  # bool [B, T]; where a compiler knows no counts, which are T then
+
+    @classmethod
+    def of(cls, mask: Tensor | Sequence[int], text: Tensor) -> TextLengths:
+        """Lengths of texts [B, T, ...] from a mask [B, T] of ones and then zeros, or from the lengths themselves.
+
+        Raises:
+            ConfigError: another shape, texts without a token, or zeros before ones.
+        """
+        batch, tokens = text.shape[:2]
+        if not isinstance(mask, Tensor):
+            counts = tuple(mask)
+            if len(counts) != batch or not all(0 < count <= tokens for count in counts):
+                raise ConfigError(
+                    f"encoder_attention_mask: got lengths {list(counts)}, expected {batch} of 1 to {tokens} tokens"
+                )
+            return cls(counts)
+        if mask.shape != (batch, tokens):
+            raise ConfigError(
+                f"encoder_attention_mask: got shape {tuple(mask.shape)}, expected ({batch}, {tokens}), as "
+                "encoder_hidden_states has it"
+            )
+        lengths = mask.bool().sum(dim=1)
+        valid = torch.arange(tokens, device=mask.device) < lengths[:, None]
+        if torch.compiler.is_compiling():
+            return cls((tokens,) * batch, valid)
+        whole = (valid == mask.bool()).all(dim=1)
+        counts = tuple(torch.where(whole, lengths, 0).tolist())  # one wait for the device
+        if not all(counts):
+            raise ConfigError(
+                "encoder_attention_mask: expected ones for the tokens of each text, at least one, and after them zeros for "
+                f"its padding; that of sample {counts.index(0)} is not like this"
+            )
+        return cls(counts)
+
+    @property
+    def longest(self) -> int:
+        """T of the longest text."""
+        return max(self.counts)
+
+    def cut(self, tokens: Tensor, sample: int) -> Tensor:
+        """The tokens [T, ...] of a sample that count."""
+        return tokens[: self.counts[sample]]
+
+    def mask(self, sample: int, others: int = 0) -> Tensor | None:
+        """What masks a sample's keys, `others` [S] and after them its text, if `cut` could not; bool [S + T]."""
+        return None if self.valid is None else F.pad(self.valid[sample], (others, 0), value=True)
+
+    def mean(self, text: Tensor) -> Tensor:
+        """The mean [B, C] of each text [B, T, C] over the tokens that count, in fp32."""
+        if self.valid is not None:
+            valid = self.valid[..., None].float()  # [B, T, 1]
+            return (text.float() * valid).sum(dim=1) / valid.sum(dim=1)
+        return torch.stack([self.cut(tokens, b).float().mean(dim=0) for b, tokens in enumerate(text)])
+
+
+class TimeTextEmbedder(nn.Module):
+    """The sum of a timestep's embedding and a pooled text's."""
+
+    def __init__(self, text_channels: int, channels: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(TIME_FEATURES, channels)
+        self.text_embedder = TimestepEmbedding(text_channels, channels)  # the same two layers
+
+    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """Timestep [B] and pooled text [B, text_channels] -> [B, C]."""
+        time: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep, TIME_FEATURES))
+        text: Tensor = self.text_embedder(pooled)
+        return time + text
+
+
+class ConditionEmbedder(TimeTextEmbedder):
+    """The same with an embedding of the guidance scale, for models that were distilled to take it."""
+
+    def __init__(self, text_channels: int, channels: int, *, guidance: bool) -> None:
+        super().__init__(text_channels, channels)
+        self.guidance_embedder = TimestepEmbedding(TIME_FEATURES, channels) if guidance else None
+
+    def forward(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Timestep [B], pooled text [B, text_channels] and guidance [B] -> [B, C]."""
+        condition = super().forward(timestep, pooled)
+        if self.guidance_embedder is None or guidance is None:
+            return condition
+        embedded: Tensor = self.guidance_embedder(sinusoidal_embedding(guidance, TIME_FEATURES))
+        return condition + embedded
+
+
+class _Silu(nn.Module):
+    """The first half of a feed-forward; its own module because checkpoints name it `net.0.proj`."""
+
+    def __init__(self, channels: int, inner_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, inner_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.proj(x))
+
+
+class _RefinerAttention(nn.Module):
+    """Self-attention of texts, each over its own tokens."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, lengths: TextLengths) -> Tensor:
+        """[B, T, C] -> the same; zeros go into the last layer where a text has ended."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        query, key, value = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)  # [B, T, H, D]
+        attended = torch.zeros_like(x)
+        for b in range(x.shape[0]):
+            own = [lengths.cut(tokens[b], b) for tokens in (query, key, value)]
+            lengths.cut(attended[b], b).copy_(attention(own[0], own[1], own[2], lengths.mask(b)))
+        out: Tensor = self.to_out[0](attended)
+        return out
+
+
+class _Gates(nn.Module):
+    """Two gates from an embedding."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, 2 * channels)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """[B, C] -> two [B, 1, C]."""
+        gates: Tensor = self.linear(F.silu(condition))[:, None]
+        return gates.chunk(2, dim=-1)
+
+
+class _RefinerBlock(nn.Module):
+    """Attention and feed-forward over text, their results gated by the timestep."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = _RefinerAttention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        # Checkpoints leave index 1 to a dropout.
+        feed_forward = nn.Sequential(_Silu(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.ModuleDict({"net": feed_forward})
+        self.norm_out = _Gates(channels)
+
+    def forward(self, x: Tensor, condition: Tensor, lengths: TextLengths) -> Tensor:
+        """[B, T, C] -> the same."""
+        gate1, gate2 = self.norm_out(condition)
+        x = x + self.attn(self.norm1(x), lengths) * gate1
+        out: Tensor = x + self.ff["net"](self.norm2(x)) * gate2
+        return out
+
+
+class TokenRefiner(nn.Module):
+    """States of the text encoder to text tokens of the transformer."""
+
+    def __init__(self, text_channels: int, channels: int, heads: int, *, layers: int) -> None:
+        super().__init__()
+        self.time_text_embed = TimeTextEmbedder(text_channels, channels)
+        self.proj_in = nn.Linear(text_channels, channels)
+        blocks = nn.ModuleList([_RefinerBlock(channels, heads) for _ in range(layers)])
+        self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
+
+    def forward(self, text: Tensor, timestep: Tensor, lengths: TextLengths) -> Tensor:
+        """Text [B, T, text_channels] and timestep [B] -> [B, T, C]."""
+        condition = self.time_text_embed(timestep, lengths.mean(text).to(text.dtype))
+        x: Tensor = self.proj_in(text)
+        for block in self.token_refiner["refiner_blocks"].children():
+            x = block(x, condition, lengths)
+        return x
