@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,9 +45,19 @@ UNIPC = {
 
 
 def write_wan_checkpoint(
-    folder: Path, *, scheduler: str = "unipc", seed: int = 0, max_shard_size: str = "10GB", variant: str | None = None
+    folder: Path,
+    *,
+    scheduler: str = "unipc",
+    seed: int = 0,
+    max_shard_size: str = "10GB",
+    variant: str | None = None,
+    transformer: Mapping[str, Any] = MappingProxyType({}),
+    vae: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Write a whole checkpoint with random weights of a few hundred KB and return its folder."""
+    """Write a whole checkpoint with random weights of a few hundred KB and return its folder.
+
+    transformer and vae change their configs.
+    """
     from diffusers import (
         AutoencoderKLWan,
         FlowMatchEulerDiscreteScheduler,
@@ -68,8 +80,8 @@ def write_wan_checkpoint(
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=text_encoder,
-        transformer=_noisy(WanTransformer3DModel(**TRANSFORMER)),
-        vae=_noisy(AutoencoderKLWan(**VAE)),
+        transformer=_noisy(WanTransformer3DModel(**TRANSFORMER | transformer)),
+        vae=_noisy(AutoencoderKLWan(**VAE | vae)),
         scheduler=schedulers[scheduler](),
     )
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
