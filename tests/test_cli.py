@@ -27,8 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cached_checkpoint(TINY, cache=tmp_path_factory.mktemp("cache"))
 
 
-def wan(model: Path | str, *arguments: str) -> list[str]:
-    return ["run", "wan", "--model", str(model), "--prompt", "a cat", *SIZE, *arguments]
+def run(model: Path | str, *arguments: str) -> list[str]:
+    return ["run", "--model", str(model), "--prompt", "a cat", *SIZE, *arguments]
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -42,14 +42,14 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("arguments", [["--help"], [], ["run"], ["run", "wan", "--help"], ["demo", "--help"]])
+    @pytest.mark.parametrize("arguments", [["--help"], [], ["run", "--help"], ["demo", "--help"]])
     def test_is_printed(self, arguments: list[str]) -> None:
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0
         assert "Usage" in result.output
 
     def test_names_every_option(self) -> None:
-        text = CliRunner().invoke(cli.app, ["run", "wan", "--help"], env={"COLUMNS": "200"}).output
+        text = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "200"}).output
         for option in [
             "model",
             "prompt",
@@ -86,7 +86,7 @@ class TestHelp:
 class TestRunWan:
     def video(self, tmp_path: Path, model: Path, *arguments: str) -> bytes:
         out = tmp_path / "clip.mp4"
-        assert cli.main(wan(model, "--out", str(out), "--device", "cpu", *arguments)) == 0
+        assert cli.main(run(model, "--out", str(out), "--device", "cpu", *arguments)) == 0
         return out.read_bytes()
 
     @pytest.mark.parametrize(
@@ -144,27 +144,25 @@ class TestErrors:
         ("arguments", "said"),
         [
             (["bogus"], "bogus"),
-            (["run", "bogus"], "bogus"),
-            (["run", "wan"], "--model"),
-            (["run", "wan", "--model", "x"], "--prompt"),
+            (["run", "--model", "x", "--prompt", "a", "bogus"], "bogus"),
+            (["run"], "--model"),
+            (["run", "--model", "x"], "--prompt"),
             (["--bogus"], "--bogus"),
             (["demo", "--budget", "many"], "many"),
             (["demo", "--device", "tpu"], "tpu"),
             (["demo", "--preset", "huge"], "huge"),
-            (wan("./missing"), "missing does not exist"),
-            (wan("x", "--frames", "80"), "77 or 81"),
-            (wan("x", "--frames", "0"), "1 or 5"),
-            (wan("x", "--steps", "many"), "--steps"),
-            (wan("x", "--slots", "0"), "--slots"),
-            (wan("x", "--seed", "-1"), "--seed"),
-            (wan("x", "--seed", str(2**64)), "--seed"),
-            (wan("x", "--dtype", "int8"), "--dtype"),
-            (wan("x", "--offload", "some"), "--offload"),
-            (wan("x", "--offload", "model", "--store", "disk"), "--store was given with --offload model"),
-            (wan("x", "--offload", "none", "--slots", "2"), "--slots was given with --offload none"),
-            (wan("x", "--device", "tpu"), "tpu"),
-            (wan("x", "--out", "clip.txt"), ".mp4"),
-            (wan("x", "--out", "./missing/clip.mp4"), "missing does not exist"),
+            (run("./missing"), "missing does not exist"),
+            (run("x", "--steps", "many"), "--steps"),
+            (run("x", "--slots", "0"), "--slots"),
+            (run("x", "--seed", "-1"), "--seed"),
+            (run("x", "--seed", str(2**64)), "--seed"),
+            (run("x", "--dtype", "int8"), "--dtype"),
+            (run("x", "--offload", "some"), "--offload"),
+            (run("x", "--offload", "model", "--store", "disk"), "--store was given with --offload model"),
+            (run("x", "--offload", "none", "--slots", "2"), "--slots was given with --offload none"),
+            (run("x", "--device", "tpu"), "tpu"),
+            (run("x", "--out", "clip.txt"), ".mp4"),
+            (run("x", "--out", "./missing/clip.mp4"), "missing does not exist"),
         ],
     )
     def test_are_one_line(self, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +172,7 @@ class TestErrors:
         ("arguments", "said"),
         [
             (["--height", "40"], "multiple of 16"),
+            (["--frames", "0"], "num_frames is 0"),
             (["--steps", "0"], "num_inference_steps is 0"),
             (["--guidance", "nan"], "guidance_scale is nan"),
             (["--flow-shift", "0"], "flow_shift=0.0"),
@@ -185,7 +184,7 @@ class TestErrors:
     def test_found_with_a_model_are_one_line(
         self, arguments: list[str], said: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        command = wan(model, "--device", "cpu", "--out", str(tmp_path / "clip.mp4"), *arguments)
+        command = run(model, "--device", "cpu", "--out", str(tmp_path / "clip.mp4"), *arguments)
         assert said in fails(command, capsys)
         assert list(tmp_path.iterdir()) == []
 
@@ -193,7 +192,7 @@ class TestErrors:
         copy = shutil.copytree(model, tmp_path / "copy")
         weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-64])
-        said = fails(wan(copy, "--device", "cpu", "--out", str(tmp_path / "clip.mp4")), capsys)
+        said = fails(run(copy, "--device", "cpu", "--out", str(tmp_path / "clip.mp4")), capsys)
         assert "diffusion_pytorch_model.safetensors" in said
 
     @pytest.mark.parametrize("name", ["text_encoder", "tokenizer", "transformer", "scheduler", "vae"])
@@ -203,7 +202,7 @@ class TestErrors:
         copy = shutil.copytree(model, tmp_path / "copy")
         edit_json(copy / "model_index.json", **{name: [None, None]})
         options = ["--fp8", "--vae-tiling", "--flow-shift", "3"]
-        assert f"has no {name}" in fails(wan(copy, "--device", "cpu", *options), capsys)
+        assert f"has no {name}" in fails(run(copy, "--device", "cpu", *options), capsys)
 
     def test_demo_into_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").touch()
@@ -257,7 +256,7 @@ class TestErrors:
 
 def test_as_a_program(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vramkit.cli", *wan("./missing", "--out", str(tmp_path / "x.mp4"))],
+        [sys.executable, "-m", "vramkit.cli", *run("./missing", "--out", str(tmp_path / "x.mp4"))],
         capture_output=True,
         text=True,
         check=False,

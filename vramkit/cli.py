@@ -1,4 +1,4 @@
-"""The command line: ``vramkit demo`` and ``vramkit run wan``.
+"""The command line: ``vramkit demo`` and ``vramkit run``.
 
 Heavy libraries are imported by the commands, so that ``--help`` answers at once.
 """
@@ -9,18 +9,12 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vramkit import __version__
 from vramkit.errors import CheckpointError, ConfigError, VramkitError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from vramkit.pipelines.wan.pipeline import WanPipeline
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # What typer raises for wrong arguments; it brings its own click or uses the installed one, by version.
@@ -31,8 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-run_app = typer.Typer(help="Generate with a published checkpoint.")
-app.add_typer(run_app, name="run")
 
 
 class Offload(str, Enum):
@@ -95,12 +87,6 @@ def _root(
         typer.echo(context.get_help())
 
 
-@run_app.callback(invoke_without_command=True)
-def _run(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
 @app.command()
 def demo(
     *,
@@ -133,23 +119,23 @@ def demo(
         raise VramkitError("the second run went above its budget: raise --budget")
 
 
-@run_app.command()
-def wan(
+@app.command()
+def run(
     *,
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face repository id.")],
     prompt: Annotated[str, typer.Option(help="What the clip shows.")],
     out: Annotated[Path, typer.Option(help="The video to write (.mp4, .mov, .mkv, .avi).")] = Path("clip.mp4"),
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
-    frames: Annotated[int, typer.Option(help="Frames, 4 k + 1.")] = 81,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 5.0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**64 - 1)] = 0,
-    fps: Annotated[float, typer.Option(help="Frames per second of the video.")] = 16.0,
-    flow_shift: Annotated[float | None, typer.Option(help="Shift of the schedule: 3 for 480p, 5 for 720p.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the video.")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of a Wan schedule: 3 for 480p, 5 for 720p.")] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: bf16 on a GPU, fp32 on the CPU. The VAE stays in fp32.")
+        Dtype, typer.Option(help="auto: bf16 on a GPU, fp32 on the CPU. The VAE of Wan stays in fp32.")
     ] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     offload: Annotated[
@@ -168,17 +154,17 @@ def wan(
     fp8: Annotated[bool, typer.Option("--fp8", help="Keep the transformer's large weights in fp8.")] = False,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, more time.")] = False,
 ) -> None:
-    """Generate a clip with a Wan2.1 text-to-video checkpoint."""
+    """Generate a clip with a Wan2.1, HunyuanVideo, LTX-Video or CogVideoX checkpoint.
+
+    What is left out is as published with the checkpoint's family.
+    """
     from vramkit.demo.job import resolve_device  # noqa: PLC0415
     from vramkit.pipelines.video import check_video, export_to_video  # noqa: PLC0415
 
     _check_streaming(offload, {"--store": store, "--resident": resident, "--slots": slots})
-    check_video(out, fps=fps)  # before minutes of work, not after them
-    if frames % 4 != 1 or frames < 1:
-        below = max(frames - 2, 0) // 4 * 4 + 1
-        raise ConfigError(f"--frames is {frames}; expected 4 k + 1, for example {below} or {below + 4}")
+    check_video(out, fps=1.0 if fps is None else fps)  # before minutes of work, not after them
     device = resolve_device(device)
-    pipeline = _load_wan(model, dtype, device)
+    pipeline = _load(model, dtype, device)
     if flow_shift is not None:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
     if fp8:
@@ -186,17 +172,17 @@ def wan(
     if vae_tiling:
         pipeline.vae.enable_tiling()
     place(pipeline, device, offload, store=store, resident=resident, slots=slots)
-    clip = pipeline(
-        prompt,
-        negative_prompt,
-        height,
-        width,
-        frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=_generator(seed),
-    ).frames[0]
-    typer.echo(export_to_video(clip, out, fps=fps))
+    options = {
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    clip = pipeline(prompt, **given, generator=_generator(seed)).frames[0]
+    typer.echo(export_to_video(clip, out, fps=fps or pipeline.fps))
 
 
 def _check_streaming(offload: Offload, options: dict[str, Any]) -> None:
@@ -205,10 +191,10 @@ def _check_streaming(offload: Offload, options: dict[str, Any]) -> None:
         raise ConfigError(f"{given[0]} was given with --offload {offload.value}; it goes with block or leaf")
 
 
-def place(
-    pipeline: WanPipeline, device: str, offload: Offload, *, store: str | None, resident: str, slots: int | None
-) -> None:
+def place(pipeline: Any, device: str, offload: Offload, *, store: str | None, resident: str, slots: int | None) -> None:
     """Put the models where ``--offload`` says."""
+    from torch import nn  # noqa: PLC0415
+
     from vramkit.offload import apply_group_offloading  # noqa: PLC0415
 
     if offload is Offload.none:
@@ -216,7 +202,7 @@ def place(
     elif offload is Offload.model:
         pipeline.enable_model_cpu_offload(device)
     else:
-        modules: list[nn.Module] = [pipeline.text_encoder, pipeline.transformer, pipeline.vae]
+        modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         for module in modules:
             apply_group_offloading(
                 module,
@@ -228,11 +214,19 @@ def place(
             )
 
 
-def _load_wan(model: str, dtype: Dtype, device: str) -> WanPipeline:
-    from vramkit.pipelines.wan.pipeline import WanPipeline  # noqa: PLC0415
+def _load(model: str, dtype: Dtype, device: str) -> Any:
+    import torch  # noqa: PLC0415
 
-    pipeline = WanPipeline.from_pretrained(model, torch_dtype=_dtypes(dtype, device))
-    missing = [name for name, part in pipeline.components.items() if part is None and name != "transformer_2"]
+    from vramkit.pipelines.pipeline import Pipeline  # noqa: PLC0415
+
+    if dtype is Dtype.auto:
+        dtype = Dtype.float32 if device == "cpu" else Dtype.bfloat16
+    family: Any = Pipeline.class_of(model)
+    wanted = getattr(torch, dtype.name)
+    pipeline = family.from_pretrained(
+        model, torch_dtype={"default": wanted, "vae": torch.float32 if family.vae_in_fp32 else wanted}
+    )
+    missing = [name for name, part in pipeline.components.items() if part is None and name not in family.optional]
     if missing:
         raise CheckpointError(
             f"{model} has no {' and no '.join(missing)}, without which there is no clip from a prompt"
@@ -241,16 +235,7 @@ def _load_wan(model: str, dtype: Dtype, device: str) -> WanPipeline:
     return pipeline
 
 
-def _dtypes(dtype: Dtype, device: str) -> dict[str, Any]:
-    import torch  # noqa: PLC0415
-
-    if dtype is Dtype.auto:
-        dtype = Dtype.float32 if device == "cpu" else Dtype.bfloat16
-    # The published VAE loses detail in 16 bits.
-    return {"default": getattr(torch, dtype.name), "vae": torch.float32}
-
-
-def _generator(seed: int) -> torch.Generator:
+def _generator(seed: int) -> Any:
     """Return a generator on the CPU, whose noise is the same for every device."""
     import torch  # noqa: PLC0415
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import ModelOffload, apply_model_offload, offload_of
 from vramkit.pipelines.components import MODEL_INDEX, Source, is_component, load_component, read_model_index
 from vramkit.pipelines.hub import CHECKPOINT_PATTERNS, local_folder
+from vramkit.pipelines.registry import PIPELINES
 
 Self = TypeVar("Self", bound="Pipeline")
 DtypeChoice = torch.dtype | Mapping[str, torch.dtype] | None
@@ -31,6 +33,7 @@ class Pipeline:
     """
 
     component_names: ClassVar[tuple[str, ...]]  # in the order in which a call uses them
+    optional: ClassVar[tuple[str, ...]] = ()  # those that a whole checkpoint may lack
 
     def __init__(self) -> None:
         self._progress_bar_config: dict[str, Any] = {}
@@ -88,6 +91,29 @@ class Pipeline:
             for name, (library, class_name) in wanted.items()
         }
         return cls(**(dict.fromkeys(entries) | loaded | components), **options)
+
+    @staticmethod
+    def class_of(
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> type[Pipeline]:
+        """Return the pipeline class that a checkpoint is for; arguments as in `from_pretrained`.
+
+        Raises:
+            ConfigError: a path that does not exist.
+            CheckpointError: no model_index.json, or the class that it names is not known here.
+        """
+        root = local_folder(path_or_repo, revision=revision, cache_dir=cache_dir, allow_patterns=[MODEL_INDEX])
+        name = str(read_model_index(root).get("_class_name"))
+        if name not in PIPELINES:
+            raise CheckpointError(
+                f"{root / MODEL_INDEX} names the pipeline {name!r}, which is not supported; expected one of "
+                f"{', '.join(PIPELINES)}"
+            )
+        found: type[Pipeline] = getattr(importlib.import_module(PIPELINES[name]), name)
+        return found
 
     @classmethod
     def _read_index(cls, root: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:

@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["MODELS", "SCHEDULERS", "TEXT_ENCODERS", "TOKENIZERS"]
+__all__ = ["MODELS", "PIPELINES", "SCHEDULERS", "TEXT_ENCODERS", "TOKENIZERS"]
 
 _FAMILIES = "vramkit.pipelines"
 _SCHEDULERS = "vramkit.pipelines.schedulers"
 
 # Published class name -> the module that defines the class of that name here.
+PIPELINES: Mapping[str, str] = MappingProxyType(
+    {
+        "WanPipeline": f"{_FAMILIES}.wan.pipeline",
+        "HunyuanVideoPipeline": f"{_FAMILIES}.hunyuan_video.pipeline",
+        "LTXPipeline": f"{_FAMILIES}.ltx.pipeline",
+        "CogVideoXPipeline": f"{_FAMILIES}.cogvideox.pipeline",
+    }
+)
 MODELS: Mapping[str, str] = MappingProxyType(
     {
         "WanTransformer3DModel": f"{_FAMILIES}.wan.transformer",

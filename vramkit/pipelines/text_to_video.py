@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -67,6 +67,9 @@ class TextToVideoPipeline(Pipeline):
     transformer: Any
     scheduler: Any
     vae: Any
+
+    fps: ClassVar[float] = 16.0  # frames per second of the clips that the checkpoints were trained on
+    vae_in_fp32: ClassVar[bool] = False  # whether the published VAE loses detail in 16 bits
 
     def __init__(self) -> None:
         super().__init__()

@@ -48,6 +48,8 @@ class WanPipeline(TextToVideoPipeline):
         expand_timesteps: of Wan2.2: must be False.
     """
 
+    vae_in_fp32: ClassVar[bool] = True
+    optional: ClassVar[tuple[str, ...]] = ("transformer_2",)
     component_names: ClassVar[tuple[str, ...]] = (
         "tokenizer",
         "text_encoder",
