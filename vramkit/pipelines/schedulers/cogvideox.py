@@ -99,10 +99,13 @@ class CogVideoXScheduler(Scheduler):
         """The timesteps of a run, falling. Source: table 2 of arXiv:2305.08891."""
         train_steps, spacing = self.options.num_train_timesteps, self.options.timestep_spacing
         if spacing == "linspace":
-            return np.linspace(0, train_steps - 1, steps).round().astype(np.int64)[::-1].copy()
-        if spacing == "leading":
-            return np.arange(steps, dtype=np.int64)[::-1] * (train_steps // steps) + self.options.steps_offset
-        return np.arange(train_steps, 0, -train_steps / steps)[:steps].round().astype(np.int64) - 1
+            places = np.linspace(0, train_steps - 1, steps)[::-1]
+        elif spacing == "leading":
+            places = np.arange(steps)[::-1] * (train_steps // steps) + self.options.steps_offset
+        else:
+            places = np.arange(train_steps, 0, -train_steps / steps)[:steps].round() - 1
+        timesteps: NDArray[np.int64] = places.round().astype(np.int64)
+        return timesteps
 
     def _signal(self, timestep: int) -> float:
         """The share of the signal at a trained timestep, or where the last step ends."""
