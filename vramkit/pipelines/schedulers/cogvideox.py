@@ -98,6 +98,7 @@ class CogVideoXScheduler(Scheduler):
     def _spaced(self, steps: int) -> NDArray[np.int64]:
         """The timesteps of a run, falling. Source: table 2 of arXiv:2305.08891."""
         train_steps, spacing = self.options.num_train_timesteps, self.options.timestep_spacing
+        places: NDArray[Any]
         if spacing == "linspace":
             places = np.linspace(0, train_steps - 1, steps)[::-1]
         elif spacing == "leading":

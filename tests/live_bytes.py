@@ -1,0 +1,48 @@
+"""Bytes that a computation holds at its peak, counted on the meta device, where full sizes cost no memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators return, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = self.live_bytes = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.watch(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return result
+
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        key, size_bytes = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def forget() -> None:
+            self.known.remove(key)
+            self.live_bytes -= size_bytes
+
+        self.known.add(key)
+        self.live_bytes += size_bytes
+        weakref.finalize(storage, forget)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that were alive at once among those that a call made."""
+    with LiveBytes() as count, torch.no_grad():
+        call()
+    return count.peak_bytes
