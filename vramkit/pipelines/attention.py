@@ -24,7 +24,7 @@ __all__ = ["AttentionLayers", "Projections", "Stream", "attention", "cross_atten
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot product attention of one sample: query [S, H, D], key and value [T, H, D] -> [S, C].
 
-    mask [T], bool, is True for the keys that are attended to.
+    mask [T] or [S, T], bool, is True for the keys that are attended to.
     """
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))  # [1, H, S or T, D]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[None])

@@ -16,70 +16,98 @@ from vramkit.errors import ConfigError
 from vramkit.pipelines.attention import attention
 from vramkit.pipelines.layers import TimestepEmbedding, sinusoidal_embedding
 
-__all__ = ["ConditionEmbedder", "TextLengths", "TokenRefiner"]
+__all__ = ["ConditionEmbedder", "TextLengths", "TokenRefiner", "text_lengths"]
 
 TIME_FEATURES = 256
 
 
+def text_lengths(mask: Tensor) -> tuple[int, ...] | None:
+    """The number of ones in each row of a mask [B, T], or None if one of them has zeros before ones.
+
+    Waits for the device of the mask.
+    """
+    given = mask.bool()
+    lengths = given.sum(dim=1)
+    whole = (_first(lengths, mask.shape[1]) == given).all(dim=1)
+    counts = tuple(torch.where(whole, lengths, -1).tolist())
+    return None if -1 in counts else counts
+
+
+def _first(lengths: Tensor, tokens: int) -> Tensor:
+    """A mask [B, T] whose rows begin with `lengths` ones."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
 @dataclass(frozen=True, slots=True)
 class TextLengths:
-    """How many tokens of each sample's text count."""
+    """How many tokens of each sample's text meet the video, and which of them meet one another before.
+
+    Both are the tokens in front, and those behind are cut off. Where a mask has zeros before ones, as a tokenizer that pads
+    on the left makes it, the published model reads the mask in the refiner only and then takes as many tokens from the
+    front as the mask has ones. A compiler knows no lengths, so nothing is cut there.
+    """
 
     counts: tuple[int, ...]
-    valid: Tensor | None = None  # bool [B, T]; where a compiler knows no counts, which are T then
+    refined: Tensor | None = None  # bool [B, T]: the mask, where cutting does not do
+    joined: Tensor | None = None  # bool [B, T]: the tokens in front, where they cannot be cut
 
     @classmethod
     def of(cls, mask: Tensor | Sequence[int], text: Tensor) -> TextLengths:
-        """Lengths of texts [B, T, ...] from a mask [B, T] of ones and then zeros, or from the lengths themselves.
+        """Lengths of texts [B, T, ...] from a mask [B, T], or from the lengths themselves.
 
         Raises:
-            ConfigError: another shape, texts without a token, or zeros before ones.
+            ConfigError: another shape, or a text without a token.
         """
         batch, tokens = text.shape[:2]
-        if not isinstance(mask, Tensor):
-            counts = tuple(mask)
-            if len(counts) != batch or not all(0 < count <= tokens for count in counts):
+        if isinstance(mask, Tensor):
+            if mask.shape != (batch, tokens):
                 raise ConfigError(
-                    f"encoder_attention_mask: got lengths {list(counts)}, expected {batch} of 1 to {tokens} tokens"
+                    f"encoder_attention_mask: got shape {tuple(mask.shape)}, expected ({batch}, {tokens}), as "
+                    "encoder_hidden_states has it"
                 )
-            return cls(counts)
-        if mask.shape != (batch, tokens):
+            if torch.compiler.is_compiling():
+                return cls((tokens,) * batch, mask.bool(), _first(mask.bool().sum(dim=1), tokens))
+        counts = text_lengths(mask) if isinstance(mask, Tensor) else tuple(mask)
+        refined = None
+        if counts is None and isinstance(mask, Tensor):
+            refined = mask.bool()
+            counts = tuple(refined.sum(dim=1).tolist())
+        if counts is None or len(counts) != batch or not all(0 < count <= tokens for count in counts):
             raise ConfigError(
-                f"encoder_attention_mask: got shape {tuple(mask.shape)}, expected ({batch}, {tokens}), as "
-                "encoder_hidden_states has it"
+                f"encoder_attention_mask: got texts of {counts} tokens, expected {batch} of 1 to {tokens} tokens"
             )
-        lengths = mask.bool().sum(dim=1)
-        valid = torch.arange(tokens, device=mask.device) < lengths[:, None]
-        if torch.compiler.is_compiling():
-            return cls((tokens,) * batch, valid)
-        whole = (valid == mask.bool()).all(dim=1)
-        counts = tuple(torch.where(whole, lengths, 0).tolist())  # one wait for the device
-        if not all(counts):
-            raise ConfigError(
-                "encoder_attention_mask: expected ones for the tokens of each text, at least one, and after them zeros for "
-                f"its padding; that of sample {counts.index(0)} is not like this"
-            )
-        return cls(counts)
+        return cls(counts, refined)
 
     @property
     def longest(self) -> int:
-        """T of the longest text."""
-        return max(self.counts)
+        """How many tokens there have to be before `cut`."""
+        return max(self.counts) if self.refined is None else self.refined.shape[1]
 
     def cut(self, tokens: Tensor, sample: int) -> Tensor:
-        """The tokens [T, ...] of a sample that count."""
+        """The tokens [T, ...] of a sample that meet the video."""
         return tokens[: self.counts[sample]]
 
-    def mask(self, sample: int, others: int = 0) -> Tensor | None:
-        """What masks a sample's keys, `others` [S] and after them its text, if `cut` could not; bool [S + T]."""
-        return None if self.valid is None else F.pad(self.valid[sample], (others, 0), value=True)
+    def joint_mask(self, sample: int, others: int) -> Tensor | None:
+        """What masks the keys of a sample if `cut` could not: bool [S + T], for `others` S and after them its text."""
+        return None if self.joined is None else F.pad(self.joined[sample], (others, 0), value=True)
 
     def mean(self, text: Tensor) -> Tensor:
-        """The mean [B, C] of each text [B, T, C] over the tokens that count, in fp32."""
-        if self.valid is not None:
-            valid = self.valid[..., None].float()  # [B, T, 1]
-            return (text.float() * valid).sum(dim=1) / valid.sum(dim=1)
-        return torch.stack([self.cut(tokens, b).float().mean(dim=0) for b, tokens in enumerate(text)])
+        """The mean [B, C] of each text [B, T, C] over its tokens, in fp32."""
+        if self.refined is None:
+            return torch.stack([self.cut(tokens, b).float().mean(dim=0) for b, tokens in enumerate(text)])
+        mask = self.refined[..., None].float()  # [B, T, 1]
+        return (text.float() * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def refine(self, query: Tensor, key: Tensor, value: Tensor, sample: int) -> Tensor:
+        """Attention over a sample's text, [T, H, D] each -> [T, C]; zeros behind its last token where it is cut."""
+        if self.refined is None:
+            parts = [self.cut(tokens, sample) for tokens in (query, key, value)]
+            attended = attention(parts[0], parts[1], parts[2])
+            return F.pad(attended, (0, 0, 0, query.shape[0] - attended.shape[0]))
+        mask = self.refined[sample]
+        pairs = mask[:, None] & mask  # [T, T]
+        pairs[:, 0] = True  # so that no token is left without one to attend to
+        return attention(query, key, value, pairs)
 
 
 class TimeTextEmbedder(nn.Module):
@@ -136,13 +164,10 @@ class _RefinerAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, lengths: TextLengths) -> Tensor:
-        """[B, T, C] -> the same; zeros go into the last layer where a text has ended."""
+        """[B, T, C] -> the same."""
         layers = (self.to_q, self.to_k, self.to_v)
         query, key, value = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)  # [B, T, H, D]
-        attended = torch.zeros_like(x)
-        for b in range(x.shape[0]):
-            own = [lengths.cut(tokens[b], b) for tokens in (query, key, value)]
-            lengths.cut(attended[b], b).copy_(attention(own[0], own[1], own[2], lengths.mask(b)))
+        attended = torch.stack([lengths.refine(query[b], key[b], value[b], b) for b in range(x.shape[0])])
         out: Tensor = self.to_out[0](attended)
         return out
 

@@ -114,7 +114,7 @@ def _joint_attention_(
     pairs = zip(video.samples(), text.samples(), strict=True)
     for b, (of_video, (tokens, norm, gate)) in enumerate(pairs):
         streams = make_streams(of_video, (context.lengths.cut(tokens, b), norm, gate))
-        self_attention_(streams, ops=context.ops, mask=context.lengths.mask(b, streams[0].tokens.shape[0]))
+        self_attention_(streams, ops=context.ops, mask=context.lengths.joint_mask(b, streams[0].tokens.shape[0]))
 
 
 class DoubleAttention(AttentionLayers):
@@ -277,9 +277,9 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
             hidden_states: latents [B, in_channels, frames, height, width], in the dtype of the weights.
             timestep: [B] or [1], in the range of the training schedule (0 to 1000).
             encoder_hidden_states: text states [B, T, text_embed_dim], in the dtype of the weights.
-            encoder_attention_mask: [B, T], ones for the tokens of a text and after them zeros for its padding; or the
-                numbers of tokens. A mask on a device has to be waited for, and in a compiled forward it becomes a mask of
-                the attention, since lengths are not known there.
+            encoder_attention_mask: [B, T], ones for the tokens of a text and zeros for its padding; or, for padding behind
+                the texts, the numbers of their tokens. A mask on a device has to be waited for, and in a compiled forward
+                it becomes a mask of the attention, since lengths are not known there.
             pooled_projections: pooled text [B, pooled_projection_dim].
             guidance: [B], 1000 times the guidance scale, for a model with guidance_embeds.
             attention_kwargs: None; here because callers of the published model pass it.
@@ -289,8 +289,8 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
             `.sample` [B, out_channels, frames, height, width].
 
         Raises:
-            ConfigError: sizes that the patches do not divide, a mask that is not ones and then zeros, guidance missing or
-                not expected, or attention_kwargs.
+            ConfigError: sizes that the patches do not divide, a text without a token, guidance missing or not expected, or
+                attention_kwargs.
         """
         config, batch, device = self.config, hidden_states.shape[0], hidden_states.device
         self._check_inputs(timestep, batch, attention_kwargs)
