@@ -1,4 +1,4 @@
-"""Tiny Wan checkpoints in the published folder layout, written by the libraries that wrote the real ones."""
+"""Tiny checkpoints in the published folder layouts, written by the libraries that wrote the real ones."""
 
 from __future__ import annotations
 
@@ -88,6 +88,100 @@ def write_wan_checkpoint(
     return folder
 
 
+HUNYUAN_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "rope_axes_dim": (4, 6, 6),
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_embed_dim": 32,
+    "pooled_projection_dim": 16,
+    "mlp_ratio": 2.0,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+}
+HUNYUAN_VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def write_hunyuan_checkpoint(
+    folder: Path, *, guidance_embeds: bool = True, shift: float = 7.0, seed: int = 0, max_shard_size: str = "10GB"
+) -> Path:
+    """Write a whole HunyuanVideo checkpoint with random weights of a few hundred KB and return its folder."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = make_llama_tokenizer(), make_clip_tokenizer()
+    llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **LLAMA))
+    # As published: 2 stands for the highest id, that of the end.
+    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer_2), bos_token_id=0, eos_token_id=2, **CLIP))
+    for parameter in (*llama.parameters(), *clip.parameters()):
+        # The classes' own initialization is so small that the output hardly depends on the prompt.
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    transformer = HunyuanVideoTransformer3DModel(**HUNYUAN_TRANSFORMER, guidance_embeds=guidance_embeds)
+    pipeline = HunyuanVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=llama.eval(),
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=clip.eval(),
+        transformer=_noisy(transformer),
+        vae=_noisy(AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    )
+    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def make_llama_tokenizer() -> Any:
+    """A LlamaTokenizerFast that cuts the published prompt template into a little more than 95 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizerFast
+
+    from vramkit.pipelines.hunyuan_video.prompts import PROMPT_TEMPLATE
+
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<unk>", "<s>", "</s>", "<pad>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    alphabet = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator([PROMPT_TEMPLATE["template"]], trainer)
+    bpe = json.loads(trained.to_str())["model"]
+    return LlamaTokenizerFast(
+        vocab=bpe["vocab"],
+        merges=[tuple(merge) for merge in bpe["merges"]],
+        pad_token="<pad>",
+        additional_special_tokens=specials[4:],
+        padding_side="right",
+    )
+
+
+def make_clip_tokenizer() -> Any:
+    """A CLIPTokenizer of single characters, the end of a text with the highest id as in the published one."""
+    from transformers import CLIPTokenizer
+
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None as a value is written as null."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -95,11 +189,11 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def load_oracle(folder: Path, **options: Any) -> Any:
     """Load the folder with diffusers, quietly, in float32 unless told otherwise."""
-    from diffusers import WanPipeline
+    from diffusers import DiffusionPipeline
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = WanPipeline.from_pretrained(folder, **({"torch_dtype": torch.float32} | options))
+        pipeline = DiffusionPipeline.from_pretrained(folder, **({"torch_dtype": torch.float32} | options))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

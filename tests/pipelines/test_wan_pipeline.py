@@ -369,7 +369,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="tokenizer"):
             load(copied)
         (copied / "tokenizer" / "tokenizer.json").unlink()
-        with pytest.raises(CheckpointError, match=r"no tokenizer\.json or spiece\.model; it holds tokenizer_config"):
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json or .*; it holds tokenizer_config"):
             load(copied)
 
     @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def check_size(height: int, width: int, *, multiple: int) -> None:
             raise ConfigError(f"{name} is {pixels}; expected a multiple of {multiple}, for example {near}")
 
 
-def whole_latent_frames(num_frames: int, *, factor: int) -> int:
-    """Round to ``factor`` * k + 1 frames, with a warning, exactly as the published pipeline does."""
+def whole_latent_frames(num_frames: int, *, factor: int, down: bool = False) -> int:
+    """Round to ``factor`` * k + 1 frames, with a warning, exactly as the published pipeline does; some always round down."""
     if num_frames % factor == 1 or factor == 1:
         return num_frames
-    rounded = num_frames // factor * factor + 1
+    rounded = (num_frames - down) // factor * factor + 1
     warnings.warn(
         f"num_frames is {num_frames}, but a latent frame stands for {factor} frames: it has to be {factor} * k + 1. "
         f"Making {rounded} frames",

@@ -45,4 +45,16 @@ SCHEDULERS: Mapping[str, str] = MappingProxyType(
 
 # Classes of transformers that checkpoints may name.
 TEXT_ENCODERS = frozenset({"UMT5EncoderModel", "T5EncoderModel", "LlamaModel", "CLIPTextModel"})
-TOKENIZERS = frozenset({"T5Tokenizer", "T5TokenizerFast", "LlamaTokenizerFast", "CLIPTokenizer"})
+TOKENIZERS = frozenset(
+    {
+        "T5Tokenizer",
+        "T5TokenizerFast",
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        # What any tokenizer.json is loaded as whose own class would read it in another way, by version of transformers.
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+    }
+)

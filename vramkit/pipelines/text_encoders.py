@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-VOCABULARIES = ("tokenizer.json", "spiece.model")
+VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
 def load_text_encoder(

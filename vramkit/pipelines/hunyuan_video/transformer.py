@@ -281,7 +281,7 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
                 the texts, the numbers of their tokens. A mask on a device has to be waited for, and in a compiled forward
                 it becomes a mask of the attention, since lengths are not known there.
             pooled_projections: pooled text [B, pooled_projection_dim].
-            guidance: [B], 1000 times the guidance scale, for a model with guidance_embeds.
+            guidance: [B], 1000 times the guidance scale; a model without guidance_embeds does not look at it.
             attention_kwargs: None; here because callers of the published model pass it.
             return_dict: False for a plain tuple.
 
@@ -289,16 +289,12 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
             `.sample` [B, out_channels, frames, height, width].
 
         Raises:
-            ConfigError: sizes that the patches do not divide, a text without a token, guidance missing or not expected, or
-                attention_kwargs.
+            ConfigError: sizes that the patches do not divide, a text without a token, guidance missing, or attention_kwargs.
         """
         config, batch, device = self.config, hidden_states.shape[0], hidden_states.device
         self._check_inputs(timestep, batch, attention_kwargs)
-        if (guidance is None) == config.guidance_embeds:
-            given, expected = ("none", "one") if guidance is None else ("one", "none")
-            raise ConfigError(
-                f"guidance: got {given}, expected {expected}, as guidance_embeds={config.guidance_embeds}"
-            )
+        if config.guidance_embeds and guidance is None:
+            raise ConfigError(f"guidance: got none, expected [{batch}], since this model was trained with it")
         grid = self._grid(hidden_states, config.patch)
         lengths = TextLengths.of(encoder_attention_mask, encoder_hidden_states)
         rotary = self._rotary_table(grid, config.rope_axes_dim, device, theta=config.rope_theta)
