@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators return, and their peak."""
+    """Counts the storages that operators return, and their peak; views of existing tensors are not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.peak_bytes = self.live_bytes = 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -41,8 +41,8 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, forget)
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_bytes(call: Callable[[], object], existing: Iterable[torch.Tensor] = ()) -> int:
     """The most bytes that were alive at once among those that a call made."""
-    with LiveBytes() as count, torch.no_grad():
+    with LiveBytes(existing) as count, torch.no_grad():
         call()
     return count.peak_bytes

@@ -172,18 +172,28 @@ class TokenOps:
 # -- rotary positions --------------------------------------------------------------------------------------------------
 
 
-def rotary_axis(channels: int, length: int, *, theta: float, device: torch.device) -> Tensor:
+def rotary_axis(
+    channels: int, length: int, *, theta: float, device: torch.device, positions: Tensor | None = None
+) -> Tensor:
     """Cos and sin of the angles of one axis, [length, channels / 2, 2] fp32, computed in float64.
 
-    Source: RoFormer (arXiv:2104.09864), frequencies theta ** (-2 i / channels).
+    Positions [length] are 0, 1, 2 ... unless others are given, which need not be whole. Source: RoFormer (arXiv:2104.09864),
+    frequencies theta ** (-2 i / channels).
     """
     exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
-    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), 1.0 / theta**exponents)
+    if positions is None:
+        positions = torch.arange(length, device=device)
+    angles = torch.outer(positions.double(), 1.0 / theta**exponents)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotary_grid(
-    grid: Sequence[int], channels: Sequence[int], *, device: torch.device, theta: float = 10000.0
+    grid: Sequence[int],
+    channels: Sequence[int],
+    *,
+    device: torch.device,
+    theta: float = 10000.0,
+    positions: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Rotary table of a token grid whose last axis runs fastest: [prod(grid), sum(channels) / 2, 2] fp32.
 
@@ -192,12 +202,14 @@ def rotary_grid(
         channels: channels of a head that encode each axis.
         device: where the table is made; nothing is sent there.
         theta: base of the frequencies.
+        positions: where the tokens lie along each axis, None for 0, 1, 2 ...
     """
     tables = []
-    for axis, (length, width) in enumerate(zip(grid, channels, strict=True)):
+    along = positions or [None] * len(grid)
+    for axis, (length, width, places) in enumerate(zip(grid, channels, along, strict=True)):
         shape = [1] * len(grid) + [width // 2, 2]
         shape[axis] = length
-        table = rotary_axis(width, length, theta=theta, device=device).view(shape)
+        table = rotary_axis(width, length, theta=theta, device=device, positions=places).view(shape)
         tables.append(table.expand(*grid, -1, -1))
     return torch.cat(tables, dim=-2).flatten(0, len(grid) - 1)
 
