@@ -204,3 +204,20 @@ def _noisy(model: torch.nn.Module) -> torch.nn.Module:
         if parameter.ndim == 1 or 1 in parameter.shape:
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
+
+
+def write_lora(model: torch.nn.Module, folder: Path, *, rank: int = 4, seed: int = 5) -> Path:
+    """Write an adapter for the attention layers of a transformer, with diffusers' names, and return its file."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] in ("to_q", "to_v"):
+            down = torch.randn(rank, layer.in_features, generator=generator)
+            up = torch.randn(layer.out_features, rank, generator=generator) * 0.2
+            weights |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "pytorch_lora_weights.safetensors"
+    save_file(weights, path)
+    return path
