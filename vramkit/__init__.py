@@ -28,8 +28,18 @@ if TYPE_CHECKING:
         load_mapped,
         offload_of,
     )
+    from vramkit.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
+    from vramkit.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
+    from vramkit.pipelines.hunyuan_video.pipeline import HunyuanVideoPipeline
+    from vramkit.pipelines.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
+    from vramkit.pipelines.hunyuan_video.vae import AutoencoderKLHunyuanVideo
     from vramkit.pipelines.modeling import AutoModel
-    from vramkit.pipelines.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from vramkit.pipelines.schedulers import (
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
     from vramkit.pipelines.video import export_to_video, load_image
     from vramkit.pipelines.wan.pipeline import WanPipeline
     from vramkit.pipelines.wan.transformer import WanTransformer3DModel
@@ -58,9 +68,22 @@ _HOMES = {
         "load_mapped",
         "offload_of",
     ),
+    "vramkit.pipelines.cogvideox.transformer": ("CogVideoXTransformer3DModel",),
+    "vramkit.pipelines.cogvideox.vae": ("AutoencoderKLCogVideoX",),
+    "vramkit.pipelines.hunyuan_video.pipeline": ("HunyuanVideoPipeline",),
+    "vramkit.pipelines.hunyuan_video.transformer": ("HunyuanVideoTransformer3DModel",),
+    "vramkit.pipelines.hunyuan_video.vae": ("AutoencoderKLHunyuanVideo",),
     "vramkit.pipelines.modeling": ("AutoModel",),
-    "vramkit.pipelines.schedulers": ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"),
-    "vramkit.pipelines.video": ("export_to_video", "load_image"),
+    "vramkit.pipelines.schedulers": (
+        "CogVideoXDDIMScheduler",
+        "CogVideoXDPMScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    "vramkit.pipelines.video": (
+        "export_to_video",
+        "load_image",
+    ),
     "vramkit.pipelines.wan.pipeline": ("WanPipeline",),
     "vramkit.pipelines.wan.transformer": ("WanTransformer3DModel",),
     "vramkit.pipelines.wan.vae": ("AutoencoderKLWan",),
@@ -70,12 +93,19 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AutoModel",
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLHunyuanVideo",
     "AutoencoderKLWan",
     "CheckpointError",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "CogVideoXTransformer3DModel",
     "ConcurrentUseError",
     "ConfigError",
     "ConflictError",
     "FlowMatchEulerDiscreteScheduler",
+    "HunyuanVideoPipeline",
+    "HunyuanVideoTransformer3DModel",
     "MemoryTimeline",
     "Offload",
     "OffloadStats",
