@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+_PREFIX = "text_model."  # of CLIP's parameters, in files of all versions before 5 of transformers
 VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
@@ -41,30 +43,41 @@ def load_text_encoder(
     if model_class is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no class {class_name} for {folder}")
     model = _unfilled(model_class, folder)
-    if any(buffer.is_meta and name not in model.state_dict() for name, buffer in model.named_buffers()):
-        # Tables that __init__ computes and no file holds: only the class itself can fill them.
-        model = model_class.from_pretrained(folder, dtype=torch_dtype, variant=variant, use_safetensors=True)
-    else:
-        fragile = model._keep_in_fp32_modules or () if torch_dtype == torch.float16 else ()  # noqa: SLF001
-        keep_fp32 = [f".{module}." for module in fragile]
-        files = weights_files(folder, stem="model", variant=variant)
-        load_mapped(model, files, dtype=torch_dtype, keep_fp32=keep_fp32)
+    fragile = model._keep_in_fp32_modules or () if torch_dtype == torch.float16 else ()  # noqa: SLF001
+    load_mapped(
+        model,
+        weights_files(folder, stem="model", variant=variant),
+        dtype=torch_dtype,
+        key_map=partial(_name_in, set(model.state_dict())),
+        keep_fp32=[f".{module}." for module in fragile],
+    )
     frozen: nn.Module = model.eval().requires_grad_(requires_grad=False)
     return frozen
 
 
 def _unfilled(model_class: Any, folder: Path) -> Any:
-    """Build the class on the meta device from the folder's config.json."""
+    """Build the class from the folder's config.json, parameters on the meta device and the tables it computes filled."""
+    from accelerate import init_empty_weights  # noqa: PLC0415
+
     read_json(folder / "config.json")  # the class itself takes its defaults when there is none
     try:
         config = model_class.config_class.from_pretrained(folder)
-        with torch.device("meta"):
-            return model_class(config)
+        with init_empty_weights(include_buffers=False):
+            model = model_class(config)
+        model.tie_weights()  # undone by the way parameters were emptied
+        return model
     except Exception as error:  # the errors of that library's checks have no base of their own
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder / 'config.json'} does not describe a {model_class.__name__}: {reason}"
         ) from error
+
+
+def _name_in(known: set[str], name: str) -> str | None:
+    """Translate a checkpoint's name to the model's: versions of transformers differ by a prefix, and once saved tables."""
+    if name.endswith(("position_ids", "inv_freq")) and name not in known:
+        return None
+    return next((each for each in (name, name.removeprefix(_PREFIX), _PREFIX + name) if each in known), name)
 
 
 def load_tokenizer(folder: Path) -> Any:
