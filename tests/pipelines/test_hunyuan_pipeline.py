@@ -15,9 +15,11 @@ import pytest
 import torch
 from checkpoints import edit_json, load_oracle, write_hunyuan_checkpoint
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
+from safetensors.torch import load_file, save_file
 
 from vramkit.errors import ConfigError
 from vramkit.offload import apply_group_offloading
+from vramkit.offload.disk import span_of
 from vramkit.pipelines.hunyuan_video.pipeline import HunyuanVideoPipeline
 from vramkit.pipelines.hunyuan_video.prompts import PROMPT_TEMPLATE, encode_clip, encode_llama
 from vramkit.pipelines.text_encoders import load_tokenizer
@@ -348,6 +350,22 @@ class TestWrongArguments:
 
 
 class TestLoading:
+    def test_weights_are_mapped_and_tables_computed(self, loaded: HunyuanVideoPipeline, oracle: Any) -> None:
+        for name in ("text_encoder", "text_encoder_2"):
+            ours, theirs = getattr(loaded, name), getattr(oracle, name)
+            assert all(span_of(parameter) is not None for parameter in ours.parameters())  # views of the files
+            tables = dict(theirs.named_buffers())
+            assert tables.keys() == dict(ours.named_buffers()).keys()
+            assert all(torch.equal(table, tables[key]) for key, table in ours.named_buffers())
+
+    def test_files_with_names_of_older_versions_are_left_to_their_class(self, copied: Path, oracle: Any) -> None:
+        """The published CLIP has `text_model.` before every name."""
+        file = copied / "text_encoder_2" / "model.safetensors"
+        save_file({f"text_model.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        arguments = {"prompt": "a cat", **SMALL, "output_type": "np"}
+        clip = load(copied)(**arguments, generator=seeded()).frames
+        assert relative_error(clip, oracle(**arguments, generator=seeded()).frames) <= 1e-4
+
     def test_null_components_stay_null(self, copied: Path, oracle: Any) -> None:
         absent = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae")
         edit_json(copied / "model_index.json", **{name: [None, None] for name in absent})
@@ -375,10 +393,8 @@ class TestPlacement:
         self, offload_type: str, hunyuan_folder: Path, pipeline: HunyuanVideoPipeline
     ) -> None:
         streamed = load(hunyuan_folder)
-        for model in (streamed.transformer, streamed.vae):
+        for model in (streamed.text_encoder, streamed.text_encoder_2, streamed.transformer, streamed.vae):
             apply_group_offloading(model, "cpu", offload_type=offload_type, store="disk")
-        for model in (streamed.text_encoder, streamed.text_encoder_2):
-            apply_group_offloading(model, "cpu", offload_type=offload_type)
         for _ in range(2):
             np.testing.assert_array_equal(self.clip(streamed), self.clip(pipeline))
 
