@@ -159,7 +159,7 @@ def make_llama_tokenizer() -> Any:
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     alphabet = [chr(code) for code in range(33, 127)]
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=315, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     trained.train_from_iterator([PROMPT_TEMPLATE["template"]], trainer)
     bpe = json.loads(trained.to_str())["model"]

@@ -77,6 +77,7 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         "scheduler",
         "vae",
     )
+    fps: ClassVar[float] = 24.0
 
     def __init__(
         self,
