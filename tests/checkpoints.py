@@ -182,6 +182,78 @@ def make_clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
+COGVIDEOX_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 24,
+    "text_embed_dim": 32,
+    "num_layers": 2,
+    "sample_height": 4,
+    "sample_width": 6,
+    "sample_frames": 9,
+    "max_text_seq_length": 16,
+}
+COGVIDEOX_VAE = {
+    "block_out_channels": (8, 8, 8, 8),
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_height": 96,
+    "sample_width": 80,
+}
+COGVIDEOX_SCHEDULER = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 1.0,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+
+def write_cogvideox_checkpoint(
+    folder: Path,
+    *,
+    scheduler: str = "ddim",
+    seed: int = 0,
+    max_shard_size: str = "10GB",
+    variant: str | None = None,
+    transformer: Mapping[str, Any] = MappingProxyType({}),
+    vae: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """Write a whole CogVideoX checkpoint, sinusoidal as 2B is, with random weights of a few hundred KB.
+
+    transformer and vae change their configs. Prompts are of 16 tokens, to which sinusoidal ones are bound in diffusers.
+    """
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    vocab_size = write_tokenizer(folder / "tokenizer")
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER)
+    ).eval()
+    for parameter in text_encoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    schedulers = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+    pipeline = CogVideoXPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=text_encoder,
+        transformer=_noisy(CogVideoXTransformer3DModel(**COGVIDEOX_TRANSFORMER | transformer)),
+        vae=_noisy(AutoencoderKLCogVideoX(**COGVIDEOX_VAE | vae)),
+        scheduler=schedulers[scheduler](**COGVIDEOX_SCHEDULER),
+    )
+    pipeline.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+    return folder
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None as a value is written as null."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

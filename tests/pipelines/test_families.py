@@ -60,7 +60,12 @@ FAMILIES = {
         pipeline="CogVideoXPipeline",
         write=checkpoints.write_cogvideox_checkpoint,
         clip={"height": 32, "width": 48, "num_frames": 9, "max_sequence_length": 16},
-        tiles={"tile_sample_min_height": 32, "tile_sample_min_width": 32},
+        tiles={
+            "tile_sample_min_height": 32,
+            "tile_sample_min_width": 32,
+            "tile_overlap_factor_height": 0.25,
+            "tile_overlap_factor_width": 0.25,
+        },
     ),
 }
 
