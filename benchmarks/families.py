@@ -47,7 +47,7 @@ COLUMNS = (
 class Family:
     """What a family is made of, the clip that it makes and the memory that it may use for it."""
 
-    pipeline: type[TextToVideoPipeline]
+    pipeline: Callable[..., TextToVideoPipeline]
     transformer: dict[str, Any]  # config.json
     vae: dict[str, Any]
     scheduler: Callable[[], Any]

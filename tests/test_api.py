@@ -13,6 +13,7 @@ PUBLIC = {
     "CheckpointError",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXPipeline",
     "CogVideoXTransformer3DModel",
     "ConcurrentUseError",
     "ConfigError",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         load_mapped,
         offload_of,
     )
+    from vramkit.pipelines.cogvideox.pipeline import CogVideoXPipeline
     from vramkit.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
     from vramkit.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
     from vramkit.pipelines.hunyuan_video.pipeline import HunyuanVideoPipeline
@@ -68,6 +69,7 @@ _HOMES = {
         "load_mapped",
         "offload_of",
     ),
+    "vramkit.pipelines.cogvideox.pipeline": ("CogVideoXPipeline",),
     "vramkit.pipelines.cogvideox.transformer": ("CogVideoXTransformer3DModel",),
     "vramkit.pipelines.cogvideox.vae": ("AutoencoderKLCogVideoX",),
     "vramkit.pipelines.hunyuan_video.pipeline": ("HunyuanVideoPipeline",),
@@ -99,6 +101,7 @@ __all__ = [
     "CheckpointError",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXPipeline",
     "CogVideoXTransformer3DModel",
     "ConcurrentUseError",
     "ConfigError",

@@ -358,7 +358,7 @@ class TestLoading:
             assert tables.keys() == dict(ours.named_buffers()).keys()
             assert all(torch.equal(table, tables[key]) for key, table in ours.named_buffers())
 
-    def test_files_with_names_of_older_versions_are_left_to_their_class(self, copied: Path, oracle: Any) -> None:
+    def test_files_with_names_of_older_versions(self, copied: Path, oracle: Any) -> None:
         """The published CLIP has `text_model.` before every name."""
         file = copied / "text_encoder_2" / "model.safetensors"
         save_file({f"text_model.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
