@@ -1,12 +1,11 @@
 """The Wan transformer against diffusers', its memory, and its behaviour as a set of streamed units."""
 
-import weakref
+from functools import partial
 
 import diffusers
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import peak_bytes
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.layers import FeedForward, Modulated
@@ -232,24 +231,6 @@ def test_compiled_elementwise_functions(monkeypatch):
     torch._dynamo.reset()
 
 
-class LiveStorages(TorchDispatchMode):
-    """Tracks the bytes of the storages that operations made and that are still referenced."""
-
-    def __init__(self, existing):
-        super().__init__()
-        self.live, self.peak_bytes = {t.untyped_storage()._cdata: 0 for t in existing}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.peak_bytes = max(self.peak_bytes, sum(self.live.values()))
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_three_token_tensors_are_alive(dtype):
     """x, keys and values, beside temporaries of the size of a chunk."""
@@ -258,13 +239,12 @@ def test_three_token_tensors_are_alive(dtype):
     model.to(dtype).set_chunk_size(chunk)
     given = inputs(frames=2, height=32, width=32, dtype=dtype)
     model(**given)
-    with LiveStorages([*model.parameters(), *given.values(), model._rotary[1]]) as live:
-        model(**given)
+    peak = peak_bytes(partial(model, **given), [*model.parameters(), *given.values(), model._rotary[1]])
     token_bytes, chunk_bytes = tokens * channels * dtype.itemsize, chunk * channels * dtype.itemsize
     fp32_chunks = 2 if dtype == torch.float32 else 4  # two fp32 tensors, in units of chunk_bytes
     small_bytes = 24 * 1024  # text, modulation
-    assert live.peak_bytes >= 3 * token_bytes
-    assert live.peak_bytes <= 3 * token_bytes + (fp32_chunks + 2) * chunk_bytes + small_bytes
+    assert peak >= 3 * token_bytes
+    assert peak <= 3 * token_bytes + (fp32_chunks + 2) * chunk_bytes + small_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan as Oracle
+from live_bytes import peak_bytes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.wan.vae import AutoencoderKLWan, AutoencoderKLWanConfig
@@ -376,36 +375,6 @@ def test_tiles_between_latents_are_refused_and_change_nothing(pair):
     assert ours.tiling.height == 256
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators return and their peak; on the meta device it costs no memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak_bytes = self.live_bytes = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor.untyped_storage())
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        return result
-
-    def watch(self, storage: torch.UntypedStorage) -> None:
-        key, size_bytes = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-
-        def forget():
-            self.known.remove(key)
-            self.live_bytes -= size_bytes
-
-        self.known.add(key)
-        self.live_bytes += size_bytes
-        weakref.finalize(storage, forget)
-
-
 @pytest.mark.parametrize(
     ("method", "shape", "tiled", "limit"),
     [
@@ -423,7 +392,5 @@ def test_fewer_bytes_are_alive_than_in_the_oracle(method, shape, tiled, limit):
             model, x = vae.from_config(PUBLISHED).eval(), torch.empty(shape)
         if tiled:
             model.enable_tiling()
-        with LiveBytes() as count:
-            getattr(model, method)(x)
-        peaks_bytes.append(count.peak_bytes)
+        peaks_bytes.append(peak_bytes(partial(getattr(model, method), x)))
     assert peaks_bytes[0] <= limit * peaks_bytes[1]
