@@ -23,13 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
+import vramkit
 from benchmarks.measure import GIB, Row, environment, release_memory, table, write_json
 from vramkit.memory import module_bytes, probe_link_gbps
 from vramkit.offload import apply_group_offloading, load_mapped
 from vramkit.offload.checkpoint import write_checkpoint
-from vramkit.pipelines.cogvideox.pipeline import CogVideoXPipeline
-from vramkit.pipelines.hunyuan_video.pipeline import HunyuanVideoPipeline
-from vramkit.pipelines.ltx.pipeline import LTXPipeline
 from vramkit.pipelines.modeling import AutoModel
 from vramkit.pipelines.schedulers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from vramkit.pipelines.text_to_video import TextToVideoPipeline
@@ -47,7 +45,7 @@ COLUMNS = (
 class Family:
     """What a family is made of, the clip that it makes and the memory that it may use for it."""
 
-    pipeline: Callable[..., TextToVideoPipeline]
+    pipeline: str  # its class
     transformer: dict[str, Any]  # config.json
     vae: dict[str, Any]
     scheduler: Callable[[], Any]
@@ -87,18 +85,18 @@ _COG = {"_class_name": "CogVideoXTransformer3DModel"}
 _COG_CLIP = {"height": 480, "width": 720, "num_frames": 49}
 FAMILIES = {
     "hunyuan": Family(
-        pipeline=HunyuanVideoPipeline,
+        pipeline="HunyuanVideoPipeline",
         transformer={"_class_name": "HunyuanVideoTransformer3DModel"},
         vae={"_class_name": "AutoencoderKLHunyuanVideo"},
         scheduler=lambda: FlowMatchEulerDiscreteScheduler(shift=7.0),
         text=_llama_and_clip,
         clip={"height": 720, "width": 1280, "num_frames": 129},
         passes=1,  # the guidance is a number that the model is told
-        cap_gib=7.0,
+        cap_gib=5.0,
         absent=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     ),
     "ltx": Family(
-        pipeline=LTXPipeline,
+        pipeline="LTXPipeline",
         transformer={"_class_name": "LTXVideoTransformer3DModel"},
         vae={"_class_name": "AutoencoderKLLTXVideo"},
         scheduler=lambda: FlowMatchEulerDiscreteScheduler(
@@ -110,7 +108,7 @@ FAMILIES = {
         cap_gib=2.0,
     ),
     "cogvideox-2b": Family(
-        pipeline=CogVideoXPipeline,
+        pipeline="CogVideoXPipeline",
         transformer=_COG,
         vae={"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 1.15258426},
         scheduler=CogVideoXDDIMScheduler,
@@ -120,7 +118,7 @@ FAMILIES = {
         cap_gib=3.0,
     ),
     "cogvideox-5b": Family(
-        pipeline=CogVideoXPipeline,
+        pipeline="CogVideoXPipeline",
         transformer=_COG | {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True},
         vae={"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 0.7},
         scheduler=CogVideoXDDIMScheduler,
@@ -157,7 +155,10 @@ def load(family: Family, name: str, folder: Path) -> TextToVideoPipeline:
         part: load_mapped(empty_model(config), random_checkpoint(folder / f"{name}-{part}.safetensors", config))
         for part, config in (("transformer", family.transformer), ("vae", family.vae))
     }
-    pipeline = family.pipeline(**models, scheduler=family.scheduler(), **dict.fromkeys(family.absent))
+    pipeline_class = getattr(vramkit, family.pipeline)
+    pipeline: TextToVideoPipeline = pipeline_class(
+        **models, scheduler=family.scheduler(), **dict.fromkeys(family.absent)
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
