@@ -216,6 +216,7 @@ def test_tables_are_looked_up_where_they_rest(level: str, store: str, dtype: tor
 # --- the host does not wait, and memory is what was asked for
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("store", ["registered", "mapped"])
 @pytest.mark.parametrize("level", ["block", "leaf", "half_resident"])
 def test_the_host_waits_for_nothing_inside_a_forward(level: str, store: str, tmp_path: Path) -> None:
