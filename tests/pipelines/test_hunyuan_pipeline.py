@@ -313,6 +313,11 @@ class TestWrongArguments:
             ({"prompt": ["a", "b"], "negative_prompt": ["x"] * 3}, "2 prompts and 3 negative"),
             (ready(), "both prompt and prompt_embeds"),
             ({"prompt": None, "prompt_embeds": ready()["prompt_embeds"]}, "without pooled_prompt_embeds: give both"),
+            (
+                {"negative_prompt_embeds": ready()["prompt_embeds"], "true_cfg_scale": 2.0},
+                "without negative_pooled_prompt_embeds: give both",
+            ),
+            ({"sigmas": []}, "got 0 steps"),
             (NO_PROMPT | ready() | {"pooled_prompt_embeds": torch.zeros(2, 16)}, r"shape \(2, 16\); expected \(1, "),
             (NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 5)}, r"mask has shape \(1, 5\).*\(1, 12\)"),
             ({"prompt_attention_mask": torch.ones(1, 5)}, "give both or none"),

@@ -201,21 +201,20 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         negative = _Text(
             negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask
         )
-        has_negative = negative.prompt is not None or (negative.embeds is not None and negative.pooled is not None)
-        if true_cfg_scale > 1 and has_negative:
+        if true_cfg_scale > 1 and (negative.prompt is not None or negative.embeds is not None):
             texts.append(negative)
         for name, text in zip(("", "negative_"), texts, strict=False):
             self._check_text(name, text, prompts)
         shape = self._latent_shape(prompts * num_videos_per_prompt, height, width, num_frames)
         check_noise(shape, generator, latents, device=self.device)
 
+        levels = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else sigmas
+        self.scheduler.set_timesteps(sigmas=levels, device=self.device)
         self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._true_cfg_scale = true_cfg_scale if len(texts) > 1 else 1.0
         conditions = self._encode(texts, prompts, num_videos_per_prompt, prompt_template, max_sequence_length)
         if latents is None:
             latents = make_noise(shape, generator, device=self.device)
-        levels = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else sigmas
-        self.scheduler.set_timesteps(sigmas=levels, device=self.device)
         latents = latents.to(self.device, torch.float32)
         latents = self._denoise(latents, conditions, callback=callback_on_step_end, wanted=wanted)
         return self._finish(latents, output_type)

@@ -84,7 +84,7 @@ def encode_llama(
         )
     device = execution_device(text_encoder)
     mask = tokens.attention_mask.to(device)
-    states = text_encoder(tokens.input_ids.to(device), mask, output_hidden_states=True).hidden_states
+    states = text_encoder(tokens.input_ids.to(device), mask, output_hidden_states=True, use_cache=False).hidden_states
     return states[-(SKIPPED_LAYERS + 1)][:, start:], mask[:, start:]
 
 
