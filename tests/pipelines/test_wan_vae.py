@@ -363,7 +363,7 @@ def test_inputs_of_another_shape_are_refused(pair):
         ours.decode(random(4, 3, 2, 2))
     with pytest.raises(ConfigError, match=r"x has shape \[1, 4, 1, 8, 8\]; \[batch, 3, frames"):
         ours.encode(random(1, 4, 1, 8, 8))
-    with pytest.raises(ConfigError, match="one frame at least"):
+    with pytest.raises(ConfigError, match="one frame and one pixel at least"):
         ours.decode(random(1, 4, 0, 2, 2))
 
 

@@ -26,10 +26,22 @@ __all__ = [
     "fill_by_tiles",
     "fill_clip",
     "frame_tiles",
+    "magnified",
+    "reduced",
 ]
 
 # Frames, rows and columns of a tile in the units of the result, to the end where the stop is None; may reach beyond it.
 Box: TypeAlias = tuple[slice, slice, slice]
+
+
+def magnified(part: slice, ratio: int) -> slice:
+    """What a part of latents stands for in pixels or frames, `ratio` of them each."""
+    return slice(part.start * ratio, None if part.stop is None else part.stop * ratio)
+
+
+def reduced(part: slice, ratio: int) -> slice:
+    """The latents that stand for a part of pixels or frames, `ratio` of them each."""
+    return slice(part.start // ratio, None if part.stop is None else part.stop // ratio)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

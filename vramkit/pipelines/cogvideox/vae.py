@@ -34,8 +34,8 @@ from vramkit.pipelines.cogvideox.vae_layers import (
     shrunk,
     stretched,
 )
-from vramkit.pipelines.modeling import Model
-from vramkit.pipelines.tiling import Tiling, fill_by_tiles
+from vramkit.pipelines.tiling import Box, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.video_autoencoder import VideoAutoencoder
 
 __all__ = ["AutoencoderKLCogVideoX", "AutoencoderKLCogVideoXConfig"]
 
@@ -128,9 +128,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, cache: FrameCache, out: Tensor) -> Tensor:
         """Encode the next batch of frames into `out`."""
-        x = self.conv_in(x, cache)
+        clip = [self.conv_in(x, cache)]
         for block in (*self.down_blocks, self.mid_block):
-            x = block(x, cache)
+            clip.append(block(clip, cache))  # each takes out what the one before put in
+        x = clip.pop()
         parameters: Tensor = self.conv_out(x, cache, activation=self.norm_out(x), out=out)
         return parameters
 
@@ -155,14 +156,15 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, cache: FrameCache, out: Tensor) -> Tensor:
         """Decode the next batch of latent frames into `out`."""
-        x = self.conv_in(z, cache)
+        clip = [self.conv_in(z, cache)]
         for block in (self.mid_block, *self.up_blocks):
-            x = block(x, cache, z)
+            clip.append(block(clip, cache, z))  # each takes out what the one before put in
+        x = clip.pop()
         frames: Tensor = self.conv_out(x, cache, activation=self.norm_out(x, z), out=out)
         return frames
 
 
-class AutoencoderKLCogVideoX(Model):
+class AutoencoderKLCogVideoX(VideoAutoencoder):
     """The autoencoder of CogVideoX, for inference: nothing here records gradients.
 
     `encode` and `decode` keep their intermediate frames in an object of their own, so calls may run side by side, and a
@@ -173,13 +175,13 @@ class AutoencoderKLCogVideoX(Model):
     config_class: ClassVar[type[AutoencoderKLCogVideoXConfig]] = AutoencoderKLCogVideoXConfig
 
     def __init__(self, config: AutoencoderKLCogVideoXConfig) -> None:
-        super().__init__(config)
+        overlap_factors = 1 / 6, 1 / 5  # of the height and of the width of a tile
+        super().__init__(
+            config, overlapping_tiles(config.sample_height // 2, config.sample_width // 2, *overlap_factors)
+        )
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self._overlap_factors = 1 / 6, 1 / 5  # of the height and of the width of a tile
-        self.tiling = overlapping_tiles(config.sample_height // 2, config.sample_width // 2, *self._overlap_factors)
-        self.use_tiling = False
-        self.use_slicing = False
+        self._overlap_factors = overlap_factors
 
     def enable_tiling(
         self,
@@ -208,18 +210,6 @@ class AutoencoderKLCogVideoX(Model):
         self.tiling, self._overlap_factors = tiling, factors
         self.use_tiling = True
 
-    def disable_tiling(self) -> None:
-        """Compute pictures of every size whole."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Compute the items of a batch one after the other: the memory of one item, the same numbers."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Compute the items of a batch together."""
-        self.use_slicing = False
-
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
         """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
@@ -232,13 +222,12 @@ class AutoencoderKLCogVideoX(Model):
             ConfigError: `x` has other dimensions or channels.
         """
         self._check_input("x", x, self.config.in_channels)
-        ratio = self.config.scale_factor_spatial
-        counts = self._encoded_counts(x.shape[2])
-        parameters = x.new_empty(
-            x.shape[0], 2 * self.config.latent_channels, sum(counts), x.shape[3] // ratio, x.shape[4] // ratio
-        )
-        for item, out in self._slices(x, parameters):
-            self._encode_item(item, out)
+        ratio, frames = self.config.scale_factor_spatial, sum(self._encoded_counts(x.shape[2]))
+        latents = x.shape[3] // ratio, x.shape[4] // ratio
+        parameters = x.new_empty(x.shape[0], 2 * self.config.latent_channels, frames, *latents)
+        tiling = self.tiling.scaled_down(ratio) if self._tiles_pictures(x) else None
+        for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
+            fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=None)
         return EncoderOutput(LatentDistribution(parameters))
 
     @torch.no_grad()
@@ -255,73 +244,34 @@ class AutoencoderKLCogVideoX(Model):
         ratio = self.config.scale_factor_spatial
         frames = sum(self._decoded_counts(z.shape[2]))
         sample = z.new_empty(z.shape[0], self.config.out_channels, frames, z.shape[3] * ratio, z.shape[4] * ratio)
-        for item, out in self._slices(z, sample):
-            self._decode_item(item, out)
+        tiling = self.tiling if self._tiles_pictures(sample) else None
+        for item, out in zip(self._slices(z), self._slices(sample), strict=True):
+            fill_clip(out, partial(self._decode_tile, item), tiling=tiling, frame_tiling=None)
         return DecoderOutput(sample)
 
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput:
-        """Encode a clip [B, 3, F, H, W] and decode the most likely latents, or with `sample_posterior` random ones."""
-        posterior = self.encode(sample).latent_dist
-        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
-
-    def _slices(self, x: Tensor, out: Tensor) -> zip[tuple[Tensor, Tensor]]:
-        count = 1 if self.use_slicing else max(1, x.shape[0])
-        return zip(torch.split(x, count), torch.split(out, count), strict=True)
-
-    def _encode_item(self, x: Tensor, out: Tensor) -> None:
-        """Encode `x` [B, 3, F, H, W] into `out` [B, 2 Z, T, h, w], in tiles where that is asked for."""
-        if not (self.use_tiling and self.tiling.is_needed(*x.shape[-2:])):
-            self._encode_tile(x, out)
-            return
-        ratio = self.config.scale_factor_spatial
-
-        def compute_tile(top: int, left: int) -> Tensor:
-            rows = slice(top * ratio, top * ratio + self.tiling.height)
-            columns = slice(left * ratio, left * ratio + self.tiling.width)
-            tile = x[..., rows, columns]
-            return self._encode_tile(
-                tile, out.new_empty(*out.shape[:3], tile.shape[-2] // ratio, tile.shape[-1] // ratio)
-            )
-
-        fill_by_tiles(out, self.tiling.scaled_down(ratio), compute_tile)
-
-    def _encode_tile(self, x: Tensor, out: Tensor) -> Tensor:
-        """Encode `x` [B, 3, F, H, W] into `out` [B, 2 Z, T, h, w] and return it."""
-        cache = FrameCache()
+    def _encode_tile(self, x: Tensor, box: Box) -> Tensor:
+        """The latents of `box`, from the frames in `x` [B, 3, F, H, W] that they stand for."""
+        ratio, (_, rows, columns) = self.config.scale_factor_spatial, box
+        x = x[..., magnified(rows, ratio), magnified(columns, ratio)]
+        counts, cache = self._encoded_counts(x.shape[2]), FrameCache()
+        latents = x.shape[-2] // ratio, x.shape[-1] // ratio
+        parameters = x.new_empty(x.shape[0], 2 * self.config.latent_channels, sum(counts), *latents)
         batches = torch.split(x, frame_batches(x.shape[2], FRAMES_AT_ONCE), dim=2)
-        for batch, finished in zip(batches, torch.split(out, self._encoded_counts(x.shape[2]), dim=2), strict=True):
+        for batch, finished in zip(batches, torch.split(parameters, counts, dim=2), strict=True):
             self.encoder(batch, cache, finished)
-        return out
+        return parameters
 
-    def _decode_item(self, z: Tensor, out: Tensor) -> None:
-        """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W], in tiles where that is asked for."""
-        if not (self.use_tiling and self.tiling.is_needed(*out.shape[-2:])):
-            self._decode_tile(z, out)
-            return
-        ratio = self.config.scale_factor_spatial
-        latent = self.tiling.scaled_down(ratio)
-
-        def compute_tile(top: int, left: int) -> Tensor:
-            rows = slice(top // ratio, top // ratio + latent.height)
-            columns = slice(left // ratio, left // ratio + latent.width)
-            tile = z[..., rows, columns]
-            return self._decode_tile(tile, z.new_empty(*out.shape[:3], tile.shape[-2] * ratio, tile.shape[-1] * ratio))
-
-        fill_by_tiles(out, self.tiling, compute_tile)
-
-    def _decode_tile(self, z: Tensor, out: Tensor) -> Tensor:
-        """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W] and return it."""
-        cache = FrameCache()
+    def _decode_tile(self, z: Tensor, box: Box) -> Tensor:
+        """The frames of `box`, from the latents in `z` [B, Z, T, h, w] that stand for them."""
+        ratio, (_, rows, columns) = self.config.scale_factor_spatial, box
+        z = z[..., reduced(rows, ratio), reduced(columns, ratio)]
+        counts, cache = self._decoded_counts(z.shape[2]), FrameCache()
+        pixels = z.shape[-2] * ratio, z.shape[-1] * ratio
+        sample = z.new_empty(z.shape[0], self.config.out_channels, sum(counts), *pixels)
         batches = torch.split(z, frame_batches(z.shape[2], LATENT_FRAMES_AT_ONCE), dim=2)
-        for batch, finished in zip(batches, torch.split(out, self._decoded_counts(z.shape[2]), dim=2), strict=True):
+        for batch, finished in zip(batches, torch.split(sample, counts, dim=2), strict=True):
             self.decoder(batch, cache, finished)
-        return out
+        return sample
 
     def _encoded_counts(self, frames: int) -> list[int]:
         """How many latent frames each batch of `frames` becomes."""
@@ -336,13 +286,6 @@ class AutoencoderKLCogVideoX(Model):
         for _ in range(self.config.temporal_levels):
             counts = [stretched(count) for count in counts]
         return counts
-
-    def _check_input(self, name: str, x: Tensor, channels: int) -> None:
-        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-            raise ConfigError(
-                f"{name} has shape {list(x.shape)}; [batch, {channels}, frames, height, width] was expected, "
-                "with one frame and one pixel at least."
-            )
 
 
 def frame_batches(frames: int, at_once: int) -> list[int]:

@@ -57,10 +57,10 @@ def frame_pairs(frames: int, *, temporal: bool) -> list[slice]:
     return [slice(max(0, end - 2), end) for end in range(2 - frames % 2, frames + 1, 2)]
 
 
-def frame_parts(x: Tensor) -> list[slice]:
-    """Cut the frames of `x` [B, C, F, H, W] into parts that are small enough to be copied."""
+def frame_parts(x: Tensor, *, shrink: int = 1) -> list[slice]:
+    """Cut the frames of `x` [B, C, F, H, W] into parts that are small enough to be copied, and by `shrink` smaller."""
     frames = x.shape[2]
-    size = max(1, _PART_NUMEL // max(1, x[:, :, 0].numel()))
+    size = max(1, _PART_NUMEL // shrink // max(1, x[:, :, 0].numel()))
     return [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
 
 
@@ -98,7 +98,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, z: Tensor | None = None) -> Affine:  # type: ignore[override]
         """Look at `x` [B, C, F, H, W]."""
         means, variances = [], []
-        for part in frame_parts(x):
+        for part in frame_parts(x, shrink=4):
             grouped = torch.unflatten(x[:, :, part].float(), 1, (self.num_groups, -1))  # [B, G, C / G, f, H, W]
             variance, mean = torch.var_mean(grouped, dim=(2, 4, 5), correction=0)  # [B, G, f]
             variances.append(variance)
@@ -311,14 +311,18 @@ def residual_blocks(
 
 
 class MidBlock(nn.Module):
-    """Residual blocks at the smallest size."""
+    """Residual blocks at the smallest size.
+
+    A block takes its input out of the list that it is given, so that nobody holds it longer than needed.
+    """
 
     def __init__(self, resnets: nn.ModuleList) -> None:
         super().__init__()
         self.resnets = resnets
 
-    def forward(self, x: Tensor, cache: FrameCache, z: Tensor | None = None) -> Tensor:
-        """[B, C, F, H, W] -> the same."""
+    def forward(self, clip: list[Tensor], cache: FrameCache, z: Tensor | None = None) -> Tensor:
+        """[[B, C, F, H, W]] -> [B, C', F, H, W]; `z` are latents [B, Z, T, h, w]."""
+        x = clip.pop()
         for resnet in self.resnets:
             x = resnet(x, cache, z)
         return x
@@ -329,12 +333,12 @@ class DownBlock(MidBlock):
 
     def __init__(self, resnets: nn.ModuleList, downsample: Downsample | None) -> None:
         super().__init__(resnets)
-        self.downsamplers = None if downsample is None else nn.ModuleList([downsample])
+        self.downsamplers = nn.ModuleList() if downsample is None else nn.ModuleList([downsample])
 
-    def forward(self, x: Tensor, cache: FrameCache, z: Tensor | None = None) -> Tensor:
-        """[B, C, F, H, W] -> [B, C', F or (F + 1) // 2, H or H / 2, W or W / 2]."""
-        x = super().forward(x, cache, z)
-        for downsample in self.downsamplers or ():
+    def forward(self, clip: list[Tensor], cache: FrameCache, z: Tensor | None = None) -> Tensor:
+        """[[B, C, F, H, W]] -> [B, C', F or (F + 1) // 2, H or H / 2, W or W / 2]."""
+        x = super().forward(clip, cache, z)
+        for downsample in self.downsamplers:
             x = downsample(x)
         return x
 
@@ -344,11 +348,11 @@ class UpBlock(MidBlock):
 
     def __init__(self, resnets: nn.ModuleList, upsample: Upsample | None) -> None:
         super().__init__(resnets)
-        self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
+        self.upsamplers = nn.ModuleList() if upsample is None else nn.ModuleList([upsample])
 
-    def forward(self, x: Tensor, cache: FrameCache, z: Tensor | None = None) -> Tensor:
-        """[B, C, F, H, W] -> [B, C', F or 2 F, H or 2 H, W or 2 W]."""
-        x = super().forward(x, cache, z)
-        for upsample in self.upsamplers or ():
+    def forward(self, clip: list[Tensor], cache: FrameCache, z: Tensor | None = None) -> Tensor:
+        """[[B, C, F, H, W]] -> [B, C', F or 2 F, H or 2 H, W or 2 W]."""
+        x = super().forward(clip, cache, z)
+        for upsample in self.upsamplers:
             x = upsample(x)
         return x

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vramkit.errors import ConfigError
 from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.hunyuan_video.vae_layers import CausalConv3d, DownBlock, GroupNorm, MidBlock, UpBlock
-from vramkit.pipelines.modeling import Model
-from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip
+from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.video_autoencoder import VideoAutoencoder
 
 __all__ = ["AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideoConfig"]
 
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         return frames
 
 
-class AutoencoderKLHunyuanVideo(Model):
+class AutoencoderKLHunyuanVideo(VideoAutoencoder):
     """The autoencoder of HunyuanVideo, for inference: nothing here records gradients.
 
     Clips longer than a tile of frames (16, 12 apart, and one before) are computed in such tiles unless
@@ -143,15 +143,12 @@ class AutoencoderKLHunyuanVideo(Model):
     config_class: ClassVar[type[AutoencoderKLHunyuanVideoConfig]] = AutoencoderKLHunyuanVideoConfig
 
     def __init__(self, config: AutoencoderKLHunyuanVideoConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, Tiling())
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
-        self.tiling = Tiling()
         self.frame_tiling = FrameTiling()
-        self.use_tiling = False
-        self.use_slicing = False
         self.use_framewise_encoding = True
         self.use_framewise_decoding = True
 
@@ -188,18 +185,6 @@ class AutoencoderKLHunyuanVideo(Model):
         self.tiling, self.frame_tiling = tiling, frame_tiling
         self.use_tiling = True
 
-    def disable_tiling(self) -> None:
-        """Compute pictures of every size whole; clips stay in tiles of frames."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Compute the items of a batch one after the other: the memory of one item, the same numbers."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Compute the items of a batch together."""
-        self.use_slicing = False
-
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
         """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
@@ -211,7 +196,7 @@ class AutoencoderKLHunyuanVideo(Model):
         Raises:
             ConfigError: `x` has other dimensions or channels, or rows or columns that are no multiples of 8.
         """
-        _check_input("x", x, self.config.in_channels)
+        self._check_input("x", x, self.config.in_channels)
         ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
         if x.shape[3] % ratio or x.shape[4] % ratio:
             raise ConfigError(f"x has {x.shape[3]} x {x.shape[4]} pixels; multiples of {ratio} were expected.")
@@ -220,7 +205,7 @@ class AutoencoderKLHunyuanVideo(Model):
         tiling = self.tiling.scaled_down(ratio) if self._tiles_pictures(x) else None
         in_time = self.use_framewise_encoding and self.frame_tiling.is_needed(x.shape[2])
         frame_tiling = self.frame_tiling.scaled_down(rate) if in_time else None
-        for item, out in self._slices(x, parameters):
+        for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
             fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=frame_tiling)
         return EncoderOutput(LatentDistribution(parameters))
 
@@ -234,28 +219,16 @@ class AutoencoderKLHunyuanVideo(Model):
         Raises:
             ConfigError: `z` has other dimensions or channels.
         """
-        _check_input("z", z, self.config.latent_channels)
+        self._check_input("z", z, self.config.latent_channels)
         ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
         frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
         sample = z.new_empty(z.shape[0], self.config.out_channels, frames, height, width)
         tiling = self.tiling if self._tiles_pictures(sample) else None
         in_time = self.use_framewise_decoding and self.frame_tiling.is_needed(frames)
         frame_tiling = self.frame_tiling if in_time else None
-        for item, out in self._slices(z, sample):
+        for item, out in zip(self._slices(z), self._slices(sample), strict=True):
             fill_clip(out, partial(self._decode_tile, item), tiling=tiling, frame_tiling=frame_tiling)
         return DecoderOutput(sample)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput:
-        """Encode a clip [B, 3, F, H, W] and decode the most likely latents, or with `sample_posterior` random ones."""
-        posterior = self.encode(sample).latent_dist
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict)
 
     def _encode_tile(self, x: Tensor, box: Box) -> Tensor:
         """The latents of `box`, from the frames in `x` [B, 3, F, H, W] that they stand for."""
@@ -263,7 +236,7 @@ class AutoencoderKLHunyuanVideo(Model):
         frames, rows, columns = box
         # n latent frames stand for rate * (n - 1) + 1 frames.
         stop = None if frames.stop is None else rate * (frames.stop - 1) + 1
-        tile = x[:, :, rate * frames.start : stop, _times(rows, ratio), _times(columns, ratio)]
+        tile = x[:, :, rate * frames.start : stop, magnified(rows, ratio), magnified(columns, ratio)]
         parameters: Tensor = self.quant_conv(self.encoder(tile))
         return parameters
 
@@ -272,29 +245,6 @@ class AutoencoderKLHunyuanVideo(Model):
         ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
         frames, rows, columns = box
         stop = None if frames.stop is None else (frames.stop - 1) // rate + 1
-        tile = z[:, :, frames.start // rate : stop, _over(rows, ratio), _over(columns, ratio)]
+        tile = z[:, :, frames.start // rate : stop, reduced(rows, ratio), reduced(columns, ratio)]
         sample: Tensor = self.decoder(self.post_quant_conv(tile))
         return sample
-
-    def _tiles_pictures(self, video: Tensor) -> bool:
-        return self.use_tiling and self.tiling.is_needed(*video.shape[-2:])
-
-    def _slices(self, x: Tensor, out: Tensor) -> zip[tuple[Tensor, Tensor]]:
-        count = 1 if self.use_slicing else max(1, x.shape[0])
-        return zip(torch.split(x, count), torch.split(out, count), strict=True)
-
-
-def _times(part: slice, ratio: int) -> slice:
-    return slice(part.start * ratio, None if part.stop is None else part.stop * ratio)
-
-
-def _over(part: slice, ratio: int) -> slice:
-    return slice(part.start // ratio, None if part.stop is None else part.stop // ratio)
-
-
-def _check_input(name: str, x: Tensor, channels: int) -> None:
-    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-        raise ConfigError(
-            f"{name} has shape {list(x.shape)}; [batch, {channels}, frames, height, width] was expected, with one frame "
-            "and one pixel at least."
-        )

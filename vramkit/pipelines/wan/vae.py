@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
-from vramkit.pipelines.modeling import Model
 from vramkit.pipelines.tiling import Tiling, fill_by_tiles
+from vramkit.pipelines.video_autoencoder import VideoAutoencoder
 from vramkit.pipelines.wan.vae_layers import (
     CausalConv3d,
     Downsample,
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
             self._grow(self.up_blocks[level](part, cache), level + 1, cache, finished)
 
 
-class AutoencoderKLWan(Model):
+class AutoencoderKLWan(VideoAutoencoder):
     """The autoencoder of Wan2.1, for inference: nothing here records gradients.
 
     `encode` and `decode` keep their intermediate frames in an object of their own, so calls may run side by side, and a
@@ -187,14 +187,11 @@ class AutoencoderKLWan(Model):
     config_class: ClassVar[type[AutoencoderKLWanConfig]] = AutoencoderKLWanConfig
 
     def __init__(self, config: AutoencoderKLWanConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, Tiling())
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
-        self.tiling = Tiling()
-        self.use_tiling = False
-        self.use_slicing = False
 
     def enable_tiling(
         self,
@@ -224,18 +221,6 @@ class AutoencoderKLWan(Model):
         self.tiling = tiling
         self.use_tiling = True
 
-    def disable_tiling(self) -> None:
-        """Compute pictures of every size whole."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Compute the items of a batch one after the other: the memory of one item, the same numbers."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Compute the items of a batch together."""
-        self.use_slicing = False
-
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
         """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
@@ -252,7 +237,7 @@ class AutoencoderKLWan(Model):
         ratio, rate = self.config.scale_factor_spatial, self.config.scale_factor_temporal
         frames, height, width = 1 + (x.shape[2] - 1) // rate, x.shape[3] // ratio, x.shape[4] // ratio
         parameters = x.new_empty(x.shape[0], 2 * self.config.z_dim, frames, height, width)
-        for item, out in self._slices(x, parameters):
+        for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
             self._encode_item(item, out)
         return EncoderOutput(LatentDistribution(parameters))
 
@@ -270,29 +255,13 @@ class AutoencoderKLWan(Model):
         ratio, rate = self.config.scale_factor_spatial, self.config.scale_factor_temporal
         frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
         sample = z.new_empty(z.shape[0], self.config.out_channels, frames, height, width)
-        for item, out in self._slices(z, sample):
+        for item, out in zip(self._slices(z), self._slices(sample), strict=True):
             self._decode_item(item, out)
         return DecoderOutput(sample.clamp_(-1.0, 1.0))
 
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput:
-        """Encode a clip [B, 3, F, H, W] and decode the most likely latents, or with `sample_posterior` random ones."""
-        posterior = self.encode(sample).latent_dist
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict)
-
-    def _slices(self, x: Tensor, out: Tensor) -> zip[tuple[Tensor, Tensor]]:
-        count = 1 if self.use_slicing else max(1, x.shape[0])
-        return zip(torch.split(x, count), torch.split(out, count), strict=True)
-
     def _encode_item(self, x: Tensor, out: Tensor) -> None:
         """Encode `x` [B, 3, F, H, W] into `out` [B, 2 Z, T, h, w], in tiles where that is asked for."""
-        if not (self.use_tiling and self.tiling.is_needed(*x.shape[-2:])):
+        if not self._tiles_pictures(x):
             out.copy_(self._encode_tile(x))
             return
         ratio = self.config.scale_factor_spatial
@@ -318,7 +287,7 @@ class AutoencoderKLWan(Model):
     def _decode_item(self, z: Tensor, out: Tensor) -> None:
         """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W], in tiles where that is asked for."""
         ratio = self.config.scale_factor_spatial
-        if not (self.use_tiling and self.tiling.is_needed(*out.shape[-2:])):
+        if not self._tiles_pictures(out):
             self._decode_tile(z, out)
             return
         latent = self.tiling.scaled_down(ratio)
@@ -340,13 +309,6 @@ class AutoencoderKLWan(Model):
             self.decoder(latent, cache, finished)
             cache.is_first_chunk = False
         return out
-
-    def _check_input(self, name: str, x: Tensor, channels: int) -> None:
-        if x.ndim != 5 or x.shape[1] != channels or x.shape[2] == 0:
-            raise ConfigError(
-                f"{name} has shape {list(x.shape)}; [batch, {channels}, frames, height, width] was expected, "
-                "with one frame at least."
-            )
 
 
 def _frames_per_part(video: Tensor) -> int:
