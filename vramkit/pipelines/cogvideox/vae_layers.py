@@ -217,12 +217,6 @@ class CausalConv3d(nn.Module):
         return window
 
 
-def convolve_frames(conv: nn.Conv2d, images: Tensor) -> Tensor:
-    """A convolution of pictures [B, C, f, H, W], each by itself."""
-    y = conv(images.transpose(1, 2).flatten(0, 1))  # [B f, C, H', W']
-    return torch.unflatten(y, 0, (images.shape[0], -1)).transpose(1, 2)
-
-
 class Downsample(nn.Module):
     """Half the rows and columns and, where `temporal`, the mean of each two frames."""
 
@@ -239,10 +233,7 @@ class Downsample(nn.Module):
         pairs = frame_pairs(frames, temporal=self.temporal)
         out = empty_frames(x, batch, channels, len(pairs), height // 2, width // 2)
         for index, pair in enumerate(pairs):
-            frame = x[:, :, pair].mean(2, keepdim=True)
-            out[:, :, index : index + 1] = convolve_frames(
-                self.conv, F.pad(frame, (0, 1, 0, 1))
-            )  # at the far edges only
+            out[:, :, index] = self.conv(F.pad(x[:, :, pair].mean(2), (0, 1, 0, 1)))  # zeros at the far edges only
         return out
 
 
@@ -262,8 +253,8 @@ class Upsample(nn.Module):
         count = stretched(frames) if self.temporal else frames
         out = empty_frames(x, batch, channels, count, 2 * height, 2 * width)
         for index, pair in enumerate(frame_pairs(count, temporal=self.temporal)):
-            frame = x[:, :, index : index + 1].repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-            out[:, :, pair] = convolve_frames(self.conv, frame)
+            frame = self.conv(F.interpolate(x[:, :, index], scale_factor=2.0))  # [B, C, 2 H, 2 W]
+            out[:, :, pair] = frame[:, :, None]
         return out
 
 
