@@ -1,0 +1,491 @@
+"""The LTX-Video autoencoder: 32 x 32 pixels and 8 frames per latent of 128 channels.
+
+Mirrors `AutoencoderKLLTXVideo` of diffusers in parameter names, config keys and numbers (checkpoint:
+Lightricks/LTX-Video, folder `vae`, and its later versions 0.9.1 and 0.9.5, whose decoders take the last denoising step
+and so are told a timestep; arXiv:2501.00103). Pictures are computed in tiles with `enable_tiling`, clips in tiles of frames
+with `use_framewise_decoding`; a tile is blended into the result as soon as it is there.
+
+Shapes: B batch, Z latent channels, F frames, T latent frames, H x W pixels, h x w latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vramkit.errors import ConfigError
+from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.ltx.vae_layers import (
+    DownBlock,
+    Modulation,
+    Rates,
+    ResidualBlocks,
+    TimeEmbedder,
+    UpBlock,
+    VideoConv3d,
+    normalize,
+    patchify,
+    unpatchify,
+)
+from vramkit.pipelines.modeling import Model
+from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip
+
+__all__ = ["AutoencoderKLLTXVideo", "AutoencoderKLLTXVideoConfig"]
+
+STRIDED, FOLDED = "LTXVideoDownBlock3D", "LTXVideo095DownBlock3D"
+RATES: dict[str, Rates] = {
+    "conv": (2, 2, 2),
+    "spatial": (1, 2, 2),
+    "temporal": (2, 1, 1),
+    "spatiotemporal": (2, 2, 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderKLLTXVideoConfig:
+    """The keys of the published `vae/config.json`, with the values of version 0.9.0 as defaults.
+
+    Lists for the decoder are in the order of the encoder and read from their end.
+
+    Raises:
+        ConfigError: options that contradict each other, with what was expected.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 128
+    block_out_channels: Sequence[int] = (128, 256, 512, 512)
+    down_block_types: Sequence[str] = (STRIDED,) * 4
+    decoder_block_out_channels: Sequence[int] = (128, 256, 512, 512)
+    layers_per_block: Sequence[int] = (4, 3, 3, 3, 4)
+    decoder_layers_per_block: Sequence[int] = (4, 3, 3, 3, 4)
+    spatio_temporal_scaling: Sequence[bool] = (True, True, True, False)
+    decoder_spatio_temporal_scaling: Sequence[bool] = (True, True, True, False)
+    decoder_inject_noise: Sequence[bool] = (False,) * 5
+    downsample_type: Sequence[str] = ("conv",) * 4
+    upsample_residual: Sequence[bool] = (False,) * 4
+    upsample_factor: Sequence[int] = (1,) * 4
+    timestep_conditioning: bool = False
+    patch_size: int = 4
+    patch_size_t: int = 1
+    resnet_norm_eps: float = 1e-6
+    scaling_factor: float = 1.0
+    encoder_causal: bool = True
+    decoder_causal: bool = False
+    spatial_compression_ratio: int | None = None
+    temporal_compression_ratio: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patch_size_t != 1:
+            raise ConfigError(f"patch_size_t={self.patch_size_t}; 1 was expected.")
+        self._check_blocks()
+        self._check_encoder()
+        self._check_decoder()
+
+    def _check_blocks(self) -> None:
+        if not self.block_out_channels or not self.decoder_block_out_channels:
+            raise ConfigError(
+                "block_out_channels or decoder_block_out_channels is empty; one width for each block was expected."
+            )
+        if set(self.down_block_types) not in ({STRIDED}, {FOLDED}):
+            raise ConfigError(
+                f"down_block_types={list(self.down_block_types)}; either {STRIDED!r} or {FOLDED!r} was expected for all."
+            )
+        down, up = len(self.down_widths) - 1, len(self.decoder_block_out_channels)
+        if down < 1 or up < 1:
+            raise ConfigError(
+                "block_out_channels or decoder_block_out_channels has too few entries; two were expected."
+            )
+        lengths = {
+            "down_block_types": down,
+            "layers_per_block": down + 1,
+            "spatio_temporal_scaling": down,
+            "downsample_type": down,
+            "decoder_layers_per_block": up + 1,
+            "decoder_spatio_temporal_scaling": up,
+            "decoder_inject_noise": up + 1,
+            "upsample_residual": up,
+            "upsample_factor": up,
+        }
+        for key, length in lengths.items():
+            if len(getattr(self, key)) != length:
+                raise ConfigError(f"{key}={list(getattr(self, key))}; {length} entries were expected.")
+
+    def _check_encoder(self) -> None:
+        if unknown := [kind for kind in self.downsample_type if kind not in RATES]:
+            raise ConfigError(f"downsample_type has {unknown}; some of {sorted(RATES)} were expected.")
+        for index, (width, next_width) in enumerate(pairwise(self.down_widths)):
+            if self.is_folded and width != next_width and not self.folds(index):
+                raise ConfigError(
+                    f"Block {index} of the encoder has to make {next_width} channels of {width}, which it can only with a "
+                    f"downsample_type of {sorted(set(RATES) - {'conv'})} and spatio_temporal_scaling."
+                )
+        encoder = tuple(math.prod(sizes) for sizes in zip(*self.down_rates, strict=True))
+        steps = 2 ** sum(map(bool, self.decoder_spatio_temporal_scaling))
+        ratios = (self.temporal_ratio, self.spatial_ratio, self.spatial_ratio)
+        for name, rates in (("encoder", encoder), ("decoder", (steps,) * 3)):
+            made = (rates[0], self.patch_size * rates[1], self.patch_size * rates[2])
+            if made != ratios:
+                raise ConfigError(
+                    f"temporal_compression_ratio, spatial_compression_ratio come to {ratios[:2]}, but the blocks of the "
+                    f"{name} make {made[:2]}."
+                )
+
+    def _check_decoder(self) -> None:
+        for index, (width_in, width) in enumerate(self.up_widths):
+            factor, enlarges = self.upsample_factor[-1 - index], self.decoder_spatio_temporal_scaling[-1 - index]
+            if factor > 1 and not (enlarges and width_in == width):
+                raise ConfigError(
+                    f"Block {index} of the decoder has to make {width} channels of {width_in * factor} with an "
+                    f"upsample_factor of {factor}, which needs decoder_spatio_temporal_scaling and equal "
+                    "decoder_block_out_channels before it."
+                )
+            timed = self.timestep_conditioning or self.decoder_inject_noise[-2 - index]
+            if timed and width_in != width:
+                raise ConfigError(
+                    f"Block {index} of the decoder makes {width} channels of {width_in}: that cannot be combined with "
+                    "timestep_conditioning or decoder_inject_noise."
+                )
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the encoder is that of 0.9.5, which folds positions into channels."""
+        return self.down_block_types[-1] == FOLDED
+
+    def folds(self, index: int) -> bool:
+        """Whether block `index` of the encoder folds positions into channels."""
+        return self.is_folded and bool(self.spatio_temporal_scaling[index]) and self.downsample_type[index] != "conv"
+
+    @property
+    def down_widths(self) -> tuple[int, ...]:
+        """Channels before the first block of the encoder and behind each."""
+        widths = tuple(self.block_out_channels)
+        return widths if self.is_folded else (*widths, widths[-1])
+
+    @property
+    def down_rates(self) -> list[Rates]:
+        """By how much each block of the encoder shrinks frames, rows and columns."""
+        kinds = self.downsample_type if self.is_folded else ("conv",) * len(self.spatio_temporal_scaling)
+        return [
+            RATES[kind] if shrinks else (1, 1, 1)
+            for kind, shrinks in zip(kinds, self.spatio_temporal_scaling, strict=True)
+        ]
+
+    @property
+    def up_widths(self) -> list[tuple[int, int]]:
+        """Channels before and in each block of the decoder, divided by its `upsample_factor`."""
+        widths, before = [], self.decoder_block_out_channels[-1]
+        for width, factor in zip(
+            reversed(self.decoder_block_out_channels), reversed(self.upsample_factor), strict=True
+        ):
+            widths.append((before // factor, width // factor))
+            before = width // factor
+        return widths
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels per latent along rows and columns."""
+        given = self.spatial_compression_ratio
+        return self.patch_size * 2 ** sum(map(bool, self.spatio_temporal_scaling)) if given is None else given
+
+    @property
+    def temporal_ratio(self) -> int:
+        """Frames per latent frame."""
+        given = self.temporal_compression_ratio
+        return 2 ** sum(map(bool, self.spatio_temporal_scaling)) if given is None else given
+
+
+class Encoder(nn.Module):
+    """Frames [B, 3, F, H, W] -> parameters of the latents [B, 2 Z, T, h, w]."""
+
+    def __init__(self, config: AutoencoderKLLTXVideoConfig) -> None:
+        super().__init__()
+        widths, causal, eps = config.down_widths, config.encoder_causal, config.resnet_norm_eps
+        self.patch_size = config.patch_size
+        self.conv_in = VideoConv3d(config.in_channels * config.patch_size**2, widths[0], causal=causal)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(
+                a,
+                b,
+                config.layers_per_block[index],
+                rates=config.down_rates[index],
+                folded=config.folds(index),
+                causal=causal,
+                eps=eps,
+            )
+            for index, (a, b) in enumerate(pairwise(widths))
+        )
+        self.mid_block = ResidualBlocks(widths[-1], config.layers_per_block[-1], causal=causal, eps=eps)
+        self.conv_out = VideoConv3d(widths[-1], config.latent_channels + 1, causal=causal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode one tile; one logarithm of the variance counts for all channels of a latent."""
+        clip = [self.conv_in(patchify(x, self.patch_size))]
+        for block in (*self.down_blocks, self.mid_block):
+            clip.append(block(clip))  # each takes out what the one before put in
+        y = self.conv_out(clip.pop(), prepare=normalize)  # [B, Z + 1, T, h, w]
+        return torch.cat((y, y[:, -1:].expand(-1, y.shape[1] - 2, -1, -1, -1)), dim=1)
+
+
+class Decoder(nn.Module):
+    """Latents [B, Z, T, h, w] -> frames [B, 3, F, H, W], told a timestep if the config asks for it."""
+
+    def __init__(self, config: AutoencoderKLLTXVideoConfig) -> None:
+        super().__init__()
+        causal, eps, timed = config.decoder_causal, config.resnet_norm_eps, config.timestep_conditioning
+        layers, noise = [*reversed(config.decoder_layers_per_block)], [*reversed(config.decoder_inject_noise)]
+        width = config.decoder_block_out_channels[-1]
+        self.patch_size = config.patch_size
+        self.out_channels = config.out_channels
+        self.conv_in = VideoConv3d(config.latent_channels, width, causal=causal)
+        self.mid_block = ResidualBlocks(width, layers[0], causal=causal, eps=eps, noise=noise[0], timed=timed)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                a,
+                b,
+                layers[index + 1],
+                enlarges=config.decoder_spatio_temporal_scaling[-1 - index],
+                factor=config.upsample_factor[-1 - index],
+                residual=config.upsample_residual[-1 - index],
+                causal=causal,
+                eps=eps,
+                noise=noise[index + 1],
+                timed=timed,
+            )
+            for index, (a, b) in enumerate(config.up_widths)
+        )
+        width = config.up_widths[-1][1]
+        self.conv_out = VideoConv3d(width, config.out_channels * config.patch_size**2, causal=causal)
+        self.timestep_scale_multiplier = nn.Parameter(torch.tensor(1000.0)) if timed else None
+        self.time_embedder = TimeEmbedder(2 * width) if timed else None
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5) if timed else None
+
+    def forward(self, z: Tensor, timestep: Tensor | None) -> Tensor:
+        """Decode one tile; `timestep` [B] from 0 to 1."""
+        if self.timestep_scale_multiplier is not None:
+            assert timestep is not None
+            timestep = timestep * self.timestep_scale_multiplier
+        clip: list[Tensor] = [self.conv_in(z)]
+        for block in (self.mid_block, *self.up_blocks):
+            clip.append(block(clip, timestep))  # each takes out what the one before put in
+        x = clip.pop()
+        size = self.patch_size
+        frames = x.new_empty(x.shape[0], self.out_channels, x.shape[2], size * x.shape[3], size * x.shape[4])
+        self.conv_out(
+            x,
+            lambda part, y: frames[:, :, part].copy_(unpatchify(y, size)),
+            prepare=partial(normalize, modulation=self._modulation(timestep, x.dtype)),
+        )
+        return frames
+
+    def _modulation(self, timestep: Tensor | None, dtype: torch.dtype) -> Modulation | None:
+        if self.time_embedder is None or self.scale_shift_table is None or timestep is None:
+            return None
+        table = torch.unflatten(self.time_embedder(timestep, dtype), 1, (2, -1)) + self.scale_shift_table
+        shift, scale = table[..., None, None, None].unbind(1)  # [B, C, 1, 1, 1] each
+        return scale, shift
+
+
+class AutoencoderKLLTXVideo(Model):
+    """The autoencoder of LTX-Video, for inference: nothing here records gradients.
+
+    `use_framewise_decoding` (at first False) cuts clips longer than a tile of frames (16, 8 apart, and one more) into such
+    tiles, encoding included as in the published class; `use_framewise_encoding` does so for encoding alone.
+    """
+
+    config: AutoencoderKLLTXVideoConfig
+    config_class: ClassVar[type[AutoencoderKLLTXVideoConfig]] = AutoencoderKLLTXVideoConfig
+    latents_mean: Tensor  # [Z], of the latents that the transformer sees
+    latents_std: Tensor  # [Z]
+
+    def __init__(self, config: AutoencoderKLLTXVideoConfig) -> None:
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latents_std", torch.ones(config.latent_channels))
+        self.spatial_compression_ratio = config.spatial_ratio
+        self.temporal_compression_ratio = config.temporal_ratio
+        self.tiling = Tiling(height=512, width=512, stride_height=448, stride_width=448)
+        self.frame_tiling = FrameTiling(frames=16, stride=8)
+        self.use_tiling = False
+        self.use_slicing = False
+        self.use_framewise_encoding = False
+        self.use_framewise_decoding = False
+
+    def enable_tiling(  # noqa: PLR0917 - the order of the published one
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_min_num_frames: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+        tile_sample_stride_num_frames: int | None = None,
+    ) -> None:
+        """Compute pictures larger than a tile in overlapping tiles, blended where they overlap: less memory, other numbers.
+
+        Sizes and distances are in pixels and frames, multiples of the compression ratios; what is not given keeps its last
+        value, at first 512 x 512 pixels and 16 frames, 448 pixels and 8 frames apart. Those of frames are for
+        `use_framewise_decoding`, which this does not turn on.
+
+        Raises:
+            ConfigError: sizes that are no such multiples or leave gaps.
+        """
+        tiling = Tiling(
+            height=tile_sample_min_height or self.tiling.height,
+            width=tile_sample_min_width or self.tiling.width,
+            stride_height=tile_sample_stride_height or self.tiling.stride_height,
+            stride_width=tile_sample_stride_width or self.tiling.stride_width,
+        )
+        frame_tiling = FrameTiling(
+            frames=tile_sample_min_num_frames or self.frame_tiling.frames,
+            stride=tile_sample_stride_num_frames or self.frame_tiling.stride,
+        )
+        # An impossible tiling is refused here, not in the first decode.
+        tiling.scaled_down(self.spatial_compression_ratio)
+        frame_tiling.scaled_down(self.temporal_compression_ratio)
+        self.tiling, self.frame_tiling = tiling, frame_tiling
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Compute pictures of every size whole."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Compute the items of a batch one after the other: the memory of one item, the same numbers."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Compute the items of a batch together."""
+        self.use_slicing = False
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
+        """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
+
+        The first frame becomes the first latent frame, every eight after it one more. The result is a named tuple, so
+        `.latent_dist` and `[0]` both work whatever `return_dict` says. Its distribution is over latents [B, Z, T, h, w] =
+        [B, Z, 1 + (F - 1) / 8, H / 32, W / 32], not yet normalized with `latents_mean` and `latents_std`.
+
+        Raises:
+            ConfigError: `x` has other dimensions or channels, rows or columns that are no multiples of 32, or not 8 k + 1
+                frames.
+        """
+        _check_input("x", x, self.config.in_channels)
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
+        if x.shape[3] % ratio or x.shape[4] % ratio or (x.shape[2] - 1) % rate:
+            raise ConfigError(
+                f"x has {x.shape[2]} frames of {x.shape[3]} x {x.shape[4]} pixels; {rate} * k + 1 frames and multiples of "
+                f"{ratio} pixels were expected."
+            )
+        frames, height, width = 1 + (x.shape[2] - 1) // rate, x.shape[3] // ratio, x.shape[4] // ratio
+        parameters = x.new_empty(x.shape[0], 2 * self.config.latent_channels, frames, height, width)
+        tiling = self.tiling.scaled_down(ratio) if self._tiles_pictures(x) else None
+        in_time = self.use_framewise_encoding or self.use_framewise_decoding
+        frame_tiling = self.frame_tiling.scaled_down(rate) if in_time and self._tiles_frames(x) else None
+        for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
+            fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=frame_tiling)
+        return EncoderOutput(LatentDistribution(parameters))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, temb: Tensor | None = None, return_dict: bool = True) -> DecoderOutput:
+        """Decode latents [B, Z, T, h, w] in the dtype of the weights; any `latents_mean` and `latents_std` are undone.
+
+        `temb` [B] is the timestep, from 0 to 1, up to which the latents are denoised; decoders without
+        `timestep_conditioning` do not look at it. The result is a named tuple, so `.sample` and `[0]` both work whatever
+        `return_dict` says. Its sample is [B, 3, 1 + 8 (T - 1), 32 h, 32 w], in the dtype of `z`, around -1 .. 1 and not
+        clamped.
+
+        Raises:
+            ConfigError: `z` has other dimensions or channels, or the decoder needs a timestep that is not given.
+        """
+        _check_input("z", z, self.config.latent_channels)
+        timesteps = self._timesteps(z, temb)
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
+        frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
+        sample = z.new_empty(z.shape[0], self.config.out_channels, frames, height, width)
+        tiling = self.tiling if self._tiles_pictures(sample) else None
+        frame_tiling = self.frame_tiling if self.use_framewise_decoding and self._tiles_frames(sample) else None
+        for item, out, timestep in zip(self._slices(z), self._slices(sample), self._slices(timesteps), strict=True):
+            fill_clip(
+                out,
+                partial(self._decode_tile, item, None if temb is None else timestep),
+                tiling=tiling,
+                frame_tiling=frame_tiling,
+                kept_frames=slice(None, -1),  # of later tiles the last frame goes, as in the published decoder
+            )
+        return DecoderOutput(sample)
+
+    def forward(
+        self,
+        sample: Tensor,
+        temb: Tensor | None = None,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput:
+        """Encode a clip [B, 3, F, H, W] and decode the most likely latents, or with `sample_posterior` random ones."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, temb, return_dict)
+
+    def _encode_tile(self, x: Tensor, box: Box) -> Tensor:
+        """The latents of `box`, from the frames in `x` [B, 3, F, H, W] that they stand for."""
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
+        frames, rows, columns = box
+        # n latent frames stand for rate * (n - 1) + 1 frames.
+        stop = None if frames.stop is None else rate * (frames.stop - 1) + 1
+        tile = x[:, :, rate * frames.start : stop, _times(rows, ratio), _times(columns, ratio)]
+        parameters: Tensor = self.encoder(tile)
+        return parameters
+
+    def _decode_tile(self, z: Tensor, timestep: Tensor | None, box: Box) -> Tensor:
+        """The frames of `box`, from the latents in `z` [B, Z, T, h, w] that stand for them."""
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
+        frames, rows, columns = box
+        stop = None if frames.stop is None else (frames.stop - 1) // rate + 1
+        tile = z[:, :, frames.start // rate : stop, _over(rows, ratio), _over(columns, ratio)]
+        sample: Tensor = self.decoder(tile, timestep)
+        return sample
+
+    def _timesteps(self, z: Tensor, temb: Tensor | None) -> Tensor:
+        """One timestep for each item of the batch, zeros where none is given and none is needed."""
+        if temb is None:
+            if self.config.timestep_conditioning:
+                raise ConfigError("This decoder is told a timestep: pass temb, a tensor [batch] between 0 and 1.")
+            return z.new_zeros(z.shape[0])
+        if temb.numel() not in (1, z.shape[0]):
+            raise ConfigError(f"temb has shape {list(temb.shape)}; one timestep was expected, or {z.shape[0]}.")
+        return temb.flatten().expand(z.shape[0])
+
+    def _tiles_pictures(self, video: Tensor) -> bool:
+        return self.use_tiling and self.tiling.is_needed(*video.shape[-2:])
+
+    def _tiles_frames(self, video: Tensor) -> bool:
+        return self.frame_tiling.is_needed(video.shape[2])
+
+    def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(x, 1 if self.use_slicing else max(1, x.shape[0]))
+
+
+def _times(part: slice, ratio: int) -> slice:
+    return slice(part.start * ratio, None if part.stop is None else part.stop * ratio)
+
+
+def _over(part: slice, ratio: int) -> slice:
+    return slice(part.start // ratio, None if part.stop is None else part.stop // ratio)
+
+
+def _check_input(name: str, x: Tensor, channels: int) -> None:
+    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+        raise ConfigError(
+            f"{name} has shape {list(x.shape)}; [batch, {channels}, frames, height, width] was expected, with one frame "
+            "and one pixel at least."
+        )
