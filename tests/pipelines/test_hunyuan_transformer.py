@@ -9,7 +9,6 @@ import torch
 from live_bytes import peak_bytes
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.hunyuan_video.conditions import text_lengths
 from vramkit.pipelines.hunyuan_video.transformer import (
     DoubleAttention,
     HunyuanVideoSingleTransformerBlock,
@@ -18,6 +17,7 @@ from vramkit.pipelines.hunyuan_video.transformer import (
     SingleAttention,
 )
 from vramkit.pipelines.layers import FeedForward
+from vramkit.pipelines.text_masks import text_lengths
 
 TINY = {
     "num_attention_heads": 3,

@@ -136,13 +136,14 @@ class AttentionLayers(nn.Module):
         norm: Callable[[], nn.Module],
         text_channels: int | None = None,
         bias: bool = True,
+        out_bias: bool = True,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=bias)
         self.to_k = nn.Linear(text_channels or channels, channels, bias=bias)
         self.to_v = nn.Linear(text_channels or channels, channels, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels, bias=out_bias)])
         self.norm_q = norm()
         self.norm_k = norm()
 

@@ -15,27 +15,11 @@ from torch.nn import functional as F
 from vramkit.errors import ConfigError
 from vramkit.pipelines.attention import attention
 from vramkit.pipelines.layers import TimestepEmbedding, sinusoidal_embedding
+from vramkit.pipelines.text_masks import first_tokens, text_lengths
 
-__all__ = ["ConditionEmbedder", "TextLengths", "TokenRefiner", "text_lengths"]
+__all__ = ["ConditionEmbedder", "TextLengths", "TokenRefiner"]
 
 TIME_FEATURES = 256
-
-
-def text_lengths(mask: Tensor) -> tuple[int, ...] | None:
-    """The number of ones in each row of a mask [B, T], or None if one of them has zeros before ones.
-
-    Waits for the device of the mask.
-    """
-    given = mask.bool()
-    lengths = given.sum(dim=1)
-    whole = (_first(lengths, mask.shape[1]) == given).all(dim=1)
-    counts = tuple(torch.where(whole, lengths, -1).tolist())
-    return None if -1 in counts else counts
-
-
-def _first(lengths: Tensor, tokens: int) -> Tensor:
-    """A mask [B, T] whose rows begin with `lengths` ones."""
-    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +50,7 @@ class TextLengths:
                     "encoder_hidden_states has it"
                 )
             if torch.compiler.is_compiling():
-                return cls((tokens,) * batch, mask.bool(), _first(mask.bool().sum(dim=1), tokens))
+                return cls((tokens,) * batch, mask.bool(), first_tokens(mask.bool().sum(dim=1), tokens))
         counts = text_lengths(mask) if isinstance(mask, Tensor) else tuple(mask)
         refined = None
         if counts is None and isinstance(mask, Tensor):

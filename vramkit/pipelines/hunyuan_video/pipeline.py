@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.hunyuan_video.conditions import text_lengths
 from vramkit.pipelines.hunyuan_video.prompts import PROMPT_TEMPLATE, check_template, encode_clip, encode_llama
 from vramkit.pipelines.inputs import (
     Generators,
@@ -30,6 +29,7 @@ from vramkit.pipelines.inputs import (
     whole_latent_frames,
 )
 from vramkit.pipelines.pipeline import execution_device
+from vramkit.pipelines.text_masks import text_lengths
 from vramkit.pipelines.text_to_video import (
     Conditions,
     StepCallback,
