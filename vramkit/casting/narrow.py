@@ -10,6 +10,7 @@ weights below 2^-6 and loses 12 dB and more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from vramkit.errors import UnsupportedTensorError
 
-__all__ = ["STORAGE_DTYPES", "NarrowTensor", "narrowed"]
+__all__ = ["STORAGE_DTYPES", "NarrowTensor", "narrowed", "row_scales"]
 
 STORAGE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -138,7 +139,16 @@ def narrowed(
     tensor = tensor.detach()
     if not scaled or not tensor.ndim or not tensor.numel():
         return NarrowTensor(tensor.to(storage_dtype), None, compute_dtype)
-    peak = tensor.abs().amax(dim=tuple(range(1, tensor.ndim)), keepdim=True).float()  # [rows, 1, ...]
+    scale = row_scales(tensor, storage_dtype)
+    return NarrowTensor(torch.div(tensor, scale).to(storage_dtype), scale, compute_dtype)
+
+
+def row_scales(tensor: torch.Tensor, storage_dtype: torch.dtype) -> torch.Tensor:
+    """Return the least power of two per row under which the row fits `storage_dtype`: float32 [rows, 1, ...].
+
+    It is NaN for rows that are not finite: fp8 e4m3 has no infinity, and casts may turn one into its largest number.
+    """
+    inner = tuple(range(1, tensor.ndim)) or (0,)
+    peak = torch.linalg.vector_norm(tensor, math.inf, dim=inner, keepdim=True).float()
     _, exponent = torch.frexp(peak / torch.finfo(storage_dtype).max)  # the quotient is below 2 ** exponent
-    scale = torch.ldexp(torch.ones_like(peak), exponent.clamp(-126, 126))
-    return NarrowTensor((tensor.float() / scale).to(storage_dtype), scale, compute_dtype)
+    return torch.ldexp((peak * 0).add_(1), exponent.clamp(-126, 126))

@@ -8,7 +8,41 @@ import torch
 
 from vramkit.errors import ConfigError
 
-__all__ = ["sqnr_db"]
+__all__ = ["Noise", "sqnr_db"]
+
+_PIECE = 1 << 22  # elements that are widened to float64 at a time
+
+
+class Noise:
+    """Energy of exact values and of their error, summed over as many tensors as are added."""
+
+    def __init__(self) -> None:
+        self._signal = 0.0
+        self._noise = 0.0
+
+    def add(self, exact: torch.Tensor, stored: torch.Tensor) -> None:
+        """Count two tensors of one shape; float64 copies are made of a piece at a time.
+
+        Raises:
+            ConfigError: the shapes differ.
+        """
+        if exact.shape != stored.shape:
+            raise ConfigError(
+                f"exact has shape {list(exact.shape)} and stored {list(stored.shape)}; give the same shape"
+            )
+        flat = exact.detach().flatten(), stored.detach().flatten()
+        for signal, other in zip(*(torch.split(each, _PIECE) for each in flat), strict=True):
+            signal = signal.double()  # noqa: PLW2901 (frees the piece)
+            self._signal += signal.square().sum().item()
+            self._noise += signal.sub_(other.to(signal.device)).square().sum().item()
+
+    @property
+    def db(self) -> float:
+        """The ratio in decibels: infinite without error, NaN where there is an error and no signal, or values not finite."""
+        if self._noise == 0:
+            return math.inf
+        ratio = self._signal / self._noise
+        return 10 * math.log10(ratio) if ratio > 0 else math.nan
 
 
 def sqnr_db(exact: torch.Tensor, stored: torch.Tensor) -> float:
@@ -23,12 +57,8 @@ def sqnr_db(exact: torch.Tensor, stored: torch.Tensor) -> float:
     Raises:
         ConfigError: the shapes differ, or `exact` is all zeros and `stored` is not.
     """
-    if exact.shape != stored.shape:
-        raise ConfigError(f"exact has shape {list(exact.shape)} and stored {list(stored.shape)}; give the same shape")
-    signal = exact.detach().double()
-    noise = (signal - stored.detach().double()).norm().item()
-    if noise == 0:
-        return math.inf
-    if not signal.any():
+    noise = Noise()
+    noise.add(exact, stored)
+    if math.isnan(noise.db) and not exact.detach().any():
         raise ConfigError("exact holds only zeros and stored does not, so no ratio says how far they are apart")
-    return 20 * math.log10(signal.norm().item() / noise)
+    return noise.db

@@ -1,0 +1,133 @@
+"""fp8 products: against a plain emulation of what the kernel is asked to do, and as a layer among others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vramkit.casting import narrowed
+from vramkit.quant import scaled_linear, sqnr_db
+from vramkit.quant.scaled_linear import ScaledLinear, narrow_rows, scaled_mm_problem
+
+E4M3 = torch.float8_e4m3fn
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def emulated(a, b, *, scale_a, scale_b, bias=None, out_dtype, use_fast_accum=False):
+    """torch._scaled_mm with a scale per row, written out in float64."""
+    assert a.dtype == b.dtype == E4M3
+    assert a.is_contiguous()
+    assert b.t().is_contiguous()  # column by column, as the kernels ask
+    assert scale_a.shape == (a.shape[0], 1)
+    assert scale_b.shape == (1, b.shape[1])
+    out = (a.double() @ b.double()) * scale_a.double() * scale_b.double()
+    return (out if bias is None else out + bias.double()).to(out_dtype)
+
+
+def layer(dtype: torch.dtype = torch.bfloat16, *, bias: bool = True, inputs: int = 64, outputs: int = 48) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
+    made.weight = nn.Parameter(narrowed(made.weight, E4M3, dtype), requires_grad=False)
+    return made
+
+
+@pytest.fixture
+def emulation(monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_mm", emulated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (2, 2, 3, 64)])
+def test_products_are_those_of_the_narrow_numbers(emulation, dtype, bias, shape):
+    stored = layer(dtype, bias=bias)
+    x = torch.randn(shape, dtype=dtype)
+    out = ScaledLinear.of(stored, "cpu")(x)
+    narrow, scale = narrow_rows(x.reshape(-1, 64))
+    expected = F.linear(narrow.float() * scale, stored.weight.widened().float())
+    expected = expected + stored.bias.float() if bias else expected
+    assert out.dtype == dtype
+    assert out.shape == (*shape[:-1], 48)
+    assert sqnr_db(expected.view_as(out), out) > 45  # one rounding to bfloat16
+    assert sqnr_db(F.linear(x, stored.weight, stored.bias), out) > 27
+
+
+def test_the_kernel_of_this_machine_agrees_with_the_emulation(monkeypatch):
+    assert scaled_mm_problem(torch.device("cpu")) is None
+    scaled, x = ScaledLinear.of(layer(), "cpu"), torch.randn(7, 64, dtype=torch.bfloat16)
+    kernel = scaled(x)
+    monkeypatch.setattr(torch, "_scaled_mm", emulated)
+    assert sqnr_db(scaled(x), kernel) > 40
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e4])
+def test_activations_keep_their_precision_at_any_size(dtype, size):
+    x = (torch.randn(40, 64) * torch.logspace(-2, 0, 40)[:, None] * size).to(dtype)
+    stored, scale = narrow_rows(x)
+    floor = 31 if dtype != torch.float16 or size > 1e-6 else 0  # fp16 itself has lost the small ones
+    assert sqnr_db(x, stored.float() * scale) > floor
+    assert torch.equal(scale.log2(), scale.log2().round())
+
+
+def test_pieces_do_not_change_the_numbers(monkeypatch):
+    x = torch.randn(33, 64, dtype=torch.bfloat16)
+    whole = narrow_rows(x)
+    monkeypatch.setattr(scaled_linear, "_PIECE", 64 * 5)
+    pieces = narrow_rows(x)
+    assert torch.equal(whole[0].float(), pieces[0].float())
+    assert torch.equal(whole[1], pieces[1])
+
+
+def test_zeros_and_nothing_and_what_is_not_finite():
+    scaled = ScaledLinear.of(layer(), "cpu")
+    assert torch.equal(scaled(torch.zeros(3, 64).bfloat16()), scaled.bias.expand(3, 48))
+    assert scaled(torch.randn(2, 0, 64).bfloat16()).shape == (2, 0, 48)
+    x = torch.randn(2, 64).bfloat16()
+    x[1, 5] = float("inf")
+    out = scaled(x)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_other_devices_and_wide_weights_multiply_plainly():
+    stored, x = layer(torch.float32), torch.randn(3, 64)
+    assert torch.equal(ScaledLinear.of(stored, "cuda")(x), stored(x))
+    scaled = ScaledLinear.of(stored, "cpu")
+    scaled.weight = nn.Parameter(stored.weight.widened(), requires_grad=False)
+    assert torch.equal(scaled(x), stored(x))
+
+
+def test_it_shares_the_parameters_and_copies_as_a_layer():
+    stored = layer()
+    scaled = ScaledLinear.of(stored.eval(), "cpu")
+    assert scaled.weight is stored.weight
+    assert scaled.bias is stored.bias
+    assert not scaled.training
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(copy.deepcopy(scaled)(x), scaled(x))
+    assert "fp8 products on cpu" in repr(scaled)
+
+
+def test_it_compiles_whole_and_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    scaled, x = ScaledLinear.of(layer(), "cpu"), torch.randn(3, 64).bfloat16()
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), scaled(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_why_a_device_cannot_is_said(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such kernel here\nwith a long trace")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert scaled_mm_problem(torch.device("cpu")) == "no such kernel here"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    problem = scaled_mm_problem(torch.device("cuda"))
+    assert problem == "compute capability 8.6, at least 8.9 is needed"
