@@ -47,12 +47,18 @@ class Measurement:
 def release_memory() -> None:
     """Give what nobody uses back to the device."""
     gc.collect()
-    torch.cuda.synchronize()
+    synchronize()
     torch.cuda.empty_cache()
 
 
+def synchronize() -> None:
+    """Wait for the CUDA device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def measure(call: Callable[[], T], *, repeats: int = 3, warm_up_s: float = 1.5) -> tuple[Measurement, T]:
-    """Time `call` on the current CUDA device; also return its last result.
+    """Time `call` on the current CUDA device, or on the CPU without peaks; also return its last result.
 
     Calls before `warm_up_s` seconds have passed (at least one) are not counted: a device that has just been idle runs faster
     than one that works, which would flatter whatever is measured first.
@@ -60,19 +66,20 @@ def measure(call: Callable[[], T], *, repeats: int = 3, warm_up_s: float = 1.5) 
     start = time.perf_counter()
     while True:
         call()
-        torch.cuda.synchronize()
+        synchronize()
         if time.perf_counter() - start > warm_up_s:
             break
     release_memory()
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     result = None
     for _ in range(repeats):
         result = None  # frees the last one, so that peaks are those of one call
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         result = call()
-        torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return Measurement(statistics.median(seconds), max(seconds), *peaks), cast("T", result)
@@ -80,13 +87,13 @@ def measure(call: Callable[[], T], *, repeats: int = 3, warm_up_s: float = 1.5) 
 
 def environment() -> Row:
     """Describe hardware, versions and date."""
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    packages = {name: installed.get(name) for name in ("torch", "diffusers", "transformers")}
+    packages = {name: installed.get(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")}
     return {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
-        "device": properties.name,
-        "device_gib": round(properties.total_memory / GIB, 1),
+        "device": properties.name if properties else platform.processor() or platform.machine(),
+        "device_gib": round(properties.total_memory / GIB, 1) if properties else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "packages": packages | {"vramkit": vramkit.__version__},
