@@ -147,6 +147,90 @@ def write_hunyuan_checkpoint(
     return folder
 
 
+LTX_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "in_channels": 8,
+    "out_channels": 8,
+    "caption_channels": 32,
+    "num_layers": 2,
+}
+_LTX_TIMED_DECODER = {
+    "decoder_block_out_channels": (8, 16, 32),
+    "decoder_layers_per_block": (1,) * 4,
+    "decoder_spatio_temporal_scaling": (True,) * 3,
+    "upsample_residual": (True,) * 3,
+    "upsample_factor": (2,) * 3,
+    "timestep_conditioning": True,
+}
+# By version of the published checkpoint: no timestep in the decoder, one and noise, one and folding in the encoder.
+LTX_VAES: dict[str, dict[str, Any]] = {
+    "0.9.0": {
+        "block_out_channels": (4, 4, 8, 8),
+        "decoder_block_out_channels": (4, 4, 8, 8),
+        "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 5,
+    },
+    "0.9.1": _LTX_TIMED_DECODER
+    | {
+        "block_out_channels": (4, 4, 8, 8),
+        "layers_per_block": (1,) * 5,
+        "decoder_inject_noise": (True, True, True, False),
+    },
+    "0.9.5": _LTX_TIMED_DECODER
+    | {
+        "block_out_channels": (4, 8, 16, 16, 16),
+        "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+        "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+        "layers_per_block": (1,) * 5,
+        "spatio_temporal_scaling": (True,) * 4,
+        "decoder_inject_noise": (False,) * 4,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
+}
+LTX_SCHEDULER = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "shift_terminal": 0.1,
+}
+
+
+def write_ltx_checkpoint(folder: Path, *, version: str = "0.9.0", seed: int = 0, max_shard_size: str = "10GB") -> Path:
+    """Write a whole LTX-Video checkpoint with random weights of a few hundred KB and return its folder."""
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    vocab_size = write_tokenizer(folder / "tokenizer")
+    text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER))
+    for parameter in text_encoder.parameters():
+        # The class's own initialization is so small that its output hardly depends on the prompt.
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    vae = _noisy(AutoencoderKLLTXVideo(latent_channels=LTX_TRANSFORMER["in_channels"], **LTX_VAES[version]))
+    if version != "0.9.0":
+        vae.decoder.timestep_scale_multiplier.data.fill_(1000.0)
+    vae.latents_mean.normal_(0, 0.2)
+    vae.latents_std.uniform_(0.5, 1.5)
+    pipeline = LTXPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=text_encoder.eval(),
+        transformer=_noisy(LTXVideoTransformer3DModel(**LTX_TRANSFORMER)),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(**LTX_SCHEDULER),
+    )
+    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
 def make_llama_tokenizer() -> Any:
     """A LlamaTokenizerFast that cuts the published prompt template into a little more than 95 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

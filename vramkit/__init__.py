@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from vramkit.pipelines.hunyuan_video.pipeline import HunyuanVideoPipeline
     from vramkit.pipelines.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
     from vramkit.pipelines.hunyuan_video.vae import AutoencoderKLHunyuanVideo
+    from vramkit.pipelines.ltx.pipeline import LTXPipeline
+    from vramkit.pipelines.ltx.transformer import LTXVideoTransformer3DModel
+    from vramkit.pipelines.ltx.vae import AutoencoderKLLTXVideo
     from vramkit.pipelines.modeling import AutoModel
     from vramkit.pipelines.schedulers import (
         CogVideoXDDIMScheduler,
@@ -75,6 +78,9 @@ _HOMES = {
     "vramkit.pipelines.hunyuan_video.pipeline": ("HunyuanVideoPipeline",),
     "vramkit.pipelines.hunyuan_video.transformer": ("HunyuanVideoTransformer3DModel",),
     "vramkit.pipelines.hunyuan_video.vae": ("AutoencoderKLHunyuanVideo",),
+    "vramkit.pipelines.ltx.pipeline": ("LTXPipeline",),
+    "vramkit.pipelines.ltx.transformer": ("LTXVideoTransformer3DModel",),
+    "vramkit.pipelines.ltx.vae": ("AutoencoderKLLTXVideo",),
     "vramkit.pipelines.modeling": ("AutoModel",),
     "vramkit.pipelines.schedulers": (
         "CogVideoXDDIMScheduler",
@@ -97,6 +103,7 @@ __all__ = [
     "AutoModel",
     "AutoencoderKLCogVideoX",
     "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLLTXVideo",
     "AutoencoderKLWan",
     "CheckpointError",
     "CogVideoXDDIMScheduler",
@@ -109,6 +116,8 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "HunyuanVideoPipeline",
     "HunyuanVideoTransformer3DModel",
+    "LTXPipeline",
+    "LTXVideoTransformer3DModel",
     "MemoryTimeline",
     "Offload",
     "OffloadStats",

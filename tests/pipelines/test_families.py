@@ -54,7 +54,7 @@ FAMILIES = {
         pipeline="LTXPipeline",
         write=checkpoints.write_ltx_checkpoint,
         clip={"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
-        tiles=_TILES,
+        tiles={name: 2 * size for name, size in _TILES.items()},
     ),
     "CogVideoX": Family(
         pipeline="CogVideoXPipeline",

@@ -192,7 +192,7 @@ def test_convolutions_in_parts_of_the_frames_give_the_same_numbers(monkeypatch, 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     ("in_space", "in_time", "size"),
-    [(True, False, (2, 3, 4)), (False, True, (6, 2, 2)), (True, True, (5, 2, 5)), (True, True, (2, 2, 3))],
+    [(True, False, (2, 3, 4)), (False, True, (6, 2, 2)), (True, True, (4, 2, 4)), (True, True, (2, 2, 3))],
 )
 def test_tiles_equal_the_oracles(version, in_space, in_time, size):
     ours, oracle = build_pair(version)
@@ -325,6 +325,7 @@ def test_no_gradients_are_recorded(pairs):
         ),
         ("0.9.0", {"decoder_spatio_temporal_scaling": [True] * 4}, r"blocks of the decoder make \(16, 64\)"),
         ("0.9.0", {"upsample_factor": [1, 1, 2, 2]}, "needs decoder_spatio_temporal_scaling"),
+        ("0.9.1", {"decoder_block_out_channels": [4, 8, 16]}, "has 4 channels; a multiple of 8"),
         ("0.9.0", {"timestep_conditioning": True}, "cannot be combined with timestep_conditioning"),
     ],
 )
@@ -386,8 +387,8 @@ def test_fewer_bytes_are_alive_than_in_the_oracle(version):
 def test_tiles_of_a_long_clip_need_the_result_and_one_tile():
     with torch.device("meta"):
         model = AutoencoderKLLTXVideo.from_config(PUBLISHED["0.9.5"]).bfloat16().eval()
-        clip, tile = (torch.empty(1, 128, *size, dtype=torch.bfloat16) for size in ((11, 24, 30), (3, 16, 16)))
+        clip, tile = (torch.empty(1, 128, *size, dtype=torch.bfloat16) for size in ((5, 16, 18), (3, 16, 16)))
         model.enable_tiling()
         model.use_framewise_decoding = True
-        result_bytes, edges_bytes = 3 * 81 * 768 * 960 * 2, 3 * 17 * 4 * 64 * 512 * 2
+        result_bytes, edges_bytes = 3 * 33 * 512 * 576 * 2, 3 * 17 * 4 * 64 * 512 * 2
         assert peak(model, "decode", clip) <= result_bytes + edges_bytes + peak(model, "decode", tile)

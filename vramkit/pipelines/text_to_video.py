@@ -199,8 +199,11 @@ class TextToVideoPipeline(Pipeline):
         stepped: Tensor = self.scheduler.step(noise, timestep, latents, return_dict=False)[0]
         return stepped
 
-    def _finish(self, latents: Tensor, output_type: str) -> VideoOutput:
-        """Decode unless latents are wanted, and let the last model leave the device."""
-        frames = latents if output_type == "latent" else postprocess_video(self.decode_latents(latents), output_type)
+    def _finish(self, latents: Tensor, output_type: str, **decoding: Any) -> VideoOutput:
+        """Decode, with what else `decode_latents` takes, unless latents are wanted; let the last model leave the device."""
+        if output_type == "latent":
+            frames: Any = latents
+        else:
+            frames = postprocess_video(self.decode_latents(latents, **decoding), output_type)
         self.maybe_free()
         return VideoOutput(frames)

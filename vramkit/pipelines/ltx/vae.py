@@ -147,6 +147,11 @@ class AutoencoderKLLTXVideoConfig:
                     f"upsample_factor of {factor}, which needs decoder_spatio_temporal_scaling and equal "
                     "decoder_block_out_channels before it."
                 )
+            if enlarges and self.upsample_residual[-1 - index] and width * factor % 8:
+                raise ConfigError(
+                    f"Block {index} of the decoder has {width * factor} channels; a multiple of 8 was expected with "
+                    "upsample_residual."
+                )
             timed = self.timestep_conditioning or self.decoder_inject_noise[-2 - index]
             if timed and width_in != width:
                 raise ConfigError(

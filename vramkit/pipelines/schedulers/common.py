@@ -253,8 +253,13 @@ def dynamic_shift(sigmas: Sigmas, mu: float, *, kind: str) -> Sigmas:
 
 
 def stretch_to_terminal(sigmas: Sigmas, terminal: float) -> Sigmas:
-    """Stretch the distances from 1 so that the last level is `terminal`. Source: LTX-Video (arXiv:2501.00103)."""
+    """Stretch the distances from 1 so that the last level is `terminal`. Source: LTX-Video (arXiv:2501.00103).
+
+    A single step from pure noise has no distance to stretch and stays as it is (the published one divides by zero).
+    """
     distances = 1 - sigmas
+    if distances[-1] == 0:
+        return sigmas
     stretched: Sigmas = 1 - distances / (distances[-1] / (1 - terminal))
     return stretched
 
