@@ -1,6 +1,28 @@
-"""Weights in fewer bits, and how much that costs. fp8 storage is in `vramkit.casting`; this measures any storage."""
+"""Weights in fewer bits: which, how, under every way of offloading, and how much that costs."""
 
+from vramkit.quant.api import Quantization, dequantize, quantization_of, quantize, skip_modules_of
+from vramkit.quant.config import (
+    BitsAndBytes4bitConfig,
+    BitsAndBytes8bitConfig,
+    Fp8Config,
+    QuantConfig,
+    QuantoConfig,
+)
 from vramkit.quant.quality import sqnr_db
 from vramkit.quant.report import QuantizationReport, report
 
-__all__ = ["QuantizationReport", "report", "sqnr_db"]
+__all__ = [
+    "BitsAndBytes4bitConfig",
+    "BitsAndBytes8bitConfig",
+    "Fp8Config",
+    "QuantConfig",
+    "Quantization",
+    "QuantizationReport",
+    "QuantoConfig",
+    "dequantize",
+    "quantization_of",
+    "quantize",
+    "report",
+    "skip_modules_of",
+    "sqnr_db",
+]

@@ -1,0 +1,92 @@
+"""8-bit weights and inputs as in LLM.int8 (arXiv:2208.07339), by the kernels of bitsandbytes.
+
+A layer gives the numbers of ``bitsandbytes.nn.Linear8bitLt(has_fp16_weights=False)`` in evaluation use, without that module,
+whose forward rewrites its weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import bitsandbytes
+import torch
+from torch.nn import functional as F
+
+from vramkit.quant.config import BitsAndBytes8bitConfig
+from vramkit.quant.handler import Handler as BaseHandler
+from vramkit.quant.tensor import QuantizedTensor
+
+__all__ = ["Bits8Tensor", "Handler"]
+
+
+def _multiply(
+    inputs: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    half = rows.to(torch.float16)  # what the kernels take
+    narrow, row_absmax, outliers = bitsandbytes.functional.int8_vectorwise_quant(half, threshold=threshold)
+    ops = torch.ops.bitsandbytes
+    if threshold > 0:
+        out, _ = ops.int8_mixed_scaled_mm.default(rows, narrow, stored, row_absmax, absmax, outliers, bias)
+    else:
+        out = ops.int8_scaled_mm.default(narrow, stored, row_absmax, absmax, bias=bias, dtype=rows.dtype)
+    result: torch.Tensor = out.reshape(*inputs.shape[:-1], stored.shape[0])
+    return result
+
+
+@torch.library.custom_op("vramkit::int8_linear", mutates_args=())
+def _opaque_multiply(
+    inputs: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    return _multiply(inputs, stored, absmax, bias, threshold)
+
+
+@_opaque_multiply.register_fake
+def _(inputs: torch.Tensor, stored: torch.Tensor, *_options: Any) -> torch.Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], stored.shape[0])
+
+
+class Bits8Tensor(QuantizedTensor):
+    """int8 weights and the largest magnitude of each row; notes: (outlier threshold,)."""
+
+    inner_names: ClassVar[tuple[str, ...]] = ("stored", "absmax")
+    stored: torch.Tensor  # [out, in] int8
+    absmax: torch.Tensor  # [out] fp32
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the values as an ordinary tensor of the compute dtype."""
+        wide = self.stored.to(self.dtype) if self.dtype == torch.float32 else self.stored.to(torch.float32)
+        return wide.mul_(self.absmax[:, None] / 127).to(self.dtype)
+
+    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply in int8; the number of outliers is not known to a compiler, so to it this is one operation."""
+        if not inputs.numel():
+            return F.linear(inputs, self.dequantize().to(inputs.dtype), bias)
+        bias = None if bias is None else bias.to(inputs.dtype)
+        multiply = _opaque_multiply if torch.compiler.is_compiling() else _multiply
+        return multiply(inputs, self.stored, self.absmax, bias, self.notes[0])
+
+
+class Handler(BaseHandler):
+    """Quantizes by ``bitsandbytes.functional.int8_vectorwise_quant``."""
+
+    config: BitsAndBytes8bitConfig
+
+    def quantize(self, weight: torch.Tensor) -> Bits8Tensor:
+        """Quantize rows; the kernels take them in fp16."""
+        stored, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(
+            weight.detach().contiguous().to(torch.float16)
+        )
+        return self._tensor({"stored": stored, "absmax": absmax}, weight.dtype)
+
+    def pack(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Only the dtype is not in the parts."""
+        assert isinstance(weight, Bits8Tensor)
+        return weight.parts(), {"dtype": str(weight.dtype).removeprefix("torch.")}
+
+    def unpack(self, parts: dict[str, torch.Tensor], notes: dict[str, Any]) -> Bits8Tensor:
+        """Put the tensor together again."""
+        return self._tensor(parts, getattr(torch, notes["dtype"]))
+
+    def _tensor(self, parts: dict[str, torch.Tensor], dtype: torch.dtype) -> Bits8Tensor:
+        return Bits8Tensor(parts, parts["stored"].shape, dtype, (self.config.threshold,))

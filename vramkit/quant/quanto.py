@@ -1,0 +1,101 @@
+"""Weights in the formats of optimum-quanto, computed by its operations.
+
+The values are those of ``optimum.quanto.quantize(model, weights=...)`` and ``freeze``. Its own weight classes repack
+themselves for a device whenever they are moved, for example int4 in bfloat16, with other sums; a weight here has one format
+everywhere, so that streamed and resident results are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from optimum import quanto
+
+from vramkit.quant.config import QuantoConfig
+from vramkit.quant.handler import Handler as BaseHandler
+from vramkit.quant.tensor import QuantizedTensor
+
+__all__ = ["Handler", "QuantoTensor"]
+
+_QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
+_GROUP = (
+    128  # weights of a row that share a scale, below 8 bits; fewer where that does not divide a row, down to _LEAST
+)
+_LEAST_GROUP = 32
+_GROUP_STEP = 32
+
+
+class QuantoTensor(QuantizedTensor):
+    """Rows of int8 or fp8 with a scale each, or packed groups of 4 or 2 bits with scale and shift; notes: (bits,)."""
+
+    inner_names: ClassVar[tuple[str, ...]] = ("stored", "scale", "shift")
+    stored: torch.Tensor  # [out, in] int8 or fp8, or packed uint8
+    scale: torch.Tensor  # [out, 1] or [groups, 1], in the compute dtype
+    shift: torch.Tensor | None  # [groups, 1]
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the values as an ordinary tensor of the compute dtype."""
+        scale = self.scale.to(self.dtype)
+        if self.shift is None:
+            return self.stored.to(self.dtype).mul_(scale)
+        values = torch.ops.quanto.unpack(self.stored, self.notes[0])[: len(scale)]  # packing may add rows
+        wide: torch.Tensor = (scale * values).sub_(self.shift.to(self.dtype)).view(self.shape)
+        return wide
+
+    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply by quanto's kernels where it has one for the device and the kind, else by the dequantized weight."""
+        if self.shift is not None or not inputs.numel():
+            out = inputs @ self.dequantize().to(inputs.dtype).t()
+        else:
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            out = torch.ops.quanto.qbytes_mm(rows, self.stored, self.scale.to(self.dtype))
+            out = out.reshape(*inputs.shape[:-1], out.shape[-1])
+        return out if bias is None else out + bias
+
+
+class Handler(BaseHandler):
+    """Quantizes with the optimizers that quanto uses by default."""
+
+    config: QuantoConfig
+
+    def accepts(self, layer: Any) -> bool:
+        """A single row has no axis that quanto could keep."""
+        return super().accepts(layer) and bool(layer.weight.shape[0] > 1)
+
+    def quantize(self, weight: torch.Tensor) -> QuantoTensor:
+        """Quantize rows (8 bits) or groups of a row (fewer)."""
+        qtype = quanto.qtypes[_QTYPES[self.config.weights]]
+        weight = weight.detach()
+        if qtype.bits == 8:
+            scale = quanto.AbsmaxOptimizer()(weight, qtype=qtype, axis=0)
+            quantized = quanto.quantize_weight(weight, qtype=qtype, axis=0, scale=scale, optimized=False)
+            return self._tensor({"stored": quantized._data, "scale": quantized._scale}, weight.shape)  # noqa: SLF001
+        group = _group_size(weight.shape[1])
+        scale, shift = quanto.MaxOptimizer()(weight, qtype=qtype, axis=0, group_size=group)
+        quantized = quanto.quantize_weight(
+            weight, qtype=qtype, axis=0, scale=scale, shift=shift, group_size=group, optimized=False
+        )
+        stored = quantized._data._data  # noqa: SLF001 (the packed bytes have no public name)
+        return self._tensor({"stored": stored, "scale": scale, "shift": shift}, weight.shape)
+
+    def pack(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The shape of packed weights is not in the parts."""
+        assert isinstance(weight, QuantoTensor)
+        return weight.parts(), {"shape": list(weight.shape)}
+
+    def unpack(self, parts: dict[str, torch.Tensor], notes: dict[str, Any]) -> QuantoTensor:
+        """Put the tensor together again."""
+        return self._tensor(parts, notes["shape"])
+
+    def _tensor(self, parts: dict[str, torch.Tensor], shape: Any) -> QuantoTensor:
+        bits = quanto.qtypes[_QTYPES[self.config.weights]].bits
+        return QuantoTensor(parts, tuple(shape), parts["scale"].dtype, (bits,))
+
+
+def _group_size(columns: int) -> int | None:
+    """Return quanto's choice: None is a whole row."""
+    if columns <= _GROUP:
+        return None
+    fitting = range(_GROUP, _LEAST_GROUP - 1, -_GROUP_STEP)
+    return next((size for size in fitting if columns % size == 0), None)
