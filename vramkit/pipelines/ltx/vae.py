@@ -34,8 +34,8 @@ from vramkit.pipelines.ltx.vae_layers import (
     patchify,
     unpatchify,
 )
-from vramkit.pipelines.modeling import Model
-from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip
+from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.video_autoencoder import VideoAutoencoder
 
 __all__ = ["AutoencoderKLLTXVideo", "AutoencoderKLLTXVideoConfig"]
 
@@ -298,7 +298,7 @@ class Decoder(nn.Module):
         return scale, shift
 
 
-class AutoencoderKLLTXVideo(Model):
+class AutoencoderKLLTXVideo(VideoAutoencoder):
     """The autoencoder of LTX-Video, for inference: nothing here records gradients.
 
     `use_framewise_decoding` (at first False) cuts clips longer than a tile of frames (16, 8 apart, and one more) into such
@@ -311,17 +311,14 @@ class AutoencoderKLLTXVideo(Model):
     latents_std: Tensor  # [Z]
 
     def __init__(self, config: AutoencoderKLLTXVideoConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, Tiling(height=512, width=512, stride_height=448, stride_width=448))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latents_std", torch.ones(config.latent_channels))
         self.spatial_compression_ratio = config.spatial_ratio
         self.temporal_compression_ratio = config.temporal_ratio
-        self.tiling = Tiling(height=512, width=512, stride_height=448, stride_width=448)
         self.frame_tiling = FrameTiling(frames=16, stride=8)
-        self.use_tiling = False
-        self.use_slicing = False
         self.use_framewise_encoding = False
         self.use_framewise_decoding = False
 
@@ -359,18 +356,6 @@ class AutoencoderKLLTXVideo(Model):
         self.tiling, self.frame_tiling = tiling, frame_tiling
         self.use_tiling = True
 
-    def disable_tiling(self) -> None:
-        """Compute pictures of every size whole."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Compute the items of a batch one after the other: the memory of one item, the same numbers."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Compute the items of a batch together."""
-        self.use_slicing = False
-
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
         """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
@@ -383,7 +368,7 @@ class AutoencoderKLLTXVideo(Model):
             ConfigError: `x` has other dimensions or channels, rows or columns that are no multiples of 32, or not 8 k + 1
                 frames.
         """
-        _check_input("x", x, self.config.in_channels)
+        self._check_input("x", x, self.config.in_channels)
         ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         if x.shape[3] % ratio or x.shape[4] % ratio or (x.shape[2] - 1) % rate:
             raise ConfigError(
@@ -411,7 +396,7 @@ class AutoencoderKLLTXVideo(Model):
         Raises:
             ConfigError: `z` has other dimensions or channels, or the decoder needs a timestep that is not given.
         """
-        _check_input("z", z, self.config.latent_channels)
+        self._check_input("z", z, self.config.latent_channels)
         timesteps = self._timesteps(z, temb)
         ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
@@ -428,7 +413,7 @@ class AutoencoderKLLTXVideo(Model):
             )
         return DecoderOutput(sample)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         sample: Tensor,
         temb: Tensor | None = None,
@@ -447,7 +432,7 @@ class AutoencoderKLLTXVideo(Model):
         frames, rows, columns = box
         # n latent frames stand for rate * (n - 1) + 1 frames.
         stop = None if frames.stop is None else rate * (frames.stop - 1) + 1
-        tile = x[:, :, rate * frames.start : stop, _times(rows, ratio), _times(columns, ratio)]
+        tile = x[:, :, rate * frames.start : stop, magnified(rows, ratio), magnified(columns, ratio)]
         parameters: Tensor = self.encoder(tile)
         return parameters
 
@@ -456,7 +441,7 @@ class AutoencoderKLLTXVideo(Model):
         ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         frames, rows, columns = box
         stop = None if frames.stop is None else (frames.stop - 1) // rate + 1
-        tile = z[:, :, frames.start // rate : stop, _over(rows, ratio), _over(columns, ratio)]
+        tile = z[:, :, frames.start // rate : stop, reduced(rows, ratio), reduced(columns, ratio)]
         sample: Tensor = self.decoder(tile, timestep)
         return sample
 
@@ -470,27 +455,5 @@ class AutoencoderKLLTXVideo(Model):
             raise ConfigError(f"temb has shape {list(temb.shape)}; one timestep was expected, or {z.shape[0]}.")
         return temb.flatten().expand(z.shape[0])
 
-    def _tiles_pictures(self, video: Tensor) -> bool:
-        return self.use_tiling and self.tiling.is_needed(*video.shape[-2:])
-
     def _tiles_frames(self, video: Tensor) -> bool:
         return self.frame_tiling.is_needed(video.shape[2])
-
-    def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(x, 1 if self.use_slicing else max(1, x.shape[0]))
-
-
-def _times(part: slice, ratio: int) -> slice:
-    return slice(part.start * ratio, None if part.stop is None else part.stop * ratio)
-
-
-def _over(part: slice, ratio: int) -> slice:
-    return slice(part.start // ratio, None if part.stop is None else part.stop // ratio)
-
-
-def _check_input(name: str, x: Tensor, channels: int) -> None:
-    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-        raise ConfigError(
-            f"{name} has shape {list(x.shape)}; [batch, {channels}, frames, height, width] was expected, with one frame "
-            "and one pixel at least."
-        )
