@@ -18,19 +18,14 @@ from vramkit.errors import ConfigError
 from vramkit.pipelines.inputs import Generators, Prompt, check_finite, check_noise, check_prompts, make_noise
 from vramkit.pipelines.pipeline import execution_device
 from vramkit.pipelines.schedulers.cogvideox_dpm import CogVideoXDPMScheduler
+from vramkit.pipelines.t5_to_video import T5ToVideoPipeline
 from vramkit.pipelines.text_encoders import encode_t5
-from vramkit.pipelines.text_to_video import (
-    Conditions,
-    StepCallback,
-    TextToVideoPipeline,
-    VideoOutput,
-    wanted_tensors,
-)
+from vramkit.pipelines.text_to_video import StepCallback, VideoOutput, wanted_tensors
 
 __all__ = ["CogVideoXPipeline"]
 
 
-class CogVideoXPipeline(TextToVideoPipeline):
+class CogVideoXPipeline(T5ToVideoPipeline):
     """Text-to-video with a CogVideoX (2B, 5B) or CogVideoX1.5 checkpoint.
 
     Args:
@@ -42,6 +37,7 @@ class CogVideoXPipeline(TextToVideoPipeline):
     """
 
     fps: ClassVar[float] = 8.0
+    prompt_tokens: ClassVar[int] = 226
     component_names: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
     def __init__(self, *, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
@@ -142,10 +138,9 @@ class CogVideoXPipeline(TextToVideoPipeline):
 
         self._generator = generator
         self._dynamic_from = (guidance_scale, num_inference_steps) if use_dynamic_cfg else None
-        positive, negative = self.encode_prompt(
+        conditions = self._conditions(
             prompt,
             negative_prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
             num_videos_per_prompt=num_videos_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -154,39 +149,8 @@ class CogVideoXPipeline(TextToVideoPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         if latents is None:
             latents = make_noise(shape, generator, device=self.device, dtype=self.dtype)
-        conditions = Conditions(
-            {"encoder_hidden_states": positive}, None if negative is None else {"encoder_hidden_states": negative}
-        )
         latents = self._denoise(latents.to(self.device), conditions, callback=callback_on_step_end, wanted=wanted)
         return self._finish(latents if output_type == "latent" else latents[:, padding:], output_type)
-
-    def encode_prompt(
-        self,
-        prompt: Prompt,
-        negative_prompt: Prompt = None,
-        *,
-        do_classifier_free_guidance: bool = True,
-        num_videos_per_prompt: int = 1,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int = 226,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the text embeddings [B, S, C] of prompts and negative prompts, in the transformer's dtype.
-
-        Ready embeddings pass through. The second is None without guidance. Each prompt stands ``num_videos_per_prompt``
-        times in a row.
-        """
-
-        def embed(texts: list[str], ready: Tensor | None) -> Tensor:
-            embeds = self._encode(texts, max_sequence_length) if ready is None else ready
-            return embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
-
-        positive = embed([prompt] if isinstance(prompt, str) else prompt or [], prompt_embeds)
-        if not do_classifier_free_guidance:
-            return positive, None
-        if not isinstance(negative_prompt, list):
-            negative_prompt = [negative_prompt or ""] * (positive.shape[0] // num_videos_per_prompt)
-        return positive, embed(negative_prompt, negative_prompt_embeds)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode latents [B, f, c, h, w] of unit variance into video [B, 3, F, H, W] in -1 .. 1."""
@@ -280,11 +244,3 @@ class CogVideoXPipeline(TextToVideoPipeline):
     def _latent_shape(self, clips: int, frames: int, height: int, width: int) -> tuple[int, ...]:
         ratio = self.vae_scale_factor_spatial
         return clips, frames, self.transformer.config.in_channels, height // ratio, width // ratio
-
-    def _check_encoder(self, prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None) -> None:
-        given = [prompt_embeds, negative_prompt_embeds] if self.do_classifier_free_guidance else [prompt_embeds]
-        if None in (self.text_encoder, self.tokenizer) and any(embeds is None for embeds in given):
-            raise ConfigError(
-                "this pipeline has no text encoder or tokenizer: give prompt_embeds (and negative_prompt_embeds when "
-                "guidance_scale > 1)"
-            )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vramkit.errors import CheckpointError, ConfigError
+from vramkit.errors import CheckpointError
 from vramkit.pipelines.inputs import (
     Generators,
     Prompt,
@@ -24,17 +24,12 @@ from vramkit.pipelines.inputs import (
 )
 from vramkit.pipelines.pipeline import execution_device
 from vramkit.pipelines.prompts import clean_prompt
+from vramkit.pipelines.t5_to_video import T5ToVideoPipeline
 from vramkit.pipelines.text_encoders import encode_t5
-from vramkit.pipelines.text_to_video import (
-    Conditions,
-    StepCallback,
-    TextToVideoPipeline,
-    VideoOutput,
-    wanted_tensors,
-)
+from vramkit.pipelines.text_to_video import StepCallback, VideoOutput, wanted_tensors
 
 
-class WanPipeline(TextToVideoPipeline):
+class WanPipeline(T5ToVideoPipeline):
     """Text-to-video with a Wan2.1 checkpoint.
 
     Args:
@@ -162,10 +157,9 @@ class WanPipeline(TextToVideoPipeline):
         shape = self._latent_shape(prompts * num_videos_per_prompt, height, width, num_frames)
         check_noise(shape, generator, latents, device=self.device)
 
-        positive, negative = self.encode_prompt(
+        conditions = self._conditions(
             prompt,
             negative_prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
             num_videos_per_prompt=num_videos_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -174,40 +168,9 @@ class WanPipeline(TextToVideoPipeline):
         if latents is None:
             latents = make_noise(shape, generator, device=self.device)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        conditions = Conditions(
-            {"encoder_hidden_states": positive}, None if negative is None else {"encoder_hidden_states": negative}
-        )
         latents = latents.to(self.device, torch.float32)
         latents = self._denoise(latents, conditions, callback=callback_on_step_end, wanted=wanted)
         return self._finish(latents, output_type)
-
-    def encode_prompt(
-        self,
-        prompt: Prompt,
-        negative_prompt: Prompt = None,
-        *,
-        do_classifier_free_guidance: bool = True,
-        num_videos_per_prompt: int = 1,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        max_sequence_length: int = 512,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the text embeddings [B, S, C] of prompts and negative prompts, in the transformer's dtype.
-
-        Ready embeddings pass through. The second is None without guidance. Each prompt stands ``num_videos_per_prompt``
-        times in a row.
-        """
-
-        def embed(texts: list[str], ready: torch.Tensor | None) -> torch.Tensor:
-            embeds = ready if ready is not None else self._encode(texts, max_sequence_length)
-            return embeds.to(self.device, self.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
-
-        positive = embed([prompt] if isinstance(prompt, str) else prompt or [], prompt_embeds)
-        if not do_classifier_free_guidance:
-            return positive, None
-        prompts = positive.shape[0] // num_videos_per_prompt
-        texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * prompts
-        return positive, embed(texts, negative_prompt_embeds)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents [B, c, f, h, w] of unit variance into video [B, 3, F, H, W] in -1 .. 1."""
@@ -236,16 +199,6 @@ class WanPipeline(TextToVideoPipeline):
         """What height and width are multiples of: 16 at the least, as the published pipeline asks for."""
         patch = max(self.transformer.config.patch_size[1:]) if self.transformer is not None else 1
         return math.lcm(16, self.vae_scale_factor_spatial * patch)
-
-    def _check_encoder(self, prompt_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None) -> None:
-        ready = prompt_embeds is not None and (
-            negative_prompt_embeds is not None or not self.do_classifier_free_guidance
-        )
-        if not ready and (self.text_encoder is None or self.tokenizer is None):
-            raise ConfigError(
-                "this pipeline has no text encoder or tokenizer: give prompt_embeds (and negative_prompt_embeds when "
-                "guidance_scale > 1)"
-            )
 
     def _latent_shape(self, clips: int, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         return (
