@@ -4,15 +4,16 @@
 
 Each family runs twice in one process: with its transformer on the device, then with transformer and VAE streamed under a
 memory cap and the clip decoded in tiles. Told are the seconds of a step against the floor max(resident seconds, streamed
-bytes / link), the peak of the steps against the size activations + slots (activations are what the resident peak has beside
-the weights), and seconds and peak of the decode. Needs a CUDA device that holds the transformer (HunyuanVideo: 24 GiB of
-weights), 64 GiB of RAM, and room for the weights in `--folder`.
+bytes / link), the peak of the steps against the size activations + slots, and seconds and peak of the decode. Activations
+are what the resident peak has beside the weights; slots are those of transformer and VAE. Needs a CUDA device that holds the
+transformer (HunyuanVideo: 24 GiB of weights), 64 GiB of RAM, and room for the weights in `--folder`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import tempfile
 import time
@@ -26,7 +27,7 @@ from torch import nn
 import vramkit
 from benchmarks.measure import GIB, Row, environment, release_memory, table, write_json
 from vramkit.memory import module_bytes, probe_link_gbps
-from vramkit.offload import apply_group_offloading, load_mapped
+from vramkit.offload import OffloadStats, apply_group_offloading, load_mapped
 from vramkit.offload.checkpoint import write_checkpoint
 from vramkit.pipelines.modeling import AutoModel
 from vramkit.pipelines.schedulers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -213,8 +214,8 @@ def run_resident(family: Family, name: str, folder: Path) -> tuple[Row, Watch, i
     return row | {"weights_gib": round(weights / GIB, 2)}, watch, watch.step_bytes - weights
 
 
-def run_streamed(family: Family, name: str, folder: Path) -> tuple[Row, Watch, Any]:
-    """Denoise with transformer and VAE streamed under the cap, and decode in tiles."""
+def run_streamed(family: Family, name: str, folder: Path) -> tuple[Row, Watch, list[OffloadStats]]:
+    """Denoise with transformer and VAE streamed under the cap, and decode in tiles; also returns their stats."""
     pipeline = load(family, name, folder)
     pipeline.vae.enable_tiling()
     offloads = [
@@ -225,7 +226,7 @@ def run_streamed(family: Family, name: str, folder: Path) -> tuple[Row, Watch, A
     torch.cuda.set_per_process_memory_fraction(family.cap_gib * GIB / total)
     try:
         row, watch = generate(pipeline, family, "pt")
-        return row, watch, offloads[0].stats()
+        return row, watch, [offload.stats() for offload in offloads]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         for offload in offloads:
@@ -247,19 +248,28 @@ def run_family(name: str, folder: Path, link_gbps: float) -> list[Row]:
     except torch.cuda.OutOfMemoryError as error:
         streamed["error"] = str(error).split(".")[0]
         return rows
-    moved_bytes = stats.streamed_bytes * family.passes
+    moved_bytes = stats[0].streamed_bytes * family.passes
+    held_bytes = sum(each.slot_bytes + each.resident_bytes for each in stats)
     floor = max(resident.step_s, moved_bytes / link_gbps / 1e9)
     assert watch.latents is not None
     assert resident.latents is not None
     streamed |= row | {
         "floor_s": round(floor, 3),
         "ratio": round(watch.step_s / floor, 3),
-        "size_gib": round((activations + stats.slot_bytes + stats.resident_bytes) / GIB, 3),
+        "size_gib": round((activations + held_bytes) / GIB, 3),
         "same_bytes": torch.equal(watch.latents, resident.latents),
         "streamed_bytes": moved_bytes,
     }
     print(streamed, flush=True)
     return rows
+
+
+def kept_rows(path: Path, *, without: list[str]) -> list[Row]:
+    """Rows of other families that were measured on the same day, device and versions: a run may be done in parts."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("environment") != environment():
+        return []
+    return [row for row in found["rows"] if row["family"] not in without]
 
 
 def main() -> None:
@@ -268,7 +278,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="of: " + ", ".join(FAMILIES))
     parser.add_argument("--folder", type=Path, help="where to keep the weights (default: a temporary one)")
     args = parser.parse_args()
-    rows: list[Row] = []
+    rows = kept_rows(args.out.with_suffix(".json"), without=args.families.split(","))
     with tempfile.TemporaryDirectory() as temporary:
         link_gbps = probe_link_gbps(DEVICE)
         notes = {"link_gbps": round(link_gbps, 2), "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")}
