@@ -82,6 +82,13 @@ def test_config_has_the_oracles_keys_and_defaults() -> None:
     assert asdict(AutoencoderKLCogVideoXConfig()) == oracle
 
 
+def test_keys_of_older_files_are_read_over() -> None:
+    with torch.device("meta"):
+        config = AutoencoderKLCogVideoX.from_config(TINY | {"sample_size": 256}).config
+    assert config == AutoencoderKLCogVideoXConfig(**TINY)
+    assert "sample_size" not in asdict(config)
+
+
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5])
 def test_decode_equals_the_oracle(pair: Any, latent_frames: int) -> None:
     ours, oracle = pair

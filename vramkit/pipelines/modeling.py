@@ -34,6 +34,8 @@ class Model(nn.Module):
     """
 
     config_class: ClassVar[type[Any]]
+    # Keys of older config files that have no effect any more.
+    old_config_keys: ClassVar[tuple[str, ...]] = ()
     # Fragments of the names of parameters that stay fp32 when a lower torch_dtype is asked for.
     _keep_in_fp32: ClassVar[tuple[str, ...]] = ()
     # Fragments of the names of modules that layerwise casting leaves alone.
@@ -57,11 +59,14 @@ class Model(nn.Module):
         """A model with random weights, from a config object or from the dict of a config.json.
 
         Raises:
-            ConfigError: keys that the model does not know, or values of another kind; keys that start with "_" are ignored.
+            ConfigError: keys that the model does not know, or values of another kind; keys that start with "_" and those of
+                older files are ignored.
         """
         if not isinstance(config, Mapping):
             return cls(config)
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        given = {
+            key: value for key, value in config.items() if not key.startswith("_") and key not in cls.old_config_keys
+        }
         return cls(make_options(cls.config_class, given, owner=cls.__name__))
 
     @classmethod

@@ -173,6 +173,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoder):
 
     config: AutoencoderKLCogVideoXConfig
     config_class: ClassVar[type[AutoencoderKLCogVideoXConfig]] = AutoencoderKLCogVideoXConfig
+    old_config_keys: ClassVar[tuple[str, ...]] = ("sample_size",)  # of the first diffusers that had the class
 
     def __init__(self, config: AutoencoderKLCogVideoXConfig) -> None:
         overlap_factors = 1 / 6, 1 / 5  # of the height and of the width of a tile
