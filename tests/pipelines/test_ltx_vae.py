@@ -12,7 +12,8 @@ from torch import nn
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.ltx import vae_layers
-from vramkit.pipelines.ltx.vae import AutoencoderKLLTXVideo, AutoencoderKLLTXVideoConfig
+from vramkit.pipelines.ltx.vae import AutoencoderKLLTXVideo
+from vramkit.pipelines.ltx.vae_config import AutoencoderKLLTXVideoConfig
 
 # vae/config.json of Lightricks/LTX-Video where it differs from the defaults, by version.
 NOISY = {
