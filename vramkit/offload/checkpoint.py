@@ -51,6 +51,11 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def tensor(self) -> torch.Tensor:
         """Return the tensor as a view of the mapped file."""
         return self.file.tensor(self.offset, self.dtype, self.shape)

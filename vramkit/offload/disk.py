@@ -71,6 +71,12 @@ class MappedFile:
         setattr(tensor.untyped_storage(), _SPAN, span)
         return tensor
 
+    def read_ahead(self, offset: int, size_bytes: int) -> None:
+        """Tell the system that these bytes are needed soon; it reads them while something else is done."""
+        if self._private is not None and size_bytes and hasattr(mmap, "MADV_WILLNEED"):
+            start = offset - offset % mmap.PAGESIZE
+            self._private.madvise(mmap.MADV_WILLNEED, start, offset + size_bytes - start)
+
     def may_be_written(self) -> bool:
         """Tell whether tensors of this file may differ from it: False where the kernel knows of no private page."""
         if self._private is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ __all__ = ["load_mapped"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 KeyMap = Callable[[str], "str | None"] | Mapping[str, str]
+Convert = Callable[[Sequence[str], torch.Tensor, "torch.dtype | None"], "torch.Tensor | None"]
 
 
 def load_mapped(
@@ -27,6 +28,8 @@ def load_mapped(
     key_map: KeyMap | None = None,
     keep_fp32: Sequence[str] = (),
     strict: bool = True,
+    convert: Convert | None = None,
+    loaded: Collection[str] = (),
 ) -> ModuleT:
     """Give `module` (usually built under ``torch.device("meta")``) its parameters and buffers from safetensors files.
 
@@ -40,20 +43,27 @@ def load_mapped(
         key_map: checkpoint name -> module name, as a mapping (absent names stay) or a function (None drops the tensor).
         keep_fp32: name parts of parameters that are float32 whatever `dtype` says.
         strict: whether tensors that the module does not have are an error. Missing ones always are.
+        convert: called with all names of a tensor, the tensor as a view of its file, and the dtype that it should get;
+            returns what the module gets instead (quantized, say), or None for the usual. One tensor is converted at a
+            time, and the file is read ahead by one.
+        loaded: names of parameters that the module has already, and the files do not.
 
     Raises:
         CheckpointError: damaged or missing files, missing or unknown tensors, wrong shapes. `module` is unchanged then.
     """
+    loaded = frozenset(loaded)
     entries = _renamed(read_checkpoint(files), key_map)
-    owners = _owners(module)
+    owners = [owner for owner in _owners(module) if loaded.isdisjoint(owner.names)]
     if strict:
         known = {name for owner in owners for name in owner.names}
         _refuse(sorted(entries.keys() - known), "holds tensors that the module does not have", entries)
     _refuse([owner.names[0] for owner in owners if not owner.found(entries)], "lacks tensors of the module", entries)
     for owner in owners:
         owner.check(entries)
-    for owner in owners:
-        owner.load(entries, dtype, keep_fp32)
+    for owner, following in zip(owners, [*owners[1:], None], strict=True):
+        if convert is not None and following is not None:
+            following.read_ahead(entries)
+        owner.load(entries, dtype, keep_fp32, convert)
     return module
 
 
@@ -82,12 +92,26 @@ class _Owner:
                 f"{entry.file.path}: tensor {name!r} has dtype {entry.dtype}, the module expects {self.tensor.dtype}"
             )
 
-    def load(self, entries: Mapping[str, TensorEntry], dtype: torch.dtype | None, keep_fp32: Sequence[str]) -> None:
+    def read_ahead(self, entries: Mapping[str, TensorEntry]) -> None:
+        name = self.found(entries)
+        assert name is not None
+        entries[name].file.read_ahead(entries[name].offset, entries[name].size_bytes)
+
+    def load(
+        self,
+        entries: Mapping[str, TensorEntry],
+        dtype: torch.dtype | None,
+        keep_fp32: Sequence[str],
+        convert: Convert | None,
+    ) -> None:
         name = self.found(entries)
         assert name is not None
         wanted = torch.float32 if dtype and any(part in name for part in keep_fp32) else dtype
         loaded = entries[name].tensor()
-        if wanted is not None and loaded.dtype.is_floating_point:
+        converted = None if convert is None else convert(self.names, loaded, wanted)
+        if converted is not None:
+            loaded = converted
+        elif wanted is not None and loaded.dtype.is_floating_point:
             loaded = loaded.to(wanted)
         if isinstance(self.tensor, nn.Parameter):
             loaded = nn.Parameter(loaded, requires_grad=False)

@@ -27,6 +27,7 @@ class Source:
     class_name: str
     torch_dtype: torch.dtype | None
     variant: str | None
+    quantization_config: Any = None  # for models
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -69,7 +70,12 @@ def load_component(source: Source) -> Any:
 def _load_model(source: Source) -> Any:
     from vramkit.pipelines.modeling import AutoModel  # noqa: PLC0415 - keeps this table free of model code
 
-    return AutoModel.from_pretrained(source.folder, torch_dtype=source.torch_dtype, variant=source.variant)
+    return AutoModel.from_pretrained(
+        source.folder,
+        torch_dtype=source.torch_dtype,
+        variant=source.variant,
+        quantization_config=source.quantization_config,
+    )
 
 
 def _load_scheduler(source: Source) -> Any:
@@ -81,7 +87,11 @@ def _load_text_encoder(source: Source) -> Any:
     from vramkit.pipelines.text_encoders import load_text_encoder  # noqa: PLC0415
 
     return load_text_encoder(
-        source.folder, class_name=source.class_name, torch_dtype=source.torch_dtype, variant=source.variant
+        source.folder,
+        class_name=source.class_name,
+        torch_dtype=source.torch_dtype,
+        variant=source.variant,
+        quantization_config=source.quantization_config,
     )
 
 

@@ -18,6 +18,7 @@ from vramkit.errors import CheckpointError, ConfigError
 from vramkit.pipelines.folders import read_json, weights_files
 from vramkit.pipelines.options import make_options
 from vramkit.pipelines.registry import MODELS
+from vramkit.tensors import is_plain
 
 __all__ = ["AutoModel", "Model"]
 
@@ -40,6 +41,8 @@ class Model(nn.Module):
     _keep_in_fp32: ClassVar[tuple[str, ...]] = ()
     # Fragments of the names of modules that layerwise casting leaves alone.
     skip_layerwise_casting: ClassVar[tuple[str, ...]] = ()
+    # The same for quantization, beside those and embeddings, norms, modulation and heads.
+    skip_quantization: ClassVar[tuple[str, ...]] = ()
 
     config: Any
 
@@ -79,6 +82,7 @@ class Model(nn.Module):
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        quantization_config: Any = None,
     ) -> Self:
         """Load a model from a folder in the diffusers layout, on disk or on the hub; weights are mapped, not copied.
 
@@ -90,19 +94,21 @@ class Model(nn.Module):
             variant: as in diffusion_pytorch_model.<variant>.safetensors.
             revision: branch, tag or commit on the hub.
             cache_dir: where downloads are kept; by default the shared Hugging Face cache.
+            quantization_config: how weights are quantized as they are read (see `vramkit.quant`). A folder that
+                `save_quantized` wrote says so itself.
 
         Returns:
             The model in eval mode, on the CPU, its parameters frozen.
 
         Raises:
             CheckpointError: no config or no safetensors in the folder, or they do not fit the model.
-            ConfigError: config keys that the model does not know.
+            ConfigError: config keys that the model does not know, or a quantization that cannot be done.
         """
-        from vramkit.offload import load_mapped  # noqa: PLC0415 - the engine is needed only once weights are
         from vramkit.pipelines.hub import local_folder  # noqa: PLC0415
 
         folder = local_folder(path_or_repo, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
         config, files = read_json(folder / CONFIG_NAME), weights_files(folder, stem=WEIGHTS_NAME, variant=variant)
+        saved = config.pop("quantization_config", None)
         try:
             with torch.device("meta"):
                 model = cls.from_config(config)
@@ -111,7 +117,7 @@ class Model(nn.Module):
         except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a {cls.__name__}: {error}") from error
         keep = cls._keep_in_fp32 if torch_dtype is not None else ()
-        load_mapped(model, files, dtype=torch_dtype, keep_fp32=keep)
+        load_weights(model, files, saved, quantization_config, dtype=torch_dtype, keep_fp32=keep)
         return model.eval().requires_grad_(requires_grad=False)
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
@@ -125,6 +131,11 @@ class Model(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if any(not is_plain(parameter) for parameter in self.parameters()):
+            from vramkit.quant.files import save_quantized  # noqa: PLC0415
+
+            save_quantized(self, folder, max_shard_size=max_shard_size)
+            return
         config = {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_torch_state_dict(
@@ -140,6 +151,13 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating dtype of the weights, those that stay fp32 left out."""
         return self._first_weight().dtype
+
+    @property
+    def quantization_skip_modules(self) -> tuple[str, ...]:
+        """Patterns of the modules that `vramkit.quant.quantize` leaves alone unless it is told others."""
+        from vramkit.casting.api import DEFAULT_SKIP_PATTERNS  # noqa: PLC0415
+
+        return tuple(dict.fromkeys((*self.skip_layerwise_casting, *self.skip_quantization, *DEFAULT_SKIP_PATTERNS)))
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +204,38 @@ class Model(nn.Module):
         options.setdefault("skip_modules_pattern", self.skip_layerwise_casting)
         return apply_layerwise_casting(
             self, storage_dtype=storage_dtype, compute_dtype=compute_dtype or self.dtype, **options
+        )
+
+
+def load_weights(model: nn.Module, files: Any, saved: Any, quantization_config: Any, **options: Any) -> None:
+    """Give a model on the meta device its weights: as they are, quantized as they are read, or as they were saved.
+
+    Args:
+        model: to be filled.
+        files: of its weights, as in `load_mapped`.
+        saved: the ``quantization_config`` in its config.json, or None.
+        quantization_config: what the user asks for, or None.
+        **options: for `load_mapped`.
+
+    Raises:
+        ConfigError: quantization is asked for, and the weights are quantized already.
+        CheckpointError: the files do not fit.
+    """
+    if saved is None and quantization_config is None:
+        from vramkit.offload import load_mapped  # noqa: PLC0415 - the engine is needed only once weights are
+
+        load_mapped(model, files, **options)
+        return
+    from vramkit.quant.files import load_quantized, load_quantizing  # noqa: PLC0415
+
+    if saved is None:
+        load_quantizing(model, files, quantization_config, **options)
+    elif quantization_config is None:
+        load_quantized(model, files, saved, **options)
+    else:
+        raise ConfigError(
+            f"quantization_config was given for {type(model).__name__}, whose files are quantized already "
+            f"({saved.get('backend', saved.get('quant_method'))}); leave it out, or load the original checkpoint"
         )
 
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -48,6 +48,7 @@ class Pipeline:
         revision: str | None = None,
         variant: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        quantization_config: Any = None,
         **components: Any,
     ) -> Self:
         """Load a checkpoint in the published diffusers folder layout, component by component.
@@ -62,15 +63,25 @@ class Pipeline:
             revision: branch, tag or commit of the repository.
             variant: reads ``<name>.<variant>.safetensors``.
             cache_dir: where downloads are kept.
+            quantization_config: a `PipelineQuantizationConfig`, or a config of `vramkit.quant` for every model but the VAE;
+                weights are quantized as they are read.
             **components: ready components, used as they are; None leaves one out.
 
         Raises:
-            ConfigError: an unknown component or dtype name, or a path that does not exist.
+            ConfigError: an unknown component or dtype name, a path that does not exist, or a quantization that cannot
+                be done.
             CheckpointError: a missing or damaged file, or a class that is not known here.
         """
         _check_names("component", components, cls.component_names)
         if isinstance(torch_dtype, Mapping):
             _check_names("torch_dtype for", torch_dtype, (*cls.component_names, "default"))
+        quantized: Callable[[str], Any] = lambda name: None  # noqa: E731
+        if quantization_config is not None:
+            from vramkit.quant.pipeline import as_pipeline_config  # noqa: PLC0415 - most checkpoints are loaded as they are
+
+            quantization = as_pipeline_config(quantization_config)
+            quantization.check(cls.component_names, list(components))
+            quantized = quantization.config_for
         root = local_folder(path_or_repo, revision=revision, cache_dir=cache_dir, allow_patterns=[MODEL_INDEX])
         entries, options = cls._read_index(root)
         wanted = {name: entry for name, entry in entries.items() if name not in components and entry[1] is not None}
@@ -86,6 +97,7 @@ class Pipeline:
                     class_name=class_name,
                     torch_dtype=_dtype_for(name, torch_dtype),
                     variant=variant,
+                    quantization_config=quantized(name),
                 )
             )
             for name, (library, class_name) in wanted.items()
@@ -191,7 +203,7 @@ class Pipeline:
         for name, component in self.components.items():
             index[name] = [None, None] if component is None else [_library_of(component), type(component).__name__]
             if component is not None:
-                component.save_pretrained(root / name)
+                _save(component, root / name)
         text = json.dumps(index | self.config, indent=2)
         (root / MODEL_INDEX).write_text(text + "\n", encoding="utf-8")  # last: a folder without it is not complete
 
@@ -214,6 +226,16 @@ def execution_device(module: nn.Module) -> torch.device:
         return offload.config.device
     tensor = next(module.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _save(component: Any, folder: Path) -> None:
+    """Write one component; quantized models of other libraries too, whose own way does not know our weights."""
+    if getattr(component, "_vramkit_quantization", None) is not None:
+        from vramkit.quant.files import save_quantized  # noqa: PLC0415
+
+        save_quantized(component, folder)
+    else:
+        component.save_pretrained(folder)
 
 
 def _check_names(what: str, given: Iterable[str], known: tuple[str, ...]) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.offload import load_mapped
 from vramkit.pipelines.folders import listing, read_json, weights_files
+from vramkit.pipelines.modeling import load_weights
 from vramkit.pipelines.pipeline import execution_device
 
 if TYPE_CHECKING:
@@ -23,7 +23,12 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
 def load_text_encoder(
-    folder: Path, *, class_name: str, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    folder: Path,
+    *,
+    class_name: str,
+    torch_dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    quantization_config: Any = None,
 ) -> nn.Module:
     """Build a transformers text encoder on the meta device and map its safetensors weights.
 
@@ -33,9 +38,11 @@ def load_text_encoder(
         torch_dtype: None keeps the dtype of the file. For fp16 the parameters that the class lists as too wide for
             it (T5: ``wo``) stay fp32, as transformers itself does; for bf16 none do.
         variant: reads ``model.<variant>.safetensors``.
+        quantization_config: how weights are quantized as they are read (see `vramkit.quant`).
 
     Raises:
         CheckpointError: transformers has no such class, or the files do not fit it.
+        ConfigError: a quantization that cannot be done.
     """
     import transformers  # noqa: PLC0415 - a few seconds to import, and not every pipeline has a text encoder
 
@@ -44,9 +51,11 @@ def load_text_encoder(
         raise CheckpointError(f"transformers {transformers.__version__} has no class {class_name} for {folder}")
     model = _unfilled(model_class, folder)
     fragile = model._keep_in_fp32_modules or () if torch_dtype == torch.float16 else ()  # noqa: SLF001
-    load_mapped(
+    load_weights(
         model,
         weights_files(folder, stem="model", variant=variant),
+        read_json(folder / "config.json").get("quantization_config"),
+        quantization_config,
         dtype=torch_dtype,
         key_map=partial(_name_in, set(model.state_dict())),
         keep_fp32=[f".{module}." for module in fragile],

@@ -8,6 +8,8 @@ from vramkit.quant.config import (
     QuantConfig,
     QuantoConfig,
 )
+from vramkit.quant.files import load_quantized, save_quantized
+from vramkit.quant.pipeline import PipelineQuantizationConfig
 from vramkit.quant.quality import sqnr_db
 from vramkit.quant.report import QuantizationReport, report
 
@@ -15,14 +17,17 @@ __all__ = [
     "BitsAndBytes4bitConfig",
     "BitsAndBytes8bitConfig",
     "Fp8Config",
+    "PipelineQuantizationConfig",
     "QuantConfig",
     "Quantization",
     "QuantizationReport",
     "QuantoConfig",
     "dequantize",
+    "load_quantized",
     "quantization_of",
     "quantize",
     "report",
+    "save_quantized",
     "skip_modules_of",
     "sqnr_db",
 ]

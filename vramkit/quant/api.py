@@ -21,7 +21,15 @@ from vramkit.quant.handler import Handler
 from vramkit.quant.registry import as_config, handler_for
 from vramkit.tensors import is_plain
 
-__all__ = ["Quantization", "Quantizer", "dequantize", "quantization_of", "quantize", "skip_modules_of"]
+__all__ = [
+    "Quantization",
+    "Quantizer",
+    "dequantize",
+    "note_quantization",
+    "quantization_of",
+    "quantize",
+    "skip_modules_of",
+]
 
 _ATTRIBUTE = "_vramkit_quantization"
 
@@ -146,22 +154,41 @@ class Quantizer:
         """Quantize one weight on the accelerator, or where it is; the result is where the weight was."""
         return self.handler.quantize(weight.detach().to(_worker(weight.device))).to(weight.device)
 
+    def converted(self, names: Sequence[str], weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+        """Quantize a tensor that is being loaded (see `load_mapped`), if all its owners are to be quantized."""
+        if not {name.removesuffix(".weight") for name in names} <= self.layers.keys():
+            return None
+        if not all(name.endswith(".weight") for name in names):
+            return None
+        worker = _worker(weight.device)
+        wide = weight.to(worker).to(dtype or weight.dtype)  # as the file has it over the link, which is narrower mostly
+        return self.handler.quantize(wide).to(weight.device)
+
     def finish(self) -> Quantization:
         """Let layers stand that the handler wants in the place of those it was given, and note what was done."""
-        for name, layer in self.layers.items():
-            finished = self.handler.finished(layer)
-            if finished is not layer:
-                self._module.set_submodule(name, finished)
-        weights = {id(layer.weight): layer.weight for layer in self.layers.values()}
-        done = Quantization(
-            self.config,
-            tuple(self.layers),
-            tuple(self._skipped),
-            sum(weight.numel() * weight.dtype.itemsize for weight in weights.values()),
-            sum(map(tensor_bytes, weights.values())),
-        )
-        setattr(self._module, _ATTRIBUTE, done)
-        return done
+        return note_quantization(self._module, self.config, self.handler, list(self.layers), tuple(self._skipped))
+
+
+def note_quantization(
+    module: nn.Module, config: QuantConfig, handler: Handler, names: Sequence[str], skipped: tuple[str, ...]
+) -> Quantization:
+    """Finish layers `names` that came with quantized weights, and note what was done."""
+    for name in names:
+        layer = module.get_submodule(name)
+        finished = handler.finished(layer)
+        if finished is not layer:
+            module.set_submodule(name, finished)
+    layers: list[Any] = [module.get_submodule(name) for name in names]
+    weights = {id(layer.weight): layer.weight for layer in layers}
+    done = Quantization(
+        config,
+        tuple(names),
+        skipped,
+        sum(weight.numel() * weight.dtype.itemsize for weight in weights.values()),
+        sum(map(tensor_bytes, weights.values())),
+    )
+    setattr(module, _ATTRIBUTE, done)
+    return done
 
 
 def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

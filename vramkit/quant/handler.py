@@ -24,7 +24,8 @@ class Handler(ABC):
 
     def accepts(self, layer: Any) -> bool:
         """Tell whether the backend can quantize the weight of `layer`; others stay as they are."""
-        return isinstance(layer, self.layers) and bool(layer.weight.is_floating_point())
+        weight: Any = getattr(layer, "weight", None)
+        return isinstance(layer, self.layers) and bool(weight.is_floating_point())
 
     def check(self, device: torch.device) -> None:
         """Refuse, by ConfigError, a device where the backend cannot work; called before anything is changed."""

@@ -1,0 +1,177 @@
+"""Quantized models as folders: safetensors with the parts of each weight, and what they mean in config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from vramkit.errors import CheckpointError, ConfigError
+from vramkit.offload import load_mapped
+from vramkit.offload.checkpoint import TensorEntry, read_checkpoint
+from vramkit.quant.api import Quantization, Quantizer, note_quantization, quantization_of
+from vramkit.quant.registry import as_config, handler_for
+from vramkit.tensors import is_plain
+
+__all__ = ["CONFIG_KEY", "load_quantized", "load_quantizing", "save_quantized"]
+
+CONFIG_KEY = "quantization_config"
+_METHOD = "vramkit"
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
+    """Write a quantized model, or a pipeline with quantized models, so that it loads without the original weights.
+
+    ``from_pretrained`` of the folder finds out by itself. Only safetensors and JSON are written.
+
+    Args:
+        module: a model of vramkit or transformers, or a `Pipeline`; any other module is loaded by `load_quantized`.
+        folder: made if it is missing.
+        max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
+
+    Raises:
+        ConfigError: the module is not quantized.
+    """
+    folder = Path(folder)
+    if not isinstance(module, nn.Module):
+        module.save_pretrained(folder)  # a pipeline asks for each of its models
+        return
+    found = quantization_of(module)
+    if found is None:
+        raise ConfigError(f"{type(module).__name__} is not quantized; quantize it first, or use save_pretrained")
+    from huggingface_hub import save_torch_state_dict  # noqa: PLC0415
+
+    tensors, notes = _packed(module, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, config = _published(module)
+    config[CONFIG_KEY] = {"quant_method": _METHOD, **found.config.to_dict(), "skipped": found.skipped, "tensors": notes}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_torch_state_dict(
+        tensors, folder, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+    )
+
+
+def load_quantized(
+    module: ModuleT,
+    files: Any,
+    saved: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_fp32: tuple[str, ...] = (),
+    **options: Any,
+) -> ModuleT:
+    """Give `module` (usually built under ``torch.device("meta")``) the weights that `save_quantized` wrote, mapped.
+
+    Args:
+        module: of the class and shapes that were saved.
+        files: as in `load_mapped`.
+        saved: the ``quantization_config`` of the folder's config.json.
+        dtype: floating dtype that the module computes in; None keeps what was saved.
+        keep_fp32: as in `load_mapped`.
+        **options: for `load_mapped`.
+
+    Raises:
+        CheckpointError: it was not written by `save_quantized`, or does not fit the module.
+        ConfigError: the backend's package is missing.
+    """
+    if saved.get("quant_method") != _METHOD:
+        raise CheckpointError(
+            f"the weights were quantized by {saved.get('quant_method')!r}, whose files are not read here; load the original "
+            "checkpoint with quantization_config=..., and save_quantized() it"
+        )
+    rest = {key: value for key, value in saved.items() if key not in ("tensors", "skipped", "quant_method")}
+    config, notes = as_config(rest), saved["tensors"]
+    handler = handler_for(config)
+    entries = read_checkpoint(files)
+    owned = {name: _owner(module, name) for name in notes}
+    parts = {name: _parts_of(name, entries) for name in notes}
+    names: list[str] = []
+    for name, (layer, key) in owned.items():
+        weight = handler.unpack({part: entry.tensor() for part, entry in parts[name].items()}, notes[name])
+        old = getattr(layer, key)
+        if weight.shape != old.shape:
+            raise CheckpointError(f"{name} has shape {list(weight.shape)}, the module expects {list(old.shape)}")
+        if dtype is not None and dtype != weight.dtype:
+            weight = weight.to(dtype)
+        setattr(layer, key, nn.Parameter(weight, requires_grad=False))
+        names.append(name.rpartition(".")[0])
+    taken = {f"{name}.{part}" for name, found in parts.items() for part in found}
+    load_mapped(
+        module,
+        files,
+        dtype=dtype,
+        keep_fp32=keep_fp32,
+        key_map=lambda name: None if name in taken else name,
+        loaded=list(notes),
+        **options,
+    )
+    note_quantization(module, config, handler, names, tuple(saved.get("skipped", ())))
+    return module
+
+
+def load_quantizing(module: ModuleT, files: Any, config: Any, **options: Any) -> ModuleT:
+    """Give `module` (on the meta device) the weights of a checkpoint, each quantized as it is read.
+
+    Host memory holds what is quantized and one original weight at a time.
+
+    Args:
+        module: as in `load_mapped`.
+        files: as in `load_mapped`.
+        config: as in `quantize`.
+        **options: for `load_mapped`.
+
+    Raises:
+        CheckpointError: as `load_mapped`.
+        ConfigError, ConflictError: as `quantize`.
+    """
+    quantizer = Quantizer(module, config)
+    load_mapped(module, files, convert=quantizer.converted, **options)
+    quantizer.finish()
+    return module
+
+
+def _packed(module: nn.Module, found: Quantization) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return all tensors of the module, quantized ones in parts, and the notes of those by name."""
+    handler = handler_for(found.config)
+    tensors: dict[str, torch.Tensor] = {}
+    notes: dict[str, Any] = {}
+    for name, tensor in module.state_dict().items():
+        if is_plain(tensor):
+            tensors[name] = tensor
+            continue
+        parts, notes[name] = handler.pack(tensor)
+        tensors |= {f"{name}.{part}": value.detach() for part, value in parts.items()}
+    return tensors, notes
+
+
+def _published(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return how the weights' files of a module are called, and its config."""
+    config = getattr(module, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return "diffusion_pytorch_model", {"_class_name": type(module).__name__, **dataclasses.asdict(config)}
+    if callable(getattr(config, "to_json_string", None)):
+        return "model", json.loads(config.to_json_string())
+    return "model", {"_class_name": type(module).__name__}
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    try:
+        layer = module.get_submodule(path)
+        getattr(layer, key)
+    except AttributeError as error:
+        raise CheckpointError(f"the module has no {name}, which the config lists as quantized") from error
+    return layer, key
+
+
+def _parts_of(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    found = {key[len(name) + 1 :]: entry for key, entry in entries.items() if key.startswith(f"{name}.")}
+    if not found:
+        raise CheckpointError(f"the files lack the parts of {name}, which the config lists as quantized")
+    return found
