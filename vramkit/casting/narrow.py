@@ -53,6 +53,10 @@ class NarrowTensor(torch.Tensor):
             return (self.stored.to(torch.float32) * self.scale).to(torch.float16)
         return self.stored.to(self.dtype).mul_(self.scale.to(self.dtype))
 
+    def dequantize(self) -> torch.Tensor:
+        """Return `widened`, by the name that quantized tensors of all kinds have for it."""
+        return self.widened()
+
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         """Name the inner tensors (an interface of torch)."""
         return ["stored"] if self.scale is None else ["stored", "scale"], self.dtype

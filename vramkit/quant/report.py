@@ -1,7 +1,9 @@
 """What quantizing a module costs: the error of each layer and of a whole forward, worst layers first.
 
-The quantized module runs, and each layer's output is compared with what the original's weights make of the same input, moved
-to the device for the moment: one layer exists twice at a time, and no second model is on the device.
+Two ways lead to the same figures. With the quantized module and its original, the quantized one runs, and each layer's
+output is compared with what the original's weights make of the same input, moved to the device for the moment. With the
+original and a config, the original runs, and each layer's output is replaced by what a quantized copy of that one layer
+makes of its input. Either way one layer exists twice at a time, and no second model is on the device.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from vramkit.casting.narrow import NarrowTensor
 from vramkit.errors import ConfigError
 from vramkit.memory import format_bytes, module_bytes
 from vramkit.offload import apply_group_offloading, offload_of
+from vramkit.quant.api import Quantizer
 from vramkit.quant.quality import Noise
 from vramkit.quant.scaled_linear import ScaledLinear
 
@@ -79,24 +82,35 @@ class QuantizationReport:
         return "\n".join(lines)
 
 
-def report(module: nn.Module, inputs: Any, *, reference: nn.Module) -> QuantizationReport:
+def report(
+    module: nn.Module, inputs: Any, *, reference: nn.Module | None = None, config: Any = None
+) -> QuantizationReport:
     """Measure what quantization costs: each layer's weights, its outputs on the inputs it sees, and one whole forward.
 
     Args:
-        module: the quantized module, on a device or offloaded.
+        module: with `reference`, the quantized module, on a device or offloaded; with `config`, the original.
         inputs: one forward's: a tensor, a sequence of positional or a mapping of keyword arguments.
         reference: the original module. It may rest in host memory or in a mapped file: single layers of it are moved to the
             device, and for its own forward it is streamed there.
+        config: a quantization config, as `quantize` takes it: says what it would cost. `module` is left as it is.
 
     Raises:
-        ConfigError: a reference of another architecture, no quantized layer, or a forward without floating tensors.
+        ConfigError: both or none of `reference` and `config`, a reference of another architecture, no quantized layer, or a
+            forward that returns no floating tensors.
     """
+    if (reference is None) == (config is None):
+        raise ConfigError(
+            "report compares with the original: give reference=original_module with a quantized module, or "
+            "config=quantization_config with the original one; one of the two"
+        )
     args, kwargs = _arguments(inputs)
     with torch.no_grad():
+        if reference is None:
+            return _predicted(module, config, args, kwargs)
         return _measured(module, reference, args, kwargs)
 
 
-# -- one run -----------------------------------------------------------------------------------------------------------
+# -- the two ways ------------------------------------------------------------------------------------------------------
 
 
 def _measured(module: nn.Module, reference: nn.Module, args: Any, kwargs: Any) -> QuantizationReport:
@@ -129,7 +143,36 @@ def _measured(module: nn.Module, reference: nn.Module, args: Any, kwargs: Any) -
     return _summary(probes, exact, result, skipped, module_bytes(reference), module_bytes(module))
 
 
-def _summary(  # noqa: PLR0917
+def _predicted(module: nn.Module, config: Any, args: Any, kwargs: Any) -> QuantizationReport:
+    """Run the original, then once more with each layer's output replaced by that of a quantized copy of this one layer."""
+    quantizer = Quantizer(module, config)
+    layers = {name: layer for name, layer in module.named_modules() if name in quantizer.layers}  # shared ones once
+    probes = {name: _Probe(name) for name in layers}
+
+    def instead(name: str) -> _Hook:
+        def replace(layer: nn.Module, given: Any, options: Any, output: Any) -> Any:
+            device = _tensors_of(output)[0].device
+            quantized: Any = _bare(layer, device)
+            quantized.weight = nn.Parameter(quantizer.quantized(quantized.weight), requires_grad=False)
+            quantized = quantizer.handler.finished(quantized)
+            if not probes[name].calls:
+                probes[name].weights_of(_bare(layer, device), quantized)
+            replaced = quantized.forward(*given, **options)
+            probes[name].output_of(output, replaced)
+            return replaced
+
+        return replace
+
+    exact = _tensors_of(module(*args, **kwargs))
+    with _hooked({name: (layer, instead(name)) for name, layer in layers.items()}):
+        result = _tensors_of(module(*args, **kwargs))
+    skipped = [name for name, layer in module.named_modules() if name not in layers and _has_plain_matrix(layer)]
+    before = module_bytes(module)
+    saved = sum(probe.bytes_before - probe.bytes_after for probe in probes.values())
+    return _summary(probes, exact, result, skipped, before, before - saved)
+
+
+def _summary(  # noqa: PLR0917 (all of a report)
     probes: Mapping[str, _Probe],
     exact: Sequence[Tensor],
     result: Sequence[Tensor],
@@ -173,7 +216,7 @@ class _Probe:
         for key, parameter in quantized.named_parameters(recurse=False):
             if not tensors.is_plain(parameter):
                 self.kind = _kind(quantized, parameter)
-                self._weight.add(wide[key], dequantized(parameter))
+                self._weight.add(wide[key], parameter.dequantize())
         self.bytes_before, self.bytes_after = module_bytes(original), module_bytes(quantized)
 
     def output_of(self, exact: Any, result: Any) -> None:
@@ -193,11 +236,6 @@ def _kind(layer: nn.Module, parameter: Tensor) -> str:
         return type(parameter).__name__
     compute = "scaled_mm" if isinstance(layer, ScaledLinear) else "storage"
     return f"{str(parameter.stored.dtype).removeprefix('torch.')}, {compute}"
-
-
-def dequantized(parameter: Tensor) -> Tensor:
-    """Return what a quantized parameter computes as, as a plain tensor."""
-    return parameter.widened() if isinstance(parameter, NarrowTensor) else parameter.dequantize()
 
 
 def is_quantized(layer: nn.Module) -> bool:
