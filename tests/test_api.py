@@ -27,6 +27,7 @@ PUBLIC = {
     "MemoryTimeline",
     "Offload",
     "OffloadStats",
+    "PipelineQuantizationConfig",
     "StoreError",
     "TrainingError",
     "UniPCMultistepScheduler",
@@ -42,6 +43,7 @@ PUBLIC = {
     "load_image",
     "load_mapped",
     "offload_of",
+    "quantize",
 }
 HEAVY = ("accelerate", "bitsandbytes", "diffusers", "matplotlib", "optimum", "torch._dynamo", "transformers")
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from vramkit.pipelines.wan.pipeline import WanPipeline
     from vramkit.pipelines.wan.transformer import WanTransformer3DModel
     from vramkit.pipelines.wan.vae import AutoencoderKLWan
+    from vramkit.quant import PipelineQuantizationConfig, quantize
     from vramkit.trace import MemoryTimeline
 
 __version__ = "0.1.0"
@@ -95,6 +96,10 @@ _HOMES = {
     "vramkit.pipelines.wan.pipeline": ("WanPipeline",),
     "vramkit.pipelines.wan.transformer": ("WanTransformer3DModel",),
     "vramkit.pipelines.wan.vae": ("AutoencoderKLWan",),
+    "vramkit.quant": (
+        "PipelineQuantizationConfig",
+        "quantize",
+    ),
     "vramkit.trace": ("MemoryTimeline",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -121,6 +126,7 @@ __all__ = [
     "MemoryTimeline",
     "Offload",
     "OffloadStats",
+    "PipelineQuantizationConfig",
     "StoreError",
     "TrainingError",
     "UniPCMultistepScheduler",
@@ -136,6 +142,7 @@ __all__ = [
     "load_image",
     "load_mapped",
     "offload_of",
+    "quantize",
 ]
 
 
