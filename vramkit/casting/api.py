@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +13,7 @@ from vramkit.casting.narrow import STORAGE_DTYPES, NarrowTensor, narrowed
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload import offload_of
 from vramkit.offload.engine import Engine
+from vramkit.offload.handle import editable
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.tensors import as_owned
 
@@ -58,7 +58,7 @@ def apply_layerwise_casting(  # noqa: PLR0917 (the peers' signature)
         compute_dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``. Parameters
             that are not cast keep their dtype, which should be this one.
         skip_modules_pattern: regular expressions searched in module names; what matches is left alone, with what is below
-            it. ``"auto"`` is `DEFAULT_SKIP_PATTERNS`, None skips nothing.
+            it. ``"auto"`` is `DEFAULT_SKIP_PATTERNS`, None skips nothing. Adapters (LoRA) are never cast.
         skip_modules_classes: classes of modules to leave alone.
         non_blocking: accepted; nothing is moved here.
         scaled: whether each row has a scale.
@@ -74,7 +74,7 @@ def apply_layerwise_casting(  # noqa: PLR0917 (the peers' signature)
     chosen = _Choice(storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, scaled)
     layers = list(chosen.layers(module))
     _check(module, layers, chosen)
-    with _editable(module):
+    with editable(module):
         casting = LayerwiseCasting(module)
         casting.cast(layers, chosen)
     return casting
@@ -112,7 +112,10 @@ class _Choice:
             return
         if isinstance(module, _LAYERS):
             yield name, module
+        has_adapters = hasattr(module, "base_layer")  # PEFT's, which are added to what the base layer computes
         for child_name, child in module.named_children():
+            if has_adapters and child_name != "base_layer":
+                continue
             yield from self.layers(child, f"{name}.{child_name}" if name else child_name)
 
     def accepts(self, parameter: nn.Parameter) -> bool:
@@ -159,7 +162,7 @@ class LayerwiseCasting:
         if not cast:
             return
         done: dict[int, nn.Parameter] = {}
-        with _editable(self._module):
+        with editable(self._module):
             for layer, name, dtype in cast:
                 parameter = getattr(layer, name)
                 if isinstance(parameter, NarrowTensor):
@@ -182,17 +185,6 @@ def _refuse_part_of_offloaded(module: nn.Module) -> None:
                 f"{name or type(module).__name__} belongs to a larger module that is offloaded; cast it inside "
                 "`with offload_of(that module).edit():`, or cast that module"
             )
-
-
-@contextlib.contextmanager
-def _editable(module: nn.Module) -> Iterator[None]:
-    """Open every offloaded part of `module` for changes."""
-    with contextlib.ExitStack() as stack:
-        for part in module.modules():
-            offload = offload_of(part)
-            if offload is not None:
-                stack.enter_context(offload.edit())
-        yield
 
 
 def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]], chosen: _Choice) -> None:

@@ -18,7 +18,7 @@ from vramkit.offload.resting import RestingPlace
 from vramkit.offload.streamer import Counters
 from vramkit.offload.turns import Turns
 
-__all__ = ["Offload", "OffloadStats", "offload_of"]
+__all__ = ["Offload", "OffloadStats", "editable", "offload_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,3 +147,14 @@ def offload_of(module: nn.Module) -> Offload | None:
         if isinstance(hook.engine.owner, Offload):
             return hook.engine.owner
     return None
+
+
+@contextlib.contextmanager
+def editable(module: nn.Module) -> Iterator[None]:
+    """Open every offloaded part of `module` for changes: `Offload.edit` of whatever is offloaded, itself or below it."""
+    with contextlib.ExitStack() as stack:
+        for part in list(module.modules()):
+            offload = offload_of(part)
+            if offload is not None:
+                stack.enter_context(offload.edit())
+        yield

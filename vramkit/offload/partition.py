@@ -113,6 +113,8 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _block_lists(module: nn.Module) -> Iterator[nn.Module]:
+    if hasattr(module, "base_layer"):
+        return  # a layer with adapters: PEFT keeps them in containers, which are no lists of blocks
     if isinstance(module, _CONTAINERS) and any(_has_parameters(child) for child in module.children()):
         yield module
     else:

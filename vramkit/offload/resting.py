@@ -45,6 +45,7 @@ class RestingPlace:
         self._readers: dict[MappedFile, FileReader] = {}
         self._spilled: dict[Item, None] = {}
         self._folder: Path | None = None
+        self._is_checked = False
         self.copied_to_host_bytes = 0
 
     @property
@@ -55,9 +56,13 @@ class RestingPlace:
     def check(self, leaves: Iterable[torch.Tensor]) -> None:
         """Refuse a store that cannot serve `leaves`, before anything is changed.
 
+        Asked once: what `Offload.edit` adds or changes later (adapters, merged or cast weights) may rest in RAM.
+
         Raises:
             ConfigError: weights in RAM with a store that reads files, or page-locking asked of the CPU.
         """
+        if self._is_checked:
+            return
         store = self._config.store
         if self._on_cpu and store in ("registered", "mapped"):
             raise ConfigError(f"store={store!r} page-locks memory for a device; on 'cpu' use 'disk' or 'pageable'")
@@ -68,6 +73,7 @@ class RestingPlace:
                     f"store={store!r} needs weights in files, and {loose} tensors are not: load them by load_mapped"
                     + (", or give offload_to_disk_path" if store == "disk" else "")
                 )
+        self._is_checked = True
 
     def forget_changed(self, inventory: Inventory) -> None:
         """Take tensors of files that were written through ``.data``, which leaves no other trace, for ordinary memory."""

@@ -19,13 +19,14 @@ from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import ModelOffload, apply_model_offload, offload_of
 from vramkit.pipelines.components import MODEL_INDEX, Source, is_component, load_component, read_model_index
 from vramkit.pipelines.hub import CHECKPOINT_PATTERNS, local_folder
+from vramkit.pipelines.lora import LoraAdapters
 from vramkit.pipelines.registry import PIPELINES
 
 Self = TypeVar("Self", bound="Pipeline")
 DtypeChoice = torch.dtype | Mapping[str, torch.dtype] | None
 
 
-class Pipeline:
+class Pipeline(LoraAdapters):
     """A set of named components that generate something together.
 
     A subclass names its components and options as the keyword parameters of ``__init__``; the names are those of
