@@ -28,6 +28,7 @@ __all__ = [
     "version",
 ]
 
+_PACKED_FOR_A_DEVICE = ("TinyGemm", "Marlin", "AWQ")  # classes of optimum-quanto
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
@@ -120,6 +121,17 @@ def typed_view(
 
 def _flatten(tensor: torch.Tensor) -> tuple[list[str], Any]:
     # A Parameter of a wrapper subclass keeps the class of the wrapper, so one attribute tells both.
+    kind = type(tensor)
+    if kind.__module__.startswith("bitsandbytes."):
+        raise UnsupportedTensorError(
+            f"a {kind.__name__} cannot be streamed: the layer that owns it changes it while it runs. Call "
+            "vramkit.quant.adopt(module) first, which keeps the bytes and the numbers"
+        )
+    if kind.__module__.startswith("optimum.quanto.") and kind.__name__.startswith(_PACKED_FOR_A_DEVICE):
+        raise UnsupportedTensorError(
+            f"a {kind.__name__} cannot be streamed: its bytes are arranged for one kind of device. Quantize the original "
+            "weights by vramkit.quant.QuantoConfig, or with optimized=False"
+        )
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         raise UnsupportedTensorError(

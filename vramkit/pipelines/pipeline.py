@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -76,7 +76,7 @@ class Pipeline(LoraAdapters):
         _check_names("component", components, cls.component_names)
         if isinstance(torch_dtype, Mapping):
             _check_names("torch_dtype for", torch_dtype, (*cls.component_names, "default"))
-        quantized: Callable[[str], Any] = lambda name: None  # noqa: E731
+        quantized: Any = {}.get
         if quantization_config is not None:
             from vramkit.quant.pipeline import as_pipeline_config  # noqa: PLC0415 - most checkpoints are loaded as they are
 

@@ -1,6 +1,6 @@
 """Weights in fewer bits: which, how, under every way of offloading, and how much that costs."""
 
-from vramkit.quant.api import Quantization, dequantize, quantization_of, quantize, skip_modules_of
+from vramkit.quant.api import Quantization, adopt, dequantize, quantization_of, quantize, skip_modules_of
 from vramkit.quant.config import (
     BitsAndBytes4bitConfig,
     BitsAndBytes8bitConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "Quantization",
     "QuantizationReport",
     "QuantoConfig",
+    "adopt",
     "dequantize",
     "load_quantized",
     "quantization_of",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import re
 from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from vramkit.tensors import is_plain
 __all__ = [
     "Quantization",
     "Quantizer",
+    "adopt",
     "dequantize",
     "note_quantization",
     "quantization_of",
@@ -32,6 +35,14 @@ __all__ = [
 ]
 
 _ATTRIBUTE = "_vramkit_quantization"
+_BITSANDBYTES_LAYERS = MappingProxyType(
+    {
+        "Linear4bit": "vramkit.quant.bitsandbytes_4bit",
+        "LinearFP4": "vramkit.quant.bitsandbytes_4bit",
+        "LinearNF4": "vramkit.quant.bitsandbytes_4bit",
+        "Linear8bitLt": "vramkit.quant.bitsandbytes_8bit",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,6 +120,37 @@ def dequantize(module: nn.Module) -> None:
                 done[id(weight)] = nn.Parameter(handler.dequantize(weight), requires_grad=False)
             layer.weight = done[id(weight)]
     delattr(module, _ATTRIBUTE)
+
+
+def adopt(module: nn.Module) -> tuple[str, ...]:
+    """Put plain linear layers with weights of ours in the place of ``Linear4bit`` and ``Linear8bitLt`` of bitsandbytes.
+
+    Such layers change their weights while they run, so they cannot be streamed. The new ones hold the same bytes and give
+    the same numbers.
+
+    Args:
+        module: a model that another library quantized by bitsandbytes; changed in place.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ConfigError: a layer is not quantized yet; nothing is changed then.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, layer in module.named_modules():
+        kind = _BITSANDBYTES_LAYERS.get(type(layer).__name__) if name else None
+        if kind is None or not type(layer).__module__.startswith("bitsandbytes."):
+            continue
+        old: Any = layer
+        weight = importlib.import_module(kind).adopted(old)
+        new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        new.bias = old.bias
+        found[name] = new.train(old.training)
+    for name, linear in found.items():
+        module.set_submodule(name, linear)
+    return tuple(found)
 
 
 def quantization_of(module: nn.Module) -> Quantization | None:

@@ -12,6 +12,7 @@ import bitsandbytes
 import torch
 from torch.nn import functional as F
 
+from vramkit.errors import ConfigError
 from vramkit.quant.config import BitsAndBytes4bitConfig
 from vramkit.quant.handler import Handler as BaseHandler
 from vramkit.quant.tensor import QuantizedTensor
@@ -67,6 +68,27 @@ class Bits4Tensor(QuantizedTensor):
             inputs, self.packed, list(self.shape), self.absmax, block, kind, bias=bias, **nested
         )
         return out.to(given)
+
+
+def adopted(layer: Any) -> Bits4Tensor:
+    """Return the weight of a ``bitsandbytes.nn.Linear4bit`` as a tensor of ours, around the same bytes.
+
+    Raises:
+        ConfigError: it is not quantized yet.
+    """
+    if not getattr(layer.weight, "bnb_quantized", False):
+        raise ConfigError(
+            "a Linear4bit is quantized when it is moved to a device first; call .to(device) on the module"
+        )
+    layer.state_dict()  # puts weights that a forward on the CPU has repacked back into the common format
+    weight = layer.weight
+    state = weight.quant_state
+    parts = {"packed": weight.data.view(torch.uint8).as_subclass(torch.Tensor), "absmax": state.absmax}
+    if state.nested:
+        parts |= {"absmax": state.state2.absmax, "code": state.state2.code, "offset": state.offset}
+        parts["scales"] = state.absmax
+    parts = {name: part.detach() for name, part in parts.items()}
+    return Bits4Tensor(parts, tuple(state.shape), state.dtype, (state.quant_type, state.blocksize, layer.compute_dtype))
 
 
 class Handler(BaseHandler):

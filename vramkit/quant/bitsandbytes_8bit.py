@@ -12,6 +12,7 @@ import bitsandbytes
 import torch
 from torch.nn import functional as F
 
+from vramkit.errors import ConfigError
 from vramkit.quant.config import BitsAndBytes8bitConfig
 from vramkit.quant.handler import Handler as BaseHandler
 from vramkit.quant.tensor import QuantizedTensor
@@ -65,6 +66,23 @@ class Bits8Tensor(QuantizedTensor):
         bias = None if bias is None else bias.to(inputs.dtype)
         multiply = _opaque_multiply if torch.compiler.is_compiling() else _multiply
         return multiply(inputs, self.stored, self.absmax, bias, self.notes[0])
+
+
+def adopted(layer: Any) -> Bits8Tensor:
+    """Return the weight of a ``bitsandbytes.nn.Linear8bitLt`` as a tensor of ours, around the same bytes.
+
+    Raises:
+        ConfigError: it is not quantized yet, or keeps wide weights.
+    """
+    absmax = layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else layer.state.SCB
+    if layer.state.has_fp16_weights or layer.weight.dtype != torch.int8 or absmax is None:
+        raise ConfigError(
+            "a Linear8bitLt with has_fp16_weights=False is quantized when it is moved to a device first; call "
+            ".to(device) on the module (with has_fp16_weights=True it never is: use nn.Linear)"
+        )
+    parts = {"stored": layer.weight.data.as_subclass(torch.Tensor).detach(), "absmax": absmax.detach()}
+    dtype = torch.float16 if layer.bias is None else layer.bias.dtype
+    return Bits8Tensor(parts, parts["stored"].shape, dtype, (float(layer.state.threshold),))
 
 
 class Handler(BaseHandler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from vramkit.offload import load_mapped
 from vramkit.offload.checkpoint import TensorEntry, read_checkpoint
 from vramkit.quant.api import Quantization, Quantizer, note_quantization, quantization_of
 from vramkit.quant.registry import as_config, handler_for
+from vramkit.quant.tensor import QuantizedTensor
 from vramkit.tensors import is_plain
 
 __all__ = ["CONFIG_KEY", "load_quantized", "load_quantizing", "save_quantized"]
@@ -51,7 +52,7 @@ def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str
     folder.mkdir(parents=True, exist_ok=True)
     stem, config = _published(module)
     config[CONFIG_KEY] = {"quant_method": _METHOD, **found.config.to_dict(), "skipped": found.skipped, "tensors": notes}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_torch_state_dict(
         tensors, folder, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
     )
@@ -63,8 +64,8 @@ def load_quantized(
     saved: Mapping[str, Any],
     *,
     dtype: torch.dtype | None = None,
-    keep_fp32: tuple[str, ...] = (),
-    **options: Any,
+    keep_fp32: Sequence[str] = (),
+    key_map: Callable[[str], str | None] | None = None,
 ) -> ModuleT:
     """Give `module` (usually built under ``torch.device("meta")``) the weights that `save_quantized` wrote, mapped.
 
@@ -74,7 +75,7 @@ def load_quantized(
         saved: the ``quantization_config`` of the folder's config.json.
         dtype: floating dtype that the module computes in; None keeps what was saved.
         keep_fp32: as in `load_mapped`.
-        **options: for `load_mapped`.
+        key_map: as in `load_mapped`, for what is not quantized.
 
     Raises:
         CheckpointError: it was not written by `save_quantized`, or does not fit the module.
@@ -85,8 +86,8 @@ def load_quantized(
             f"the weights were quantized by {saved.get('quant_method')!r}, whose files are not read here; load the original "
             "checkpoint with quantization_config=..., and save_quantized() it"
         )
-    rest = {key: value for key, value in saved.items() if key not in ("tensors", "skipped", "quant_method")}
-    config, notes = as_config(rest), saved["tensors"]
+    options = {key: value for key, value in saved.items() if key not in ("tensors", "skipped", "quant_method")}
+    config, notes = as_config(options), saved["tensors"]
     handler = handler_for(config)
     entries = read_checkpoint(files)
     owned = {name: _owner(module, name) for name in notes}
@@ -98,19 +99,17 @@ def load_quantized(
         if weight.shape != old.shape:
             raise CheckpointError(f"{name} has shape {list(weight.shape)}, the module expects {list(old.shape)}")
         if dtype is not None and dtype != weight.dtype:
-            weight = weight.to(dtype)
+            weight = weight.rebuilt(weight.parts(), dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
         setattr(layer, key, nn.Parameter(weight, requires_grad=False))
         names.append(name.rpartition(".")[0])
     taken = {f"{name}.{part}" for name, found in parts.items() for part in found}
-    load_mapped(
-        module,
-        files,
-        dtype=dtype,
-        keep_fp32=keep_fp32,
-        key_map=lambda name: None if name in taken else name,
-        loaded=list(notes),
-        **options,
-    )
+
+    def rest(name: str) -> str | None:
+        if name in taken:
+            return None
+        return name if key_map is None else key_map(name)
+
+    load_mapped(module, files, dtype=dtype, keep_fp32=keep_fp32, key_map=rest, loaded=list(notes))
     note_quantization(module, config, handler, names, tuple(saved.get("skipped", ())))
     return module
 
@@ -152,11 +151,11 @@ def _packed(module: nn.Module, found: Quantization) -> tuple[dict[str, torch.Ten
 
 def _published(module: nn.Module) -> tuple[str, dict[str, Any]]:
     """Return how the weights' files of a module are called, and its config."""
-    config = getattr(module, "config", None)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return "diffusion_pytorch_model", {"_class_name": type(module).__name__, **dataclasses.asdict(config)}
+    config: Any = getattr(module, "config", None)
     if callable(getattr(config, "to_json_string", None)):
         return "model", json.loads(config.to_json_string())
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return "diffusion_pytorch_model", {"_class_name": type(module).__name__, **dataclasses.asdict(config)}
     return "model", {"_class_name": type(module).__name__}
 
 
