@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vramkit.quant import BitsAndBytes4bitConfig, BitsAndBytes8bitConfig, QuantConfig, QuantoConfig
+from vramkit.quant import BitsAndBytes4bitConfig, BitsAndBytes8bitConfig, Fp8Config, QuantConfig, QuantoConfig
 
 CONFIGS: dict[str, QuantConfig] = {
     "nf4": BitsAndBytes4bitConfig(quant_type="nf4"),
@@ -14,4 +14,5 @@ CONFIGS: dict[str, QuantConfig] = {
     "quanto_int4": QuantoConfig(weights="int4"),
     "quanto_int2": QuantoConfig(weights="int2"),
     "quanto_float8": QuantoConfig(weights="float8"),
+    "fp8": Fp8Config(),
 }

@@ -26,7 +26,7 @@ from vramkit.quant import (
 )
 
 LEAST_DB = {"nf4": 20, "nf4_double": 20, "fp4": 18, "int8": 40, "int8_no_outliers": 40}
-LEAST_DB |= {"quanto_int8": 40, "quanto_int4": 20, "quanto_int2": 7, "quanto_float8": 31}
+LEAST_DB |= {"quanto_int8": 40, "quanto_int4": 20, "quanto_int2": 7, "quanto_float8": 31, "fp8": 31}
 
 
 def layer(dtype: torch.dtype, *, bias: bool = True) -> nn.Linear:
@@ -141,6 +141,8 @@ def test_a_quantized_module_is_copied_cast_and_dequantized(kind: str) -> None:
     assert done.quantized_bytes < done.original_bytes
     dequantize(again)
     assert all(type(parameter) is nn.Parameter for parameter in again.parameters())
+    dequantize(net)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
     assert quantization_of(again) is None
     assert sqnr_db(first, again(x)) > 20  # inputs of LLM.int8 are rounded too
 
