@@ -60,6 +60,16 @@ def test_weights_and_products_are_near_the_exact_ones(kind: str, dtype: torch.dt
         assert sqnr_db(original(x), own(x)) >= LEAST_DB[kind] - 4
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rows_of_zeros_stay_zeros(kind: str) -> None:
+    original = layer(torch.float32, bias=False)
+    original.weight[3:5] = 0
+    own = quantized(original, CONFIGS[kind])
+    out = own(inputs(torch.float32)[0])
+    assert not out[..., 3:5].any()
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compute", [None, torch.float32])
@@ -158,6 +168,24 @@ def test_what_is_skipped_is_shown_and_can_be_chosen() -> None:
     assert set(done.quantized) == {"embed", "head", "blocks.1.down"}
     done = quantize(net, QuantoConfig(skip_modules=("blocks",)))
     assert set(done.quantized) == {"embed", "head"}
+
+
+def test_adapters_stay_as_they_are() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    net = BlockNet(blocks=2, width=64)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["up"]), net)
+    done = quantize(net, CONFIGS["nf4"])
+    names = {f"blocks.{i}.{name}" for i in range(2) for name in ("up.base_layer", "down")}
+    assert set(done.quantized) == names
+    assert type(net.blocks[0].up.lora_A["default"].weight) is nn.Parameter
+
+
+def test_a_layer_in_two_places_is_quantized_once() -> None:
+    layer = nn.Linear(64, 64)
+    net = nn.Sequential(layer, nn.Sequential(layer))
+    assert quantize(net, CONFIGS["nf4"]).quantized == ("0",)
+    assert net[1][0] is net[0]
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -181,6 +181,22 @@ def test_a_config_for_each_component_also_of_the_peers(wan_folder: Path) -> None
     assert isinstance(done[1].config, QuantoConfig)
 
 
+def test_the_pipeline_config_of_diffusers_is_understood(wan_folder: Path) -> None:
+    from diffusers.quantizers import PipelineQuantizationConfig as Theirs
+
+    theirs = Theirs(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs={"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+        components_to_quantize="transformer",
+    )
+    pipeline = WanPipeline.from_pretrained(wan_folder, quantization_config=theirs)
+    done = quantization_of(pipeline.transformer)
+    assert done is not None
+    assert isinstance(done.config, BitsAndBytes4bitConfig)
+    assert (done.config.quant_type, done.config.double_quant) == ("fp4", True)
+    assert quantization_of(pipeline.text_encoder) is None
+
+
 def test_one_config_is_for_every_model_but_the_vae(wan_folder: Path) -> None:
     pipeline = WanPipeline.from_pretrained(wan_folder, quantization_config=BitsAndBytes4bitConfig(quant_type="nf4"))
     assert quantization_of(pipeline.transformer) is not None

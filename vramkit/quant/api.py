@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _ATTRIBUTE = "_vramkit_quantization"
+_ADAPTER = re.compile(r"(^|\.)lora_")  # small, and what a user may change
 _BITSANDBYTES_LAYERS = MappingProxyType(
     {
         "Linear4bit": "vramkit.quant.bitsandbytes_4bit",
@@ -234,7 +235,7 @@ def note_quantization(
 
 
 def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Walk the layers; a skipped module is left alone with all that is below it."""
+    """Walk the layers; a skipped module is left alone with all that is below it, and so are the adapters of PEFT."""
     try:
         skips = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
@@ -242,7 +243,12 @@ def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tup
     chosen: dict[str, Any] = {}
     skipped: list[str] = []
 
+    seen: set[nn.Module] = set()  # a layer that stands in two places is one
+
     def walk(part: nn.Module, name: str, is_skipped: bool) -> None:
+        if part in seen or _ADAPTER.search(name):
+            return
+        seen.add(part)
         is_skipped = is_skipped or any(name and skip.search(name) for skip in skips)
         if isinstance(part, handler.layers):
             if is_skipped or not handler.accepts(part):

@@ -69,6 +69,7 @@ class Handler(BaseHandler):
         weight = weight.detach()
         if qtype.bits == 8:
             scale = quanto.AbsmaxOptimizer()(weight, qtype=qtype, axis=0)
+            scale.masked_fill_(scale == 0, 1)  # a row of zeros stays one, where quanto would divide zero by zero
             quantized = quanto.quantize_weight(weight, qtype=qtype, axis=0, scale=scale, optimized=False)
             return self._tensor({"stored": quantized._data, "scale": quantized._scale}, weight.shape)  # noqa: SLF001
         group = _group_size(weight.shape[1])
