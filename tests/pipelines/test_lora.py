@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,10 @@ from checkpoints import (
 )
 from safetensors.torch import load_file
 
-from vramkit import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline
+from vramkit import CogVideoXPipeline, HunyuanVideoPipeline, PipelineQuantizationConfig, WanPipeline
+from vramkit.errors import CheckpointError, ConfigError, ConflictError
+from vramkit.offload import offload_of
+from vramkit.quant import quantize
 
 FILE = "pytorch_lora_weights.safetensors"
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 5, "output_type": "pt"}
@@ -184,3 +190,221 @@ def test_adapters_rest_in_their_file_or_in_memory_beside_weights_on_disk(
         pipeline.load_lora_weights(from_memory)
         pipeline.set_adapters(pipeline.get_list_adapters()["transformer"])
     assert torch.equal(flow(streamed), flow(resident))
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4": {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": {"load_in_4bit": True}},
+    "int8": {"quant_backend": "bitsandbytes_8bit", "quant_kwargs": {"load_in_8bit": True}},
+    "quanto int8": {"quant_backend": "quanto", "quant_kwargs": {"weights_dtype": "int8"}},
+}
+
+
+@pytest.mark.parametrize("order", ["adapters first", "adapters last"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_carry_adapters(kind: str, order: str, wan_folder: Path, loras: dict[str, Path]) -> None:
+    config = PipelineQuantizationConfig(**QUANTIZED[kind], components_to_quantize=["transformer"])
+    flows = []
+    for is_streamed in (False, True):
+        pipeline = load_transformer(wan_folder, torch_dtype=torch.bfloat16, quantization_config=config)
+        plain = flow(pipeline)
+        if order == "adapters first":
+            pipeline.load_lora_weights(loras["cat"])
+        if is_streamed:
+            pipeline.transformer.enable_group_offload("cpu", offload_type="leaf_level", store="pageable")
+        if order == "adapters last":
+            pipeline.load_lora_weights(loras["cat"])
+        flows.append(flow(pipeline))
+        layer = pipeline.transformer.blocks[0].attn1.to_q
+        assert layer.lora_A["default_0"].weight.dtype == torch.bfloat16
+        with pytest.raises(ConfigError, match=r"quantized weight .* leave the adapters unfused"):
+            pipeline.fuse_lora()
+        assert torch.equal(flow(pipeline), flows[-1])
+        pipeline.unload_lora_weights()
+        assert torch.equal(flow(pipeline), plain)
+    assert torch.equal(*flows)
+    assert not torch.equal(flows[0], plain)
+
+
+def test_quantizing_and_casting_leave_adapters_alone(wan_folder: Path, loras: dict[str, Path]) -> None:
+    pipeline = load_transformer(wan_folder, torch_dtype=torch.bfloat16)
+    pipeline.load_lora_weights(loras["cat"], adapter_name="cat")
+    before = {name: weight.clone() for name, weight in pipeline.transformer.named_parameters() if "lora" in name}
+    quantize(pipeline.transformer, {"backend": "quanto", "weights_dtype": "int8"})
+    after = {name: weight for name, weight in pipeline.transformer.named_parameters() if "lora" in name}
+    assert type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "QuantoTensor"
+    assert all(
+        type(weight) is torch.nn.Parameter and torch.equal(weight, before[name]) for name, weight in after.items()
+    )
+    assert len(after) == len(before) > 0
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_fused_is_unfused(offload: str, wan_folder: Path, loras: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = load_transformer(wan_folder)
+    plain = flow(pipeline)
+    OFFLOADS[offload](pipeline, tmp_path)
+    load_both(pipeline, loras)
+    pipeline.set_adapters(["cat", "dog"], [0.4, 1.2])
+    beside = flow(pipeline)
+    pipeline.fuse_lora()
+    assert (flow(pipeline) - beside).abs().max() <= 1e-5
+    with pytest.raises(ConflictError, match=r"cat, dog is fused .* unfuse_lora"):
+        pipeline.set_adapters("cat")
+    with pytest.raises(ConflictError, match="unfuse_lora"):
+        pipeline.load_lora_weights(loras["cat"], adapter_name="third")
+    pipeline.unfuse_lora()
+    assert torch.allclose(flow(pipeline), beside, atol=1e-5)
+    pipeline.fuse_lora(lora_scale=0.5, adapter_names=["dog"])
+    pipeline.unload_lora_weights()
+    fused = flow(pipeline)
+    pipeline.load_lora_weights(loras["dog"], adapter_name="dog")
+    pipeline.set_adapters("dog", -0.6)  # 1.2 * 0.5 was fused
+    assert (flow(pipeline) - plain).abs().max() <= 1e-5
+    assert (fused - plain).abs().max() > 0.01
+
+
+def test_fused_into_fp8_is_near(wan_folder: Path, loras: dict[str, Path]) -> None:
+    pipeline = load_transformer(wan_folder, torch_dtype=torch.bfloat16)
+    pipeline.transformer.enable_layerwise_casting()
+    pipeline.transformer.enable_group_offload("cpu", offload_type="leaf_level", store="pageable")
+    plain = flow(pipeline)
+    pipeline.load_lora_weights(loras["cat"])
+    beside = flow(pipeline)
+    pipeline.fuse_lora()
+    assert (flow(pipeline) - beside).norm() < 0.2 * (beside - plain).norm()
+
+
+def test_switching_moves_nothing_and_keeps_memory(wan_folder: Path, loras: dict[str, Path]) -> None:
+    pipeline = load_transformer(wan_folder)
+    handle = pipeline.transformer.enable_group_offload("cpu", store="pageable")
+    load_both(pipeline, loras)
+    engine, counts = handle._engine, []
+    flows: dict[str, torch.Tensor] = {}
+    for turn in range(22):
+        name = ("cat", "dog")[turn % 2]
+        pipeline.set_adapters(name, 0.5)
+        assert torch.equal(flow(pipeline), flows.setdefault(name, flow(pipeline)))
+        assert pipeline.get_active_adapters() == [name]
+        counts.append(len(live_tensors()))
+    assert not torch.equal(flows["cat"], flows["dog"])
+    assert handle._engine is engine
+    assert not any(parameter.requires_grad for parameter in pipeline.transformer.parameters())
+    assert counts[-1] == counts[1]  # twenty switches later
+
+
+def test_loading_and_unloading_keeps_memory_and_disk(wan_folder: Path, loras: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = load_transformer(wan_folder)
+    pipeline.transformer.enable_group_offload("cpu", offload_to_disk_path=tmp_path)
+    state = load_file(loras["cat"] / FILE)
+    plain = flow(pipeline)
+    sizes = []
+    for _ in range(4):
+        pipeline.load_lora_weights(state, adapter_name="cat")
+        assert not torch.equal(flow(pipeline), plain)
+        pipeline.delete_adapters("cat")
+        assert torch.equal(flow(pipeline), plain)
+        sizes.append((len(live_tensors()), sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))))
+    assert sizes[-1] == sizes[1]
+
+
+def live_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+
+
+def test_compiled_blocks(wan_folder: Path, loras: dict[str, Path]) -> None:
+    resident, streamed = load_transformer(wan_folder), load_transformer(wan_folder)
+    streamed.transformer.enable_group_offload("cpu", store="pageable")
+    for pipeline in (resident, streamed):
+        pipeline.load_lora_weights(loras["cat"])
+    expected = flow(resident)
+    for pipeline in (resident, streamed):
+        for block in pipeline.transformer.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+    assert torch.equal(flow(streamed), flow(resident))
+    assert (flow(streamed) - expected).abs().max() <= 1e-5
+    torch._dynamo.reset()
+
+
+def test_a_compiled_transformer_takes_adapters(wan_folder: Path, loras: dict[str, Path]) -> None:
+    pipeline = load_transformer(wan_folder)
+    pipeline.load_lora_weights(loras["cat"])
+    expected = flow(pipeline)
+    pipeline.unload_lora_weights()
+    dtype = pipeline.transformer.dtype
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    pipeline.load_lora_weights(loras["cat"])
+    assert dtype == torch.float32
+    assert torch.allclose(flow(pipeline), expected, atol=1e-6)
+    torch._dynamo.reset()
+
+
+class TestErrors:
+    def test_names_of_adapters(self, pipeline: WanPipeline, loras: dict[str, Path]) -> None:
+        pipeline.load_lora_weights(loras["cat"], adapter_name="cat")
+        with pytest.raises(ConfigError, match="adapter_name='cat' is taken; loaded: cat"):
+            pipeline.load_lora_weights(loras["dog"], adapter_name="cat")
+        with pytest.raises(ConfigError, match="no name without dots"):
+            pipeline.load_lora_weights(loras["dog"], adapter_name="a.b")
+        with pytest.raises(ConfigError, match="no adapter 'bird'; loaded: cat"):
+            pipeline.set_adapters(["cat", "bird"])
+        with pytest.raises(ConfigError, match="no adapter 'bird'"):
+            pipeline.delete_adapters("bird")
+        with pytest.raises(ConfigError, match="2 adapter weights for 1 adapters"):
+            pipeline.set_adapters(["cat"], [1.0, 2.0])
+        assert pipeline.get_list_adapters() == {"transformer": ["cat"]}
+
+    def test_nothing_loaded(self, pipeline: WanPipeline) -> None:
+        assert pipeline.get_active_adapters() == []
+        assert pipeline.get_list_adapters() == {}
+        pipeline.unload_lora_weights()
+        pipeline.unfuse_lora()
+        with pytest.raises(ConfigError, match="no adapter to fuse"):
+            pipeline.fuse_lora()
+
+    def test_no_transformer(self, wan_folder: Path, loras: dict[str, Path]) -> None:
+        pipeline = WanPipeline.from_pretrained(wan_folder, transformer=None)
+        with pytest.raises(ConfigError, match="no transformer"):
+            pipeline.load_lora_weights(loras["cat"])
+
+    def test_peft_is_missing(
+        self, pipeline: WanPipeline, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ConfigError, match=r'pip install "vramkit\[lora\]"'):
+            pipeline.load_lora_weights(loras["cat"])
+
+    def test_files(self, pipeline: WanPipeline, loras: dict[str, Path], tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            shutil.copy(loras["cat"] / FILE, tmp_path / f"{name}.safetensors")
+        with pytest.raises(
+            ConfigError, match=r"several files; choose one by weight_name: a.safetensors, b.safetensors"
+        ):
+            pipeline.load_lora_weights(tmp_path)
+        with pytest.raises(CheckpointError, match=r"has no c.safetensors; it has a.safetensors, b.safetensors"):
+            pipeline.load_lora_weights(tmp_path, weight_name="c.safetensors")
+        with pytest.raises(CheckpointError, match=r"only .safetensors files are read"):
+            pipeline.load_lora_weights(tmp_path, weight_name="c.bin")
+        (tmp_path / "c.bin").write_bytes(b"pickle")
+        with pytest.raises(CheckpointError, match=r"only .safetensors files are read"):
+            pipeline.load_lora_weights(tmp_path / "c.bin")
+        with pytest.raises(ConfigError, match="does not exist"):
+            pipeline.load_lora_weights(tmp_path / "nowhere")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(CheckpointError, match=r"has no .safetensors file"):
+            pipeline.load_lora_weights(tmp_path, subfolder="empty")
+        with pytest.raises(ConfigError, match="names to tensors"):
+            pipeline.load_lora_weights({"a": 1})
+        pipeline.load_lora_weights(tmp_path, weight_name="b.safetensors", adapter_name="b")
+        pipeline.load_lora_weights(tmp_path.parent, subfolder=tmp_path.name, weight_name="a.safetensors")
+        assert pipeline.get_list_adapters() == {"transformer": ["b", "default_1"]}
+
+    def test_a_file_that_does_not_fit_changes_nothing(self, pipeline: WanPipeline, loras: dict[str, Path]) -> None:
+        handle = pipeline.transformer.enable_group_offload("cpu", store="pageable")
+        names = [name for name, _ in pipeline.transformer.named_modules()]
+        state = load_file(loras["cat"] / FILE) | {"transformer.blocks.77.attn1.to_q.lora_A.weight": torch.ones(4, 48)}
+        with pytest.raises(CheckpointError, match=r"the state dict does not fit WanTransformer3DModel: .*blocks\.77"):
+            pipeline.load_lora_weights(state)
+        assert [name for name, _ in pipeline.transformer.named_modules()] == names
+        assert handle.is_active
+        assert offload_of(pipeline.transformer) is handle

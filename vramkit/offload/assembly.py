@@ -126,6 +126,7 @@ def assemble(module: nn.Module, config: OffloadConfig, place: RestingPlace) -> A
     place.check(leaf for plan in plans for leaf in plan.leaves())
     for plan in plans:
         place.settle([item for item, _ in plan.items], inventory)
+    place.tidy(inventory)
     place.lock(
         [*(plan.leaves() for plan in plans), [leaf for item in table_items for leaf in tensors.leaves(item.tensor)]]
     )

@@ -45,6 +45,8 @@ class RestingPlace:
         self._readers: dict[MappedFile, FileReader] = {}
         self._spilled: dict[Item, None] = {}
         self._folder: Path | None = None
+        self._spills: list[MappedFile] = []
+        self._spill_count = 0
         self._is_checked = False
         self.copied_to_host_bytes = 0
 
@@ -97,6 +99,18 @@ class RestingPlace:
         self._gather(
             [item for item in loose if any(self._must_move(leaf, inventory) for leaf in tensors.leaves(item.tensor))]
         )
+
+    def tidy(self, inventory: Inventory) -> None:
+        """Forget what was written to disk for tensors that are gone or changed since (`Offload.edit`), and its files."""
+        present = {id(item.tensor) for item in inventory}
+        self._spilled = {item: None for item in self._spilled if id(item.tensor) in present}
+        spans = (span_of(leaf) for item in inventory for leaf in tensors.leaves(item.tensor))
+        used = {id(span.file) for span in spans if span is not None}
+        for file in [file for file in self._spills if id(file) not in used]:
+            self._spills.remove(file)
+            if file in self._readers:
+                self._readers.pop(file).close()
+            file.path.unlink(missing_ok=True)
 
     def lock(self, units: Sequence[Sequence[torch.Tensor]]) -> None:
         """Page-lock what travels, within the budget; warn once about what could not be."""
@@ -170,6 +184,7 @@ class RestingPlace:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        self._spills.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -212,9 +227,11 @@ class RestingPlace:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         named = [(f"{item.name}#{at}", x) for item in items for at, x in enumerate(tensors.leaves(item.tensor))]
         leaves = dict(sorted(named, key=lambda pair: -pair[1].element_size()))  # wide ones first: all are aligned then
-        path = self._folder / f"{len(list(self._folder.iterdir())):05d}.safetensors"
+        path = self._folder / f"{self._spill_count:05d}.safetensors"
+        self._spill_count += 1
         write_checkpoint(path, {name: _bytes_in_memory_order(leaf) for name, leaf in leaves.items()})
         entries = read_checkpoint(path)
+        self._spills.append(next(iter(entries.values())).file)
         for item in items:
             old = enumerate(tensors.leaves(item.tensor))
             flat = [(entries[f"{item.name}#{at}"].tensor().view(leaf.dtype), leaf) for at, leaf in old]

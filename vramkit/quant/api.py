@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from vramkit.casting.api import DEFAULT_SKIP_PATTERNS
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes, tensor_bytes
-from vramkit.offload import offload_of
+from vramkit.offload.handle import editable
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.quant.config import QuantConfig
 from vramkit.quant.handler import Handler
@@ -94,7 +93,7 @@ def quantize(module: nn.Module, config: Any, *, skip_modules: Sequence[str] | No
     for name, layer in quantizer.layers.items():
         if layer.weight.device.type == "meta":
             raise ConfigError(f"{name}.weight is on the meta device, so it has no values to quantize; load the weights")
-    with _editable(module):
+    with editable(module):
         done: dict[int, nn.Parameter] = {}  # tied weights stay tied
         for layer in quantizer.layers.values():
             weight = layer.weight
@@ -111,7 +110,7 @@ def dequantize(module: nn.Module) -> None:
     if found is None:
         return
     handler = handler_for(found.config)
-    with _editable(module):
+    with editable(module):
         done: dict[int, nn.Parameter] = {}
         for name in found.quantized:
             layer = module.get_submodule(name)
@@ -256,6 +255,8 @@ def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tup
             else:
                 chosen[name] = part
         for child_name, child in part.named_children():
+            if hasattr(part, "base_layer") and child_name != "base_layer":
+                continue  # the adapters of PEFT beside it
             walk(child, f"{name}.{child_name}" if name else child_name, is_skipped)
 
     walk(module, "", is_skipped=False)
@@ -267,14 +268,3 @@ def _worker(device: torch.device) -> torch.device:
     if device.type != "cpu" or not torch.accelerator.is_available():
         return device
     return torch.accelerator.current_accelerator() or device
-
-
-@contextlib.contextmanager
-def _editable(module: nn.Module) -> Iterator[None]:
-    """Open every offloaded part of `module` for changes."""
-    with contextlib.ExitStack() as stack:
-        for part in module.modules():
-            offload = offload_of(part)
-            if offload is not None:
-                stack.enter_context(offload.edit())
-        yield
