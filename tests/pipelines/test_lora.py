@@ -144,9 +144,14 @@ OFFLOADS: dict[str, Callable[[WanPipeline, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("order", ["adapters first", "adapters last"])
-@pytest.mark.parametrize("casting", ["plain", "fp8"])
-@pytest.mark.parametrize("offload", [name for name in OFFLOADS if name != "resident"])
+@pytest.mark.parametrize(
+    ("offload", "casting", "order"),
+    [
+        *((name, casting, "adapters last") for name in OFFLOADS if name != "resident" for casting in ("plain", "fp8")),
+        ("leaf level", "fp8", "adapters first"),
+        ("model level", "plain", "adapters first"),
+    ],
+)
 def test_streamed_is_resident(
     offload: str, casting: str, order: str, wan_folder: Path, loras: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -199,8 +204,9 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("order", ["adapters first", "adapters last"])
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize(
+    ("kind", "order"), [*((kind, "adapters last") for kind in QUANTIZED), ("nf4", "adapters first")]
+)
 def test_quantized_weights_carry_adapters(kind: str, order: str, wan_folder: Path, loras: dict[str, Path]) -> None:
     config = PipelineQuantizationConfig(**QUANTIZED[kind], components_to_quantize=["transformer"])
     flows = []
@@ -238,7 +244,7 @@ def test_quantizing_and_casting_leave_adapters_alone(wan_folder: Path, loras: di
     assert len(after) == len(before) > 0
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("offload", ["resident", "leaf level", "spilled", "model level"])
 def test_fused_is_unfused(offload: str, wan_folder: Path, loras: dict[str, Path], tmp_path: Path) -> None:
     pipeline = load_transformer(wan_folder)
     plain = flow(pipeline)
@@ -285,11 +291,12 @@ def test_switching_moves_nothing_and_keeps_memory(wan_folder: Path, loras: dict[
         pipeline.set_adapters(name, 0.5)
         assert torch.equal(flow(pipeline), flows.setdefault(name, flow(pipeline)))
         assert pipeline.get_active_adapters() == [name]
-        counts.append(len(live_tensors()))
+        if turn in (1, 21):
+            counts.append(len(live_tensors()))
     assert not torch.equal(flows["cat"], flows["dog"])
     assert handle._engine is engine
     assert not any(parameter.requires_grad for parameter in pipeline.transformer.parameters())
-    assert counts[-1] == counts[1]  # twenty switches later
+    assert counts[1] == counts[0]  # twenty switches later
 
 
 def test_loading_and_unloading_keeps_memory_and_disk(wan_folder: Path, loras: dict[str, Path], tmp_path: Path) -> None:
@@ -373,6 +380,17 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(ConfigError, match=r'pip install "vramkit\[lora\]"'):
             pipeline.load_lora_weights(loras["cat"])
+
+    def test_saving_with_adapters(self, pipeline: WanPipeline, loras: dict[str, Path], tmp_path: Path) -> None:
+        pipeline.load_lora_weights(loras["cat"])
+        with pytest.raises(ConflictError, match="carries LoRA adapters"):
+            pipeline.transformer.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+        pipeline.fuse_lora()
+        fused = flow(pipeline)
+        pipeline.unload_lora_weights()
+        pipeline.save_pretrained(tmp_path / "saved")
+        assert torch.equal(flow(load_transformer(tmp_path / "saved")), fused)
 
     def test_files(self, pipeline: WanPipeline, loras: dict[str, Path], tmp_path: Path) -> None:
         for name in ("a", "b"):

@@ -131,7 +131,7 @@ class LoraAdapters:
             with editable(model):
                 lora_layers.take_out(model)
 
-    def fuse_lora(self, lora_scale: float = 1.0, *, adapter_names: Sequence[str] | None = None) -> None:
+    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
         """Add adapters to the weights, so that they cost nothing more, each times its weight and `lora_scale`.
 
         Weights of mapped files become private memory. Those stored in fp8 are rounded anew.

@@ -173,7 +173,7 @@ def _sorted_by_layer(
             problems.append(f"{key} is {list(tensor.shape)}, expected {sum(rows)} rows")
             continue
         else:
-            pieces = list(torch.split(tensor, rows))
+            pieces = [piece.clone() for piece in torch.split(tensor, rows)]
         for name, piece in zip(names, pieces, strict=True):
             found[name][part] = piece
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from vramkit.errors import CheckpointError, ConfigError
+from vramkit.errors import CheckpointError, ConfigError, ConflictError
 from vramkit.pipelines.folders import read_json, weights_files
 from vramkit.pipelines.options import make_options
 from vramkit.pipelines.registry import MODELS
@@ -126,9 +126,17 @@ class Model(nn.Module):
         Args:
             folder: made if it is missing.
             max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
+
+        Raises:
+            ConflictError: LoRA adapters are loaded, with which the layers have other names.
         """
         from huggingface_hub import save_torch_state_dict  # noqa: PLC0415
 
+        if any(hasattr(part, "base_layer") for part in self.modules()):
+            raise ConflictError(
+                f"{type(self).__name__} carries LoRA adapters, which its files have no place for: unload_lora_weights() "
+                "before saving, after fuse_lora() if they are to be in the weights"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(not is_plain(parameter) for parameter in self.parameters()):
