@@ -18,10 +18,11 @@ from checkpoints import (
     write_cogvideox_checkpoint,
     write_hunyuan_checkpoint,
     write_lora,
+    write_ltx_checkpoint,
 )
 from safetensors.torch import load_file
 
-from vramkit import CogVideoXPipeline, HunyuanVideoPipeline, PipelineQuantizationConfig, WanPipeline
+from vramkit import CogVideoXPipeline, HunyuanVideoPipeline, LTXPipeline, PipelineQuantizationConfig, WanPipeline
 from vramkit.errors import CheckpointError, ConfigError, ConflictError
 from vramkit.offload import offload_of
 from vramkit.quant import quantize
@@ -109,6 +110,7 @@ def test_each_step_is_the_clip_of_diffusers(pipeline: WanPipeline, wan_folder: P
 FAMILIES: list[tuple[Any, Callable[[Path], Path], dict[str, Any]]] = [
     (HunyuanVideoPipeline, write_hunyuan_checkpoint, {"max_sequence_length": 16}),
     (CogVideoXPipeline, write_cogvideox_checkpoint, {"num_frames": 9, "max_sequence_length": 16}),
+    (LTXPipeline, write_ltx_checkpoint, {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16}),
 ]
 
 
@@ -344,6 +346,33 @@ def test_a_compiled_transformer_takes_adapters(wan_folder: Path, loras: dict[str
     assert dtype == torch.float32
     assert torch.allclose(flow(pipeline), expected, atol=1e-6)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({}, "*.safetensors"),
+        ({"weight_name": FILE}, FILE),
+        ({"weight_name": FILE, "subfolder": "cat"}, f"cat/{FILE}"),
+    ],
+)
+def test_only_the_file_of_a_repository_is_downloaded(
+    options: dict[str, str],
+    pattern: str,
+    pipeline: WanPipeline,
+    loras: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def download(repo: str, *, allow_patterns: list[str], **rest: Any) -> str:
+        asked.append((repo, allow_patterns, rest["revision"]))
+        return str(loras["cat"].parent if "subfolder" in options else loras["cat"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    pipeline.load_lora_weights("somebody/cats", revision="v1", **options)
+    assert asked == [("somebody/cats", [pattern], "v1")]
+    assert pipeline.get_active_adapters() == ["default_0"]
 
 
 class TestErrors:
