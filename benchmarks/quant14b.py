@@ -144,7 +144,7 @@ def held_bytes(model: nn.Module) -> int:
         return module_bytes(model)
     except UnsupportedTensorError:
         states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
-        scales = sum(state.absmax.nbytes for state in states if state is not None)
+        scales: int = sum(state.absmax.nbytes for state in states if state is not None)
         return scales + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from vramkit.casting import NarrowTensor, apply_layerwise_casting
 from vramkit.errors import ConfigError
 from vramkit.offload import apply_group_offloading
-from vramkit.quant import Fp8Config, quantize, report, sqnr_db
+from vramkit.quant import Fp8Config, dequantize, quantize, report, sqnr_db
 from vramkit.quant.registry import handler_for
 from vramkit.quant.scaled_linear import ScaledLinear
 
@@ -75,6 +75,18 @@ def test_streamed_is_the_same_bytes_as_resident(net, level, compute, tmp_path):
     assert 0 < offload.stats().streamed_bytes < 0.4 * 4 * sum(p.numel() for p in net.parameters())
     offload.remove()
     assert torch.equal(net(x), resident)
+
+
+def test_products_in_fp8_end_with_the_quantization_that_asked_for_them(net):
+    x, stored = tokens(8), copy.deepcopy(net)
+    quantize(net, Fp8Config(compute="scaled_mm"))
+    dequantize(net)
+    wide = net(x)
+    quantize(stored, Fp8Config())
+    assert sqnr_db(wide, stored(x)) > 100  # nothing is narrowed on the way any more
+    quantize(net, Fp8Config(dtype="float8_e5m2"))
+    assert not any(isinstance(module, ScaledLinear) for module in net.modules())
+    assert 15 < sqnr_db(wide, net(x)) < 40
 
 
 def test_blocks_compile_fullgraph_once(net):

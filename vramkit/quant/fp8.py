@@ -55,6 +55,8 @@ class Handler(BaseHandler):
 
     def finished(self, layer: nn.Module) -> nn.Module:
         """Return the layer, or one that multiplies in fp8 where that is asked for and the sizes are multiples of 16."""
+        if isinstance(layer, ScaledLinear):  # of an earlier quantization that was taken back
+            layer = layer.plain()
         if self.config.compute == "storage" or type(layer) is not nn.Linear:
             return layer
         if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:

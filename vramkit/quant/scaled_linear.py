@@ -8,6 +8,8 @@ Shapes: M tokens, K in_features, N out_features.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +21,8 @@ __all__ = ["ScaledLinear", "narrow_rows", "scaled_mm_problem"]
 MULTIPLE = 16  # of in_features and out_features: what the kernels ask for
 _DTYPE = torch.float8_e4m3fn
 _MIN_CAPABILITY = (8, 9)
+LinearT = TypeVar("LinearT", bound=nn.Linear)
+
 _PIECE = 1 << 24  # elements of the activations that exist a third time, scaled but not yet narrow
 
 
@@ -34,11 +38,13 @@ class ScaledLinear(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Linear, multiplies_on: str) -> ScaledLinear:
         """Return a layer that shares the parameters of `layer` and multiplies in fp8 on devices of a type such as "cuda"."""
-        with torch.device("meta"):
-            scaled = cls(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype)
-        scaled.weight, scaled.bias = layer.weight, layer.bias
+        scaled = _sharing(cls, layer)
         scaled.multiplies_on = multiplies_on
-        return scaled.train(layer.training)
+        return scaled
+
+    def plain(self) -> nn.Linear:
+        """Return an ordinary linear layer that shares the parameters of this one."""
+        return _sharing(nn.Linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [..., K], bf16, fp16 or fp32 -> [..., N] of the same dtype."""
@@ -65,6 +71,13 @@ class ScaledLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Say where it multiplies in fp8."""
         return f"{super().extra_repr()}, fp8 products on {self.multiplies_on}"
+
+
+def _sharing(kind: type[LinearT], layer: nn.Linear) -> LinearT:
+    with torch.device("meta"):
+        made = kind(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype)
+    made.weight, made.bias = layer.weight, layer.bias
+    return made.train(layer.training)
 
 
 def narrow_rows(x: Tensor) -> tuple[Tensor, Tensor]:
