@@ -18,7 +18,7 @@ import functools
 import statistics
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vramkit.pipelines.modeling import AutoModel
 from vramkit.quant import BitsAndBytes4bitConfig, BitsAndBytes8bitConfig, Fp8Config, QuantoConfig, report
 from vramkit.quant.config import QuantConfig
 
-COLUMNS = ("model", "backend", "weights_db", "worst_layer_db", "forward_db", "bytes_ratio", "worst_layer", "error")
+COLUMNS = ("model", "backend", "weights_db", "worst_layer_db", "forward_db", "bytes_ratio", "worst_layer")
 SENTENCES = (
     "A fluffy teddy bear sits on a bed of soft pillows surrounded by children's toys.",
     "Weights rest in the checkpoint file itself and pass just in time through a small ring of slots.",
@@ -184,6 +184,16 @@ def measured(model: str, backend: str, example: Example) -> Row:
     }
 
 
+def side_by_side(rows: Sequence[Row]) -> str:
+    """Lay out a row per backend and a column per model: decibels of weights / of the worst layer / of the forward."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines: dict[str, Row] = {}
+    for row in rows:
+        cell = f"{row['weights_db']} / {row['worst_layer_db']} / {row['forward_db']}"
+        lines.setdefault(row["backend"], {"backend": row["backend"]})[row["model"]] = cell
+    return table(lines.values(), ["backend", *models])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"), help="JSON file")
@@ -205,8 +215,9 @@ def main() -> None:
             for backend in args.backends.split(";"):
                 rows.append(measured(name, backend, example))
                 print(rows[-1], flush=True)
-    write_json(args.out, "quality", rows)
+            write_json(args.out, "quality", rows)
     print(table(rows, COLUMNS))
+    print(side_by_side(rows))
 
 
 if __name__ == "__main__":
