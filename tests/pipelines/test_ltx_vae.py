@@ -368,7 +368,7 @@ def peak(vae, method: str, x: torch.Tensor) -> int:
     return peak_bytes(lambda: getattr(vae, method)(x, *timestep), [x, *vae.parameters()])
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.5"])
 def test_fewer_bytes_are_alive_than_in_the_oracle(version):
     with torch.device("meta"):
         z = torch.empty(1, 128, 7, 16, 24, dtype=torch.bfloat16)
@@ -377,12 +377,12 @@ def test_fewer_bytes_are_alive_than_in_the_oracle(version):
             vae.from_config(PUBLISHED[version]).bfloat16().eval() for vae in (AutoencoderKLLTXVideo, Oracle)
         )
         decode, encode = peak(ours, "decode", z), peak(ours, "encode", x)
-        assert decode <= 0.46 * peak(oracle, "decode", z)
-        assert encode <= 0.36 * peak(oracle, "encode", x)
-    # The widest clip twice, the video, and the parts of a convolution: what it reads, what it makes.
-    clip, part = 128 * 49 * 128 * 192 * 2, 64 * 2**20
-    assert decode <= 2 * clip + x.numel() * 2 + 2.3 * part
-    assert encode <= 2 * clip + 2.3 * part
+        assert decode <= 0.34 * peak(oracle, "decode", z)
+        assert encode <= 0.27 * peak(oracle, "encode", x)
+    # The widest clip, the one that it is made of, the video, and the parts of a convolution.
+    clip, video, part = 128 * 49 * 128 * 192 * 2, x.numel() * 2, 2 * 2**24
+    assert decode <= clip + clip / 4 + video + 3 * part
+    assert encode <= clip + video + 4 * part
 
 
 def test_tiles_of_a_long_clip_need_the_result_and_one_tile():

@@ -2,8 +2,8 @@
 
 Norms look at one position at a time, so everything between two convolutions is done where the second one reads it: a
 convolution takes a few frames, prepares them (norm, modulation, SiLU) in a window, and hands the result over to be
-written, added or spread into a larger clip. A residual block adds to the clip that it is given. So beside that clip and
-the one between its convolutions nothing of their size is alive.
+written, added or spread into a larger clip. A residual block adds to the clip that it is given, its two convolutions taking
+turns. So beside the clip nothing of its size is alive.
 
 Shapes: B batch, C channels, F frames, H rows, W columns.
 """
@@ -34,8 +34,8 @@ __all__ = [
     "unpatchify",
 ]
 
-# Numbers that go into a convolution, or come out of it, at once: ten frames of 512 x 768 pixels at 128 channels.
-_PART_NUMBERS = 2**25
+# Numbers that go into a convolution, or come out of it, at once: five frames of 512 x 768 pixels at 128 channels.
+_PART_NUMBERS = 2**24
 
 # By how much frames, rows and columns become more or fewer.
 Rates: TypeAlias = tuple[int, int, int]
@@ -116,23 +116,29 @@ class VideoConv3d(nn.Module):
         Returns:
             The new tensor [B, C', F', H', W'], or `x` with `store`.
         """
-        step = self.conv.stride[0]
         result = x
         if store is None:
             result = self.new_result(x)
             store = partial(_put, result)
+        for part in self.parts(x, lead=lead, multiple=multiple):
+            store(part, self.part(x, part, prepare=prepare, lead=lead))
+        return result
+
+    def parts(self, x: Tensor, *, lead: int = 0, multiple: int = 1) -> list[slice]:
+        """Cut the frames of the result of `x` so that a part has not too many numbers."""
+        step = self.conv.stride[0]
         frames = (lead + x.shape[2] - 1) // step + 1
         numbers = max(step * self.conv.in_channels, self.conv.out_channels) * x.shape[0] * x.shape[3] * x.shape[4]
-        for units in token_chunks(frames // multiple, max(1, _PART_NUMBERS // (multiple * numbers))):
-            part = slice(units.start * multiple, units.stop * multiple)
-            first = part.start * step - self.frames_before - lead
-            stop = (part.stop - 1) * step + 1 + self.frames_after - lead
-            window = frames_with_ends(x, first, stop, prepare)
-            y = self.conv(window)
-            del window  # before the next one is made, and while this one's result is put in its place
-            store(part, y)
-            del y
-        return result
+        units = token_chunks(frames // multiple, max(1, _PART_NUMBERS // (multiple * numbers)))
+        return [slice(unit.start * multiple, unit.stop * multiple) for unit in units]
+
+    def part(self, x: Tensor, part: slice, *, prepare: Prepare | None = None, lead: int = 0) -> Tensor:
+        """Frames `part` of the result of `x`; the other arguments are those of `forward`."""
+        step = self.conv.stride[0]
+        first = part.start * step - self.frames_before - lead
+        stop = (part.stop - 1) * step + 1 + self.frames_after - lead
+        y: Tensor = self.conv(frames_with_ends(x, first, stop, prepare))
+        return y
 
     def new_result(self, x: Tensor) -> Tensor:
         """Memory for the result of `x` [B, C, F, H, W]: [B, C', F', H', W']."""
@@ -169,7 +175,13 @@ class _ChannelNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each behind a norm and SiLU, and a shortcut; modulated by a timestep and given noise if asked to."""
+    """Two convolutions, each behind a norm and SiLU, and a shortcut; modulated by a timestep and given noise if asked to.
+
+    The second convolution follows the first at a distance of as many frames as the first looks back: what is between them
+    is never as long as the clip, and the clip is overwritten where no one looks at it any more.
+    """
+
+    offload_unit: ClassVar[bool] = True  # its convolutions take turns
 
     def __init__(
         self, in_channels: int, out_channels: int, *, causal: bool, eps: float, noise: bool = False, timed: bool = False
@@ -191,12 +203,23 @@ class ResidualBlock(nn.Module):
         `time` [B, 4 C] holds two shifts and scales, each shift first.
         """
         before1, before2 = (partial(normalize, modulation=m) for m in self._modulations(time))
-        h = self.conv1.new_result(x)
-        noise = self._noise(x, self.per_channel_scale1)
-        self.conv1(x, lambda part, y: h[:, :, part].copy_(_plus(y, noise)), prepare=before1)
+        noise1, noise2 = (self._noise(x, scale) for scale in (self.per_channel_scale1, self.per_channel_scale2))
         out = x if self.conv_shortcut is None else self.conv_shortcut(x, prepare=self.norm3)
-        noise = self._noise(x, self.per_channel_scale2)
-        self.conv2(h, lambda part, y: out[:, :, part].add_(_plus(y, noise)), prepare=before2)
+        behind = self.conv1.frames_before  # the second convolution looks as far back, and ahead no further
+        done = 0  # frames that are finished
+        between: Tensor | None = None  # the last frames of the first convolution
+        for part in self.conv1.parts(x):
+            new = _plus(self.conv1.part(x, part, prepare=before1), noise1)
+            between = new if between is None else torch.cat((between, new), dim=2)
+            del new
+            start = part.stop - between.shape[2]
+            stop = max(done, part.stop if part.stop == x.shape[2] else part.stop - behind)
+            if stop > done:
+                y = self.conv2.part(between, slice(done - start, stop - start), prepare=before2)
+                out[:, :, done:stop].add_(_plus(y, noise2))
+                del y
+            done = stop
+            between = between[:, :, max(0, done - behind - start) :].clone()
         return out
 
     def _modulations(self, time: Tensor | None) -> tuple[Modulation | None, Modulation | None]:
