@@ -36,7 +36,7 @@ from vramkit.pipelines.video_transformer import Grid, TransformerOutput, VideoTr
 __all__ = ["LTXVideoTransformer3DModel", "LTXVideoTransformerBlock", "LTXVideoTransformerConfig"]
 
 TIME_FEATURES = 256
-# What the rotary positions of a whole second, and of all rows and columns, are measured in: frames and pixels.
+# What rotary positions are shares of: seconds, rows and columns of pixels.
 BASE_SIZES = (20, 2048, 2048)
 _FIXED = {
     "activation_fn": "gelu-approximate",
@@ -97,15 +97,15 @@ def grid_coordinates(
 ) -> list[Tensor]:
     """Where the tokens of a grid lie along frames [F, 1, 1], rows [1, R, 1] and columns [1, 1, L], fp32.
 
-    With `scale`, the frames, rows and columns of video per latent (the first over the frame rate), these are shares of
-    `BASE_SIZES`; without it latents are counted.
+    With `scale`, the seconds, rows and columns of video per latent, these are shares of `BASE_SIZES`; without it latents are
+    counted.
     """
     coordinates = []
     for axis, length in enumerate(grid):
         places = torch.arange(length, dtype=torch.float32, device=device)
         if scale is not None:
             patch = config.patch_size if axis else config.patch_size_t
-            # In this order: at the highest frequency the last bit of a position is a thousandth of a turn.
+            # In this order: at the highest frequency the last bit of a position is a thousandth of a radian.
             places = places * scale[axis] * patch / BASE_SIZES[axis]
         coordinates.append(places.view([-1 if other == axis else 1 for other in range(3)]))
     return coordinates
@@ -302,10 +302,9 @@ class LTXVideoTransformer3DModel(VideoTransformer):
             num_frames: F, latent frames.
             height: R, rows of latents.
             width: L, columns of latents.
-            rope_interpolation_scale: frames of video per latent frame divided by the frame rate, and pixels per latent along
-                rows and columns; None counts latents.
-            video_coords: in place of the last four, where each token lies: [B, 3, S], in frames (20 to a second), rows and
-                columns of pixels.
+            rope_interpolation_scale: seconds of video per latent frame (frames per latent frame over the frame rate), and
+                rows and columns of pixels per latent; None counts latents.
+            video_coords: in place of the last four, where each token lies [B, 3, S]: seconds, rows and columns of pixels.
             attention_kwargs: None; here because callers of the published model pass it.
             return_dict: False for a plain tuple.
 
