@@ -114,9 +114,19 @@ CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num
 
 
 def write_hunyuan_checkpoint(
-    folder: Path, *, guidance_embeds: bool = True, shift: float = 7.0, seed: int = 0, max_shard_size: str = "10GB"
+    folder: Path,
+    *,
+    guidance_embeds: bool = True,
+    shift: float = 7.0,
+    seed: int = 0,
+    max_shard_size: str = "10GB",
+    transformer: Mapping[str, Any] = MappingProxyType({}),
+    vae: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Write a whole HunyuanVideo checkpoint with random weights of a few hundred KB and return its folder."""
+    """Write a whole HunyuanVideo checkpoint with random weights of a few hundred KB and return its folder.
+
+    transformer and vae change their configs.
+    """
     from diffusers import (
         AutoencoderKLHunyuanVideo,
         FlowMatchEulerDiscreteScheduler,
@@ -133,14 +143,14 @@ def write_hunyuan_checkpoint(
     for parameter in (*llama.parameters(), *clip.parameters()):
         # The classes' own initialization is so small that the output hardly depends on the prompt.
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    transformer = HunyuanVideoTransformer3DModel(**HUNYUAN_TRANSFORMER, guidance_embeds=guidance_embeds)
+    config = HUNYUAN_TRANSFORMER | {"guidance_embeds": guidance_embeds} | transformer
     pipeline = HunyuanVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=llama.eval(),
         tokenizer_2=tokenizer_2,
         text_encoder_2=clip.eval(),
-        transformer=_noisy(transformer),
-        vae=_noisy(AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)),
+        transformer=_noisy(HunyuanVideoTransformer3DModel(**config)),
+        vae=_noisy(AutoencoderKLHunyuanVideo(**HUNYUAN_VAE | vae)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -199,8 +209,18 @@ LTX_SCHEDULER = {
 }
 
 
-def write_ltx_checkpoint(folder: Path, *, version: str = "0.9.0", seed: int = 0, max_shard_size: str = "10GB") -> Path:
-    """Write a whole LTX-Video checkpoint with random weights of a few hundred KB and return its folder."""
+def write_ltx_checkpoint(
+    folder: Path,
+    *,
+    version: str = "0.9.0",
+    seed: int = 0,
+    max_shard_size: str = "10GB",
+    transformer: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """Write a whole LTX-Video checkpoint with random weights of a few hundred KB and return its folder.
+
+    transformer changes its config.
+    """
     from diffusers import (
         AutoencoderKLLTXVideo,
         FlowMatchEulerDiscreteScheduler,
@@ -223,7 +243,7 @@ def write_ltx_checkpoint(folder: Path, *, version: str = "0.9.0", seed: int = 0,
     pipeline = LTXPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=text_encoder.eval(),
-        transformer=_noisy(LTXVideoTransformer3DModel(**LTX_TRANSFORMER)),
+        transformer=_noisy(LTXVideoTransformer3DModel(**LTX_TRANSFORMER | transformer)),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(**LTX_SCHEDULER),
     )

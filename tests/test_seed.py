@@ -17,9 +17,9 @@ import torch
 from checkpoints import (
     write_cogvideox_checkpoint,
     write_hunyuan_checkpoint,
+    write_lora,
     write_ltx_checkpoint,
     write_wan_checkpoint,
-    write_wan_lora,
 )
 
 import vramkit
@@ -31,18 +31,38 @@ BLOCKS = dict(
 
 
 def write_wan(folder: Path) -> Path:
+    """Tokens of 7 x 32 x 32 latents; an autoencoder of 2 channels."""
     transformer = {"patch_size": (7, 4, 4), "num_layers": 1}
-    return write_wan_checkpoint(
-        folder, transformer=transformer, vae={"base_dim": 2, "dim_mult": [1] * 4, "num_res_blocks": 0}
-    )
+    vae = {"base_dim": 2, "dim_mult": [1] * 4, "num_res_blocks": 0}
+    return write_wan_checkpoint(folder, transformer=transformer, vae=vae)
+
+
+def write_style(folder: Path) -> Path:
+    """An adapter for that transformer, alone in its folder."""
+    model = vramkit.AutoModel.from_pretrained(write_wan(folder / "wan"), subfolder="transformer")
+    return write_lora(model, folder / "style").parent
+
+
+def write_hunyuan(folder: Path) -> Path:
+    transformer = {"patch_size": 10, "patch_size_t": 4, "num_single_layers": 1}
+    vae = {"block_out_channels": (2, 2, 2, 2), "norm_num_groups": 1, "layers_per_block": 0}
+    return write_hunyuan_checkpoint(folder, transformer=transformer, vae=vae)
+
+
+def write_ltx(folder: Path) -> Path:
+    return write_ltx_checkpoint(folder, version="0.9.1", transformer={"num_layers": 1, "num_attention_heads": 1})
+
+
+def write_cogvideox(folder: Path) -> Path:
+    return write_cogvideox_checkpoint(folder, transformer={"num_layers": 1, "max_text_seq_length": 226})
 
 
 WRITERS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": write_wan,
-    "benjamin-paine/steamboat-willie-14b": write_wan_lora,
-    "hunyuanvideo-community/HunyuanVideo": write_hunyuan_checkpoint,
-    "Lightricks/LTX-Video": write_ltx_checkpoint,
-    "THUDM/CogVideoX-2b": write_cogvideox_checkpoint,
+    "benjamin-paine/steamboat-willie-14b": write_style,
+    "hunyuanvideo-community/HunyuanVideo": write_hunyuan,
+    "Lightricks/LTX-Video": write_ltx,
+    "THUDM/CogVideoX-2b": write_cogvideox,
 }
 
 

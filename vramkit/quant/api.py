@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 _ATTRIBUTE = "_vramkit_quantization"
-_ADAPTER = re.compile(r"(^|\.)lora_")  # small, and what a user may change
 _BITSANDBYTES_LAYERS = MappingProxyType(
     {
         "Linear4bit": "vramkit.quant.bitsandbytes_4bit",
@@ -245,7 +244,7 @@ def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tup
     seen: set[nn.Module] = set()  # a layer that stands in two places is one
 
     def walk(part: nn.Module, name: str, is_skipped: bool) -> None:
-        if part in seen or _ADAPTER.search(name):
+        if part in seen:
             return
         seen.add(part)
         is_skipped = is_skipped or any(name and skip.search(name) for skip in skips)
