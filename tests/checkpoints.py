@@ -216,10 +216,11 @@ def write_ltx_checkpoint(
     seed: int = 0,
     max_shard_size: str = "10GB",
     transformer: Mapping[str, Any] = MappingProxyType({}),
+    vae: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write a whole LTX-Video checkpoint with random weights of a few hundred KB and return its folder.
 
-    transformer changes its config.
+    transformer and vae change their configs.
     """
     from diffusers import (
         AutoencoderKLLTXVideo,
@@ -235,16 +236,17 @@ def write_ltx_checkpoint(
     for parameter in text_encoder.parameters():
         # The class's own initialization is so small that its output hardly depends on the prompt.
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    vae = _noisy(AutoencoderKLLTXVideo(latent_channels=LTX_TRANSFORMER["in_channels"], **LTX_VAES[version]))
+    channels = LTX_TRANSFORMER["in_channels"]
+    autoencoder = _noisy(AutoencoderKLLTXVideo(latent_channels=channels, **LTX_VAES[version] | vae))
     if version != "0.9.0":
-        vae.decoder.timestep_scale_multiplier.data.fill_(1000.0)
-    vae.latents_mean.normal_(0, 0.2)
-    vae.latents_std.uniform_(0.5, 1.5)
+        autoencoder.decoder.timestep_scale_multiplier.data.fill_(1000.0)
+    autoencoder.latents_mean.normal_(0, 0.2)
+    autoencoder.latents_std.uniform_(0.5, 1.5)
     pipeline = LTXPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=text_encoder.eval(),
         transformer=_noisy(LTXVideoTransformer3DModel(**LTX_TRANSFORMER | transformer)),
-        vae=vae,
+        vae=autoencoder,
         scheduler=FlowMatchEulerDiscreteScheduler(**LTX_SCHEDULER),
     )
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
