@@ -382,6 +382,15 @@ def _merge(out: Path, case: str, rows: list[Row]) -> list[Row]:
     return [row for row in present if row["case"].split(" ")[0] != case] + rows
 
 
+def write_report(out: Path) -> None:
+    """Write the rows of a JSON file as a Markdown table beside it."""
+    found = json.loads(out.read_text())
+    facts = found["environment"] | {"allocator": found["allocator"]}
+    lines = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    title = "# Quantized forwards of a Wan2.1-14B-shaped transformer"
+    out.with_suffix(".md").write_text(f"{title}\n\n{lines}\n{table(found['rows'], COLUMNS)}\n")
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quant14b.json"), help="JSON file")
@@ -430,6 +439,7 @@ def main() -> None:
         rows = _merge(args.out, case, _run_case(Job(case, *options)))
         print(f"-- {case}: {time.perf_counter() - start:.0f} s", flush=True)
         write_json(args.out, "quant14b", rows, allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+        write_report(args.out)
     print(json.dumps(environment()))
     print(table(rows, COLUMNS))
 
