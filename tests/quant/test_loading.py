@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_lora
 from live_bytes import LiveBytes
 from modules import BlockNet, save, tokens
 from quant.configs import CONFIGS
@@ -163,6 +164,32 @@ def test_a_pipeline_quantizes_the_components_that_are_named(wan_folder: Path, tm
     assert torch.equal(clip(again), expected)
     again.enable_model_cpu_offload("cpu")
     assert torch.equal(clip(again), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "quanto_int4", "fp8"])
+def test_adapters_over_quantized_weights_resident_and_streamed(kind: str, wan_folder: Path, tmp_path: Path) -> None:
+    mapping = {"transformer": CONFIGS[kind]}
+    plain = WanPipeline.from_pretrained(
+        wan_folder, quantization_config=PipelineQuantizationConfig(quant_mapping=mapping)
+    )
+    path = write_lora(plain.transformer, tmp_path)
+    inputs = transformer_inputs()
+    without = plain.transformer(*inputs).sample
+    results = []
+    for streams in (False, True):
+        config = PipelineQuantizationConfig(quant_mapping=mapping)
+        pipeline = WanPipeline.from_pretrained(wan_folder, quantization_config=config)
+        if streams:
+            pipeline.transformer.enable_group_offload("cpu", offload_type="leaf_level")
+        pipeline.load_lora_weights(path, adapter_name="style")
+        results.append(pipeline.transformer(*inputs).sample)
+        if kind != "fp8":  # fp8 is rounded again
+            with pytest.raises(ConfigError, match="fuse before quantizing"):
+                pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        assert torch.equal(pipeline.transformer(*inputs).sample, without)
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], without)
 
 
 def test_a_config_for_each_component_also_of_the_peers(wan_folder: Path) -> None:
