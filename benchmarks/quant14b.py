@@ -432,6 +432,7 @@ def main() -> None:
         start = time.perf_counter()
         size = TINY if args.tiny else {"num_layers": args.layers}
         write_random_checkpoint(args.folder, WanTransformerConfig(**size))
+        release_memory()  # for the processes of the cases
         print(f"{args.folder / WEIGHTS}: written in {time.perf_counter() - start:.0f} s", flush=True)
     rows: list[Row] = []
     for case in args.cases.split(","):
