@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from checkpoints import write_lora
+
+from vramkit import AutoModel
 
 README = Path(__file__).parents[1] / "README.md"
 SMALLER = {
@@ -21,9 +24,13 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def small(wan_folder):
+def small(wan_folder, tmp_path):
+    transformer = AutoModel.from_pretrained(wan_folder, subfolder="transformer")
+    adapter = write_lora(transformer, tmp_path / "adapter").parent
+
     def replace(code: str) -> str:
         code = code.replace("Wan-AI/Wan2.1-T2V-14B-Diffusers", str(wan_folder))
+        code = code.replace("benjamin-paine/steamboat-willie-14b", str(adapter))
         for given, smaller in SMALLER.items():
             code = code.replace(given, smaller)
         return code
