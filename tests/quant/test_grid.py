@@ -14,9 +14,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from quant.configs import CONFIGS
 from torch import nn
 
-from vramkit.errors import UnsupportedTensorError
+from vramkit.errors import ConflictError, UnsupportedTensorError
 from vramkit.memory import module_bytes
-from vramkit.offload import apply_group_offloading
+from vramkit.offload import apply_group_offloading, offload_of
 from vramkit.quant import adopt, quantize
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -86,6 +86,19 @@ def test_quantizing_after_offloading_is_the_same(kind: str) -> None:
     assert offload.stats().streamed_bytes < 0.6 * wide_bytes
     with torch.no_grad():
         assert torch.equal(late(x), net(x))
+
+
+def test_quantizing_a_part_of_an_offloaded_module_is_refused() -> None:
+    net, x = network(lora=False), tokens(8)
+    apply_group_offloading(net, "cpu")
+    with pytest.raises(ConflictError, match="edit"):
+        quantize(net.blocks, CONFIGS["nf4"])
+    handle = offload_of(net)
+    assert handle is not None
+    with handle.edit():
+        quantize(net.blocks, CONFIGS["nf4"])
+    with torch.no_grad():
+        assert net(x).isfinite().all()
 
 
 def bitsandbytes_network(kind: str) -> nn.Module:

@@ -8,12 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from vramkit import hooks
 from vramkit.casting.narrow import STORAGE_DTYPES, NarrowTensor, narrowed
 from vramkit.errors import ConfigError, ConflictError
-from vramkit.offload import offload_of
-from vramkit.offload.engine import Engine
-from vramkit.offload.handle import editable
+from vramkit.offload.handle import editable, refuse_part_of_offloaded
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.tensors import as_owned
 
@@ -177,20 +174,10 @@ def _owned(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return owned
 
 
-def _refuse_part_of_offloaded(module: nn.Module) -> None:
-    covered = {part for root in module.modules() if offload_of(root) is not None for part in root.modules()}
-    for name, part in module.named_modules():
-        if part not in covered and any(isinstance(owner, Engine) for owner in hooks.marks(part)):
-            raise ConflictError(
-                f"{name or type(module).__name__} belongs to a larger module that is offloaded; cast it inside "
-                "`with offload_of(that module).edit():`, or cast that module"
-            )
-
-
 def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]], chosen: _Choice) -> None:
     for name, part in module.named_modules():
         refuse_foreign_hooks(name or type(module).__name__, part)
-    _refuse_part_of_offloaded(module)
+    refuse_part_of_offloaded(module)
     if not layers:
         raise ConfigError(f"{type(module).__name__} has no layer to cast: all are skipped or of other classes")
     for name, layer in layers:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from vramkit import hooks
+from vramkit.errors import ConflictError
 from vramkit.memory import tensor_bytes
 from vramkit.offload.backend import backend_for
 from vramkit.offload.config import OffloadConfig
@@ -158,3 +159,14 @@ def editable(module: nn.Module) -> Iterator[None]:
             if offload is not None:
                 stack.enter_context(offload.edit())
         yield
+
+
+def refuse_part_of_offloaded(module: nn.Module) -> None:
+    """Raise ConflictError where a part of `module` belongs to a larger module that is offloaded."""
+    covered = {part for root in module.modules() if offload_of(root) is not None for part in root.modules()}
+    for name, part in module.named_modules():
+        if part not in covered and any(isinstance(owner, Engine) for owner in hooks.marks(part)):
+            raise ConflictError(
+                f"{name or type(module).__name__} belongs to a larger module that is offloaded; change it inside "
+                "`with offload_of(that module).edit():`, or change that module"
+            )

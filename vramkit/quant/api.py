@@ -15,7 +15,7 @@ from torch import nn
 from vramkit.casting.api import DEFAULT_SKIP_PATTERNS
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes, tensor_bytes
-from vramkit.offload.handle import editable
+from vramkit.offload.handle import editable, refuse_part_of_offloaded
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.quant.config import QuantConfig
 from vramkit.quant.handler import Handler
@@ -89,6 +89,7 @@ def quantize(module: nn.Module, config: Any, *, skip_modules: Sequence[str] | No
     quantizer = Quantizer(module, config, skip_modules=skip_modules)
     for name, part in module.named_modules():
         refuse_foreign_hooks(name or type(module).__name__, part)
+    refuse_part_of_offloaded(module)
     for name, layer in quantizer.layers.items():
         if layer.weight.device.type == "meta":
             raise ConfigError(f"{name}.weight is on the meta device, so it has no values to quantize; load the weights")
