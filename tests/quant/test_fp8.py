@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from modules import BlockNet, tokens
+from quant.emulation import emulated
 from torch import nn
 
 from vramkit.casting import NarrowTensor, apply_layerwise_casting
@@ -15,10 +16,17 @@ from vramkit.errors import ConfigError
 from vramkit.offload import apply_group_offloading
 from vramkit.quant import Fp8Config, dequantize, quantize, report, sqnr_db
 from vramkit.quant.registry import handler_for
-from vramkit.quant.scaled_linear import ScaledLinear
+from vramkit.quant.scaled_linear import ScaledLinear, scaled_mm_problem
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def _computing_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    if scaled_mm_problem(torch.device("cpu")) is not None:  # an older torch
+        monkeypatch.setattr(torch, "_scaled_mm", emulated)
 
 
 @pytest.fixture
