@@ -27,6 +27,7 @@ PUBLIC = {
     "MemoryTimeline",
     "Offload",
     "OffloadStats",
+    "Pipeline",
     "PipelineQuantizationConfig",
     "StoreError",
     "TrainingError",

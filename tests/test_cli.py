@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json
+from checkpoints import edit_json, write_lora
 from typer.testing import CliRunner
 
 from vramkit import __version__, cli
@@ -69,7 +69,9 @@ class TestHelp:
             "store",
             "resident",
             "slots",
-            "fp8",
+            "quantize",
+            "lora",
+            "lora-weight",
             "vae-tiling",
         ]:
             assert f"--{option}" in text
@@ -122,8 +124,19 @@ class TestRunWan:
         assert captured.out == f"{tmp_path / 'clip.mp4'}\n"
         assert "1/1" in captured.err
 
-    def test_memory_options(self, model: Path, tmp_path: Path) -> None:
-        self.video(tmp_path, model, "--fp8", "--vae-tiling")
+    def test_tiles(self, model: Path, tmp_path: Path) -> None:
+        self.video(tmp_path, model, "--vae-tiling")
+
+    def test_quantized_and_adapted(self, model: Path, tmp_path: Path) -> None:
+        adapter = write_lora(WanPipeline.from_pretrained(model).transformer, tmp_path / "adapter")
+        videos = [self.video(tmp_path, model)]
+        videos += [self.video(tmp_path, model, "--quantize", kind) for kind in ("fp8", "int8", "nf4")]
+        videos += [
+            self.video(tmp_path, model, "--lora", str(adapter), "--lora-weight", weight) for weight in ("1", "2")
+        ]
+        assert len(set(videos)) == len(videos)
+        both = ("--quantize", "nf4", "--lora", str(adapter))
+        assert self.video(tmp_path, model, *both, "--offload", "leaf") == self.video(tmp_path, model, *both)
 
     def test_resident_is_for_the_transformer(self, model: Path) -> None:
         def resident_bytes(resident: str) -> dict[str, int]:
@@ -154,6 +167,7 @@ class TestErrors:
             (run("./missing"), "missing does not exist"),
             (run("x", "--steps", "many"), "--steps"),
             (run("x", "--slots", "0"), "--slots"),
+            (run("x", "--quantize", "int3"), "--quantize"),
             (run("x", "--seed", "-1"), "--seed"),
             (run("x", "--seed", str(2**64)), "--seed"),
             (run("x", "--dtype", "int8"), "--dtype"),
@@ -179,6 +193,7 @@ class TestErrors:
             (["--store", "tape"], "tape"),
             (["--resident", "much"], "much"),
             (["--fps", "0"], "fps"),
+            (["--lora", "./missing.safetensors"], "missing.safetensors"),
         ],
     )
     def test_found_with_a_model_are_one_line(
@@ -201,7 +216,7 @@ class TestErrors:
     ) -> None:
         copy = shutil.copytree(model, tmp_path / "copy")
         edit_json(copy / "model_index.json", **{name: [None, None]})
-        options = ["--fp8", "--vae-tiling", "--flow-shift", "3"]
+        options = ["--vae-tiling", "--flow-shift", "3"]
         assert f"has no {name}" in fails(run(copy, "--device", "cpu", *options), capsys)
 
     def test_demo_into_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

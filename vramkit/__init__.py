@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vramkit.pipelines.ltx.transformer import LTXVideoTransformer3DModel
     from vramkit.pipelines.ltx.vae import AutoencoderKLLTXVideo
     from vramkit.pipelines.modeling import AutoModel
+    from vramkit.pipelines.pipeline import Pipeline
     from vramkit.pipelines.schedulers import (
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
@@ -83,6 +84,7 @@ _HOMES = {
     "vramkit.pipelines.ltx.transformer": ("LTXVideoTransformer3DModel",),
     "vramkit.pipelines.ltx.vae": ("AutoencoderKLLTXVideo",),
     "vramkit.pipelines.modeling": ("AutoModel",),
+    "vramkit.pipelines.pipeline": ("Pipeline",),
     "vramkit.pipelines.schedulers": (
         "CogVideoXDDIMScheduler",
         "CogVideoXDPMScheduler",
@@ -126,6 +128,7 @@ __all__ = [
     "MemoryTimeline",
     "Offload",
     "OffloadStats",
+    "Pipeline",
     "PipelineQuantizationConfig",
     "StoreError",
     "TrainingError",

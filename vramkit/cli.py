@@ -45,6 +45,14 @@ class Dtype(str, Enum):
     float32 = "fp32"
 
 
+class Quantize(str, Enum):
+    """What the transformer's large weights are stored in."""
+
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; errors of the user's making are one line on stderr."""
     try:
@@ -58,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        return _fail("error: the device memory is not enough; try --offload leaf, --slots 1, --fp8 or --vae-tiling", 1)
+        return _fail(
+            "error: the device memory is not enough; try --offload leaf, --slots 1, --quantize or --vae-tiling", 1
+        )
     if status == INTERRUPTED:  # typer may have turned Ctrl-C into this status by itself
         return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
@@ -151,7 +161,12 @@ def run(
     slots: Annotated[
         int | None, typer.Option(help="Device slots that weights pass through; 2 for blocks, 3 for leaves.", min=1)
     ] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Keep the transformer's large weights in fp8.")] = False,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(help="What the transformer's large weights are stored in."),
+    ] = None,
+    lora: Annotated[str | None, typer.Option(help="Adapter: a safetensors file, a folder or a repository.")] = None,
+    lora_weight: Annotated[float, typer.Option(help="How much the adapter counts.")] = 1.0,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, more time.")] = False,
 ) -> None:
     """Generate a clip with a Wan2.1, HunyuanVideo, LTX-Video or CogVideoX checkpoint.
@@ -164,11 +179,12 @@ def run(
     _check_streaming(offload, {"--store": store, "--resident": resident, "--slots": slots})
     check_video(out, fps=1.0 if fps is None else fps)  # before minutes of work, not after them
     device = resolve_device(device)
-    pipeline = _load(model, dtype, device)
+    pipeline = _load(model, dtype, device, quantize)
     if flow_shift is not None:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
-    if fp8:
-        pipeline.transformer.enable_layerwise_casting()
+    if lora is not None:
+        pipeline.load_lora_weights(lora, "lora")
+        pipeline.set_adapters("lora", lora_weight)
     if vae_tiling:
         pipeline.vae.enable_tiling()
     place(pipeline, device, offload, store=store, resident=resident, slots=slots)
@@ -214,7 +230,7 @@ def place(pipeline: Any, device: str, offload: Offload, *, store: str | None, re
             )
 
 
-def _load(model: str, dtype: Dtype, device: str) -> Any:
+def _load(model: str, dtype: Dtype, device: str, quantize: Quantize | None) -> Any:
     import torch  # noqa: PLC0415
 
     from vramkit.pipelines.pipeline import Pipeline  # noqa: PLC0415
@@ -224,7 +240,9 @@ def _load(model: str, dtype: Dtype, device: str) -> Any:
     family: Any = Pipeline.class_of(model)
     wanted = getattr(torch, dtype.name)
     pipeline = family.from_pretrained(
-        model, torch_dtype={"default": wanted, "vae": torch.float32 if family.vae_in_fp32 else wanted}
+        model,
+        torch_dtype={"default": wanted, "vae": torch.float32 if family.vae_in_fp32 else wanted},
+        quantization_config=None if quantize is None else _quantization(quantize),
     )
     missing = [name for name, part in pipeline.components.items() if part is None and name not in family.optional]
     if missing:
@@ -233,6 +251,17 @@ def _load(model: str, dtype: Dtype, device: str) -> Any:
         )
     pipeline.set_progress_bar_config(desc="denoise")
     return pipeline
+
+
+def _quantization(quantize: Quantize) -> Any:
+    from vramkit.quant import PipelineQuantizationConfig  # noqa: PLC0415
+
+    backend, options = {
+        Quantize.fp8: ("fp8", {}),
+        Quantize.int8: ("quanto", {"weights": "int8"}),
+        Quantize.nf4: ("bitsandbytes_4bit", {"quant_type": "nf4"}),
+    }[quantize]
+    return PipelineQuantizationConfig(backend, options, components_to_quantize=["transformer"])
 
 
 def _generator(seed: int) -> Any:

@@ -9,7 +9,9 @@ import torch
 
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.pipelines.modeling import AutoModel
+from vramkit.pipelines.pipeline import Pipeline
 from vramkit.pipelines.registry import MODELS
+from vramkit.pipelines.wan.pipeline import WanPipeline
 from vramkit.pipelines.wan.transformer import WanTransformer3DModel
 
 TINY = {
@@ -152,3 +154,13 @@ def test_unknown_classes(tmp_path, config, kind, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(kind, match=message):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_the_base_pipeline_is_of_the_class_that_the_checkpoint_names(wan_folder, tmp_path):
+    pipeline = Pipeline.from_pretrained(wan_folder, torch_dtype=torch.bfloat16, text_encoder=None)
+    assert type(pipeline) is WanPipeline
+    assert pipeline.transformer.dtype == torch.bfloat16
+    assert pipeline.text_encoder is None
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "MochiPipeline"}))
+    with pytest.raises(CheckpointError, match="'MochiPipeline', which is not supported; expected one of WanPipeline"):
+        Pipeline.from_pretrained(tmp_path)

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class Pipeline(LoraAdapters):
     ) -> Self:
         """Load a checkpoint in the published diffusers folder layout, component by component.
 
-        Weights are mapped from their safetensors files: nothing is read before it is used. Only safetensors and JSON
+        ``Pipeline.from_pretrained`` takes the class that the checkpoint names. Weights are mapped from their safetensors files: nothing is read before it is used. Only safetensors and JSON
         (and tokenizer vocabularies) are opened.
 
         Args:
@@ -73,6 +73,11 @@ class Pipeline(LoraAdapters):
                 be done.
             CheckpointError: a missing or damaged file, or a class that is not known here.
         """
+        if cls is Pipeline:
+            where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+            options = {"torch_dtype": torch_dtype, "variant": variant, "quantization_config": quantization_config}
+            found = cls.class_of(path_or_repo, **where)
+            return cast("Self", found.from_pretrained(path_or_repo, **where, **options, **components))
         _check_names("component", components, cls.component_names)
         if isinstance(torch_dtype, Mapping):
             _check_names("torch_dtype for", torch_dtype, (*cls.component_names, "default"))
