@@ -54,8 +54,8 @@ class Pipeline(LoraAdapters):
     ) -> Self:
         """Load a checkpoint in the published diffusers folder layout, component by component.
 
-        ``Pipeline.from_pretrained`` takes the class that the checkpoint names. Weights are mapped from their safetensors files: nothing is read before it is used. Only safetensors and JSON
-        (and tokenizer vocabularies) are opened.
+        ``Pipeline.from_pretrained`` takes the class that the checkpoint names. Weights are mapped from their safetensors
+        files: nothing is read before it is used. Only safetensors and JSON (and tokenizer vocabularies) are opened.
 
         Args:
             path_or_repo: a folder with model_index.json, or a Hugging Face repository id.
