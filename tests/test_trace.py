@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import time
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from vramkit.trace import MIB, Mark, MemoryTimeline, Sample, Trace, plot
 
 
 def touched(count_mib: int) -> np.ndarray:
-    return np.ones(count_mib * MIB, dtype=np.uint8)
+    """Memory that is new to the process, which an allocator's need not be."""
+    block = np.frombuffer(mmap.mmap(-1, count_mib * MIB), dtype=np.uint8)
+    block[:] = 1
+    return block
 
 
 def a_trace(peak_mib: int = 100) -> Trace:
