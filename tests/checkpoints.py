@@ -49,14 +49,13 @@ def write_wan_checkpoint(
     *,
     scheduler: str = "unipc",
     seed: int = 0,
-    max_shard_size: str = "10GB",
-    variant: str | None = None,
     transformer: Mapping[str, Any] = MappingProxyType({}),
     vae: Mapping[str, Any] = MappingProxyType({}),
+    **saving: Any,
 ) -> Path:
     """Write a whole checkpoint with random weights of a few hundred KB and return its folder.
 
-    transformer and vae change their configs.
+    transformer and vae change their configs; saving is for save_pretrained.
     """
     from diffusers import (
         AutoencoderKLWan,
@@ -73,18 +72,15 @@ def write_wan_checkpoint(
         "unipc": lambda: UniPCMultistepScheduler(**UNIPC),
         "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
-    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **TEXT_ENCODER)).eval()
-    for parameter in text_encoder.parameters():
-        # The class's own initialization is so small that its output hardly depends on the prompt.
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **TEXT_ENCODER))
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=text_encoder,
+        text_encoder=_telling(text_encoder),
         transformer=_noisy(WanTransformer3DModel(**TRANSFORMER | transformer)),
         vae=_noisy(AutoencoderKLWan(**VAE | vae)),
         scheduler=schedulers[scheduler](),
     )
-    pipeline.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+    pipeline.save_pretrained(folder, **saving)
     return folder
 
 
@@ -119,13 +115,13 @@ def write_hunyuan_checkpoint(
     guidance_embeds: bool = True,
     shift: float = 7.0,
     seed: int = 0,
-    max_shard_size: str = "10GB",
     transformer: Mapping[str, Any] = MappingProxyType({}),
     vae: Mapping[str, Any] = MappingProxyType({}),
+    **saving: Any,
 ) -> Path:
     """Write a whole HunyuanVideo checkpoint with random weights of a few hundred KB and return its folder.
 
-    transformer and vae change their configs.
+    transformer and vae change their configs; saving is for save_pretrained.
     """
     from diffusers import (
         AutoencoderKLHunyuanVideo,
@@ -140,20 +136,17 @@ def write_hunyuan_checkpoint(
     llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **LLAMA))
     # As published: 2 stands for the highest id, that of the end.
     clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer_2), bos_token_id=0, eos_token_id=2, **CLIP))
-    for parameter in (*llama.parameters(), *clip.parameters()):
-        # The classes' own initialization is so small that the output hardly depends on the prompt.
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
     config = HUNYUAN_TRANSFORMER | {"guidance_embeds": guidance_embeds} | transformer
     pipeline = HunyuanVideoPipeline(
         tokenizer=tokenizer,
-        text_encoder=llama.eval(),
+        text_encoder=_telling(llama),
         tokenizer_2=tokenizer_2,
-        text_encoder_2=clip.eval(),
+        text_encoder_2=_telling(clip),
         transformer=_noisy(HunyuanVideoTransformer3DModel(**config)),
         vae=_noisy(AutoencoderKLHunyuanVideo(**HUNYUAN_VAE | vae)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
-    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    pipeline.save_pretrained(folder, **saving)
     return folder
 
 
@@ -214,13 +207,13 @@ def write_ltx_checkpoint(
     *,
     version: str = "0.9.0",
     seed: int = 0,
-    max_shard_size: str = "10GB",
     transformer: Mapping[str, Any] = MappingProxyType({}),
     vae: Mapping[str, Any] = MappingProxyType({}),
+    **saving: Any,
 ) -> Path:
     """Write a whole LTX-Video checkpoint with random weights of a few hundred KB and return its folder.
 
-    transformer and vae change their configs.
+    transformer and vae change their configs; saving is for save_pretrained.
     """
     from diffusers import (
         AutoencoderKLLTXVideo,
@@ -233,9 +226,6 @@ def write_ltx_checkpoint(
     torch.manual_seed(seed)
     vocab_size = write_tokenizer(folder / "tokenizer")
     text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER))
-    for parameter in text_encoder.parameters():
-        # The class's own initialization is so small that its output hardly depends on the prompt.
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
     channels = LTX_TRANSFORMER["in_channels"]
     autoencoder = _noisy(AutoencoderKLLTXVideo(latent_channels=channels, **LTX_VAES[version] | vae))
     if version != "0.9.0":
@@ -244,12 +234,12 @@ def write_ltx_checkpoint(
     autoencoder.latents_std.uniform_(0.5, 1.5)
     pipeline = LTXPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=text_encoder.eval(),
+        text_encoder=_telling(text_encoder),
         transformer=_noisy(LTXVideoTransformer3DModel(**LTX_TRANSFORMER | transformer)),
         vae=autoencoder,
         scheduler=FlowMatchEulerDiscreteScheduler(**LTX_SCHEDULER),
     )
-    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    pipeline.save_pretrained(folder, **saving)
     return folder
 
 
@@ -323,14 +313,14 @@ def write_cogvideox_checkpoint(
     *,
     scheduler: str = "ddim",
     seed: int = 0,
-    max_shard_size: str = "10GB",
-    variant: str | None = None,
     transformer: Mapping[str, Any] = MappingProxyType({}),
     vae: Mapping[str, Any] = MappingProxyType({}),
+    **saving: Any,
 ) -> Path:
     """Write a whole CogVideoX checkpoint, sinusoidal as 2B is, with random weights of a few hundred KB.
 
-    transformer and vae change their configs. Prompts are of 16 tokens, to which sinusoidal ones are bound in diffusers.
+    transformer and vae change their configs; saving is for save_pretrained.
+    Prompts are of 16 tokens, to which sinusoidal ones are bound in diffusers.
     """
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -343,20 +333,16 @@ def write_cogvideox_checkpoint(
 
     torch.manual_seed(seed)
     vocab_size = write_tokenizer(folder / "tokenizer")
-    text_encoder = T5EncoderModel(
-        T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER)
-    ).eval()
-    for parameter in text_encoder.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER))
     schedulers = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
     pipeline = CogVideoXPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=text_encoder,
+        text_encoder=_telling(text_encoder),
         transformer=_noisy(CogVideoXTransformer3DModel(**COGVIDEOX_TRANSFORMER | transformer)),
         vae=_noisy(AutoencoderKLCogVideoX(**COGVIDEOX_VAE | vae)),
         scheduler=schedulers[scheduler](**COGVIDEOX_SCHEDULER),
     )
-    pipeline.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+    pipeline.save_pretrained(folder, **saving)
     return folder
 
 
@@ -381,6 +367,13 @@ def _noisy(model: torch.nn.Module) -> torch.nn.Module:
     for parameter in model.parameters():
         if parameter.ndim == 1 or 1 in parameter.shape:
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def _telling(model: torch.nn.Module) -> torch.nn.Module:
+    """Widen a text encoder's weights, at first so small that its output hardly depends on the prompt."""
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
 

@@ -4,8 +4,12 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from families import Stock
 
 # Set before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,11 +37,17 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Wan checkpoint in the published folder layout, one for all tests: to be read, not changed."""
-    from checkpoints import write_wan_checkpoint
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    """Tiny checkpoints of the families, one for all tests."""
+    from families import Stock
 
-    return write_wan_checkpoint(tmp_path_factory.mktemp("wan"))
+    return Stock(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def wan_folder(stock: Stock) -> Path:
+    """A tiny Wan checkpoint in the published folder layout: to be read, not changed."""
+    return stock.folder("Wan2.1")
 
 
 @pytest.fixture

@@ -1,0 +1,283 @@
+"""What the pipelines of all families have in common, against diffusers' own loaded from the very same folder."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from checkpoints import edit_json, load_oracle
+from families import FAMILIES, compare, frames, load, models_of, normal, ready, relative_error, seeded
+
+from vramkit.errors import CheckpointError, ConfigError
+from vramkit.offload import apply_group_offloading
+from vramkit.offload.disk import span_of
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def clip(family: str) -> dict[str, Any]:
+    """Arguments of a small clip."""
+    return FAMILIES[family].clip
+
+
+SAME_CLIP: dict[str, dict[str, Any]] = {
+    "no guidance": {"guidance_scale": 1.0},
+    "one frame": {"num_frames": 1},
+    "other sizes": {"height": 96, "width": 32},
+    "long prompt that is cut": {"prompt": "a cat on a log in the water " * 8},
+    "prompts of unequal length": {"prompt": ["a cat", "a dog in the deep snow under a tree"]},
+    "generator list": {"prompt": ["a cat", "a dog"], "generator": lambda: [seeded(4), seeded(5)]},
+    "generator list of one": {"generator": lambda: [seeded(4)]},
+    "latent output": {"output_type": "latent"},
+    "tensor output": {"output_type": "pt"},
+}
+
+
+class TestSameClipAsDiffusers:
+    @pytest.mark.parametrize("case", SAME_CLIP)
+    def test_arguments(self, case: str, pipeline: Any, oracle: Any, clip: dict[str, Any]) -> None:
+        compare(pipeline, oracle, **clip | SAME_CLIP[case])
+
+    def test_negative_prompts(self, pipeline: Any, oracle: Any, family: str, clip: dict[str, Any]) -> None:
+        guided = clip | FAMILIES[family].guided
+        compare(pipeline, oracle, **guided, negative_prompt="blurry, worst quality")
+        lists = {"prompt": ["a cat", "a dog"], "negative_prompt": ["blurry", "dark, low quality"]}
+        compare(pipeline, oracle, **guided | lists)
+
+    def test_ready_latents_of_any_dtype(self, pipeline: Any, oracle: Any, family: str, clip: dict[str, Any]) -> None:
+        latents = normal(*FAMILIES[family].latents, seed=9)
+        compare(pipeline, oracle, **clip, latents=latents)
+        given = [frames(pipeline, **clip, latents=each) for each in (latents, latents.double())]
+        assert relative_error(*given) <= 1e-5
+
+    def test_what_is_compared_depends_on_it(self, pipeline: Any, family: str, clip: dict[str, Any]) -> None:
+        plain = frames(pipeline, **clip)
+        changes: list[dict[str, Any]] = [
+            {"prompt": "a dog in the snow"},
+            {"guidance_scale": 1.0},
+            {"negative_prompt": "blurry"} | FAMILIES[family].guided,
+            ready(family, tokens=16),
+        ]
+        for change in changes:
+            assert relative_error(frames(pipeline, **clip | change), plain) > 1e-3
+
+    @pytest.mark.parametrize(
+        ("family", "num_frames", "ratio"),
+        [("Wan2.1", n, 4) for n in (2, 4, 8, 10)]
+        + [("HunyuanVideo", n, 4) for n in (2, 4, 8, 10)]
+        + [("LTX-Video", n, 8) for n in (2, 8, 10, 16)],
+    )
+    def test_other_numbers_of_frames_are_rounded_alike_with_a_warning(
+        self, num_frames: int, ratio: int, pipeline: Any, oracle: Any, clip: dict[str, Any]
+    ) -> None:
+        with pytest.warns(UserWarning, match=f"num_frames is {num_frames}.*{ratio} \\* k \\+ 1") as caught:
+            compare(pipeline, oracle, **clip | {"num_frames": num_frames, "num_inference_steps": 2})
+        assert caught[0].filename == families.__file__
+
+    @pytest.mark.parametrize("dtypes", [torch.bfloat16, {"default": torch.bfloat16, "vae": torch.float32}])
+    def test_lower_precision(self, dtypes: Any, family: str, folder: Path, clip: dict[str, Any]) -> None:
+        ours, theirs = load(family, folder, torch_dtype=dtypes), load_oracle(folder, torch_dtype=dtypes)
+        for name, model in models_of(ours).items():
+            assert model.dtype == getattr(theirs, name).dtype
+        # Diffusers' CogVideoX decodes in the dtype of its latents alone.
+        for output_type in ("latent", "pt") if dtypes == torch.bfloat16 else ("latent",):
+            made, expected = (frames(pipeline, **clip, output_type=output_type) for pipeline in (ours, theirs))
+            assert made.dtype == expected.dtype
+            assert (made - expected).norm() < 0.05 * expected.norm()  # rounding of 8 bits over five steps
+
+    def test_arguments_and_defaults_are_those_of_diffusers(self, pipeline: Any, oracle: Any) -> None:
+        def defaults(pipe: Any) -> dict[str, Any]:
+            parameters = inspect.signature(type(pipe).__call__).parameters
+            found = {name: parameter.default for name, parameter in parameters.items()}
+            return found | {"callback_on_step_end_tensor_inputs": [*found["callback_on_step_end_tensor_inputs"]]}
+
+        expected = defaults(oracle)
+        expected.pop("guidance_scale_2", None)  # of Wan2.2
+        assert defaults(pipeline) == expected
+
+    def test_pictures(self, pipeline: Any, oracle: Any, clip: dict[str, Any]) -> None:
+        (ours,), (theirs,) = (frames(each, **clip, output_type="pil") for each in (pipeline, oracle))
+        assert len(ours) == len(theirs) == clip["num_frames"]
+        assert all(isinstance(frame, PIL.Image.Image) for frame in ours)
+        worst = max(np.abs(np.subtract(a, b, dtype=np.int16)).max() for a, b in zip(ours, theirs, strict=True))
+        assert worst <= 1  # a value at the border of rounding
+
+    def test_callback_sees_and_changes_the_same_and_may_interrupt(
+        self, pipeline: Any, oracle: Any, clip: dict[str, Any]
+    ) -> None:
+        def run(pipe: Any) -> tuple[list[Any], Any]:
+            seen: list[Any] = []
+
+            def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                assert pipe.current_timestep is not None
+                state = pipe.guidance_scale, getattr(pipe, "guidance_rescale", None), pipe.num_timesteps
+                seen.append((step, float(timestep), sorted(tensors), *state))
+                pipe._interrupt = step == 3
+                return {"latents": tensors["latents"] * 0.9}
+
+            watched = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+            return seen, frames(pipe, **clip, **watched)
+
+        names = oracle._callback_tensor_inputs
+        ours, theirs = run(pipeline), run(oracle)
+        assert ours[0] == theirs[0]
+        assert len(ours[0]) == 4
+        assert relative_error(ours[1], theirs[1]) <= 1e-4
+        compare(pipeline, oracle, **clip)  # the next call is not interrupted
+
+    def test_callback_changes_the_text(self, pipeline: Any, oracle: Any, clip: dict[str, Any]) -> None:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"prompt_embeds": tensors["prompt_embeds"] + 0.1}
+
+        watched = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        compare(pipeline, oracle, **clip, **watched, guidance_scale=1.0)
+
+    def test_return_dict(self, pipeline: Any, clip: dict[str, Any]) -> None:
+        arguments = {"prompt": "a cat", "output_type": "np", **clip, "num_inference_steps": 2}
+        (result,) = pipeline(**arguments, generator=seeded(), return_dict=False)
+        np.testing.assert_array_equal(result, pipeline(**arguments, generator=seeded()).frames)
+
+    def test_progress_bar(self, pipeline: Any, clip: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        pipeline.set_progress_bar_config(desc="denoising")
+        frames(pipeline, **clip)
+        shown = capsys.readouterr().err
+        assert "denoising: 100%" in shown
+        assert "5/5" in shown
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"width": 0}, "width is 0"),
+    ({"height": 32.0}, "height is 32.0"),
+    ({"num_frames": 0}, "num_frames is 0"),
+    ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ({"num_inference_steps": True}, "num_inference_steps is True"),
+    ({"guidance_scale": float("nan")}, "guidance_scale is nan; expected a finite number"),
+    ({"guidance_scale": "5"}, "guidance_scale is '5'"),
+    ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
+    ({"max_sequence_length": 0}, "max_sequence_length is 0"),
+    ({"prompt": None}, "there is no prompt"),
+    ({"prompt": 3}, "prompt is 3"),
+    ({"prompt": []}, "prompt is \\[\\]"),
+    ({"prompt": ["a", None]}, "prompt is"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["x", "y", "z"]}, "2 prompts and 3 negative"),
+    ({"output_type": "jpg"}, "output_type has 'jpg'; expected some of np, pt, pil, latent"),
+    ({"callback_on_step_end_tensor_inputs": ["latents", "noise"]}, "'noise'"),
+    ({"prompt": ["a"] * 3, "generator": [seeded(), seeded()]}, "2 generators for 3 clips"),
+    ({"prompt": ["a"] * 3, "generator": [seeded()]}, "1 generators for 3 clips"),
+]
+
+
+class TestWrongArguments:
+    @pytest.mark.parametrize(("arguments", "message"), REFUSED)
+    def test_are_refused_before_anything_runs(
+        self, arguments: dict[str, Any], message: str, idle: Any, clip: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            idle(**{"prompt": "a cat", **clip, **arguments})
+
+    def test_sizes_and_tensors(self, idle: Any, family: str, clip: dict[str, Any]) -> None:
+        multiple, text = FAMILIES[family].multiple, ready(family)
+        tall, narrow = multiple * 5 // 2, multiple // 2
+        shape = re.escape(str(FAMILIES[family].latents))
+        for arguments, message in (
+            (
+                {"height": tall},
+                f"height is {tall}; .* multiple of {multiple}, for example {2 * multiple} or {3 * multiple}",
+            ),
+            ({"width": narrow}, f"width is {narrow}; expected a multiple of {multiple}, for example {multiple}"),
+            ({"latents": torch.zeros(1, 2, 3)}, rf"\(1, 2, 3\).*{shape}"),
+            (text, "both prompt and prompt_embeds"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                idle(**{"prompt": "a cat", **clip, **arguments})
+
+    @pytest.mark.parametrize(
+        ("missing", "message"),
+        [
+            ("transformer", "no transformer"),
+            ("scheduler", "no scheduler"),
+            ("vae", 'output_type="latent"'),
+            ("text_encoder", "give prompt_embeds"),
+            ("tokenizer", "give prompt_embeds"),
+        ],
+    )
+    def test_missing_components(self, missing: str, message: str, idle: Any, clip: dict[str, Any]) -> None:
+        setattr(idle, missing, None)
+        with pytest.raises(ConfigError, match=message):
+            idle("a cat", **clip)
+
+    def test_a_negative_text_without_its_tokenizer(self, idle: Any, family: str, clip: dict[str, Any]) -> None:
+        idle.tokenizer = None
+        with pytest.raises(ConfigError, match="negative_prompt_embeds"):
+            idle(**clip, **ready(family, tokens=16), negative_prompt="x", **FAMILIES[family].guided)
+
+
+class TestLoading:
+    def test_weights_are_mapped_frozen_and_those_of_diffusers(self, pipeline: Any, oracle: Any) -> None:
+        for name, model in models_of(pipeline).items():
+            assert not model.training
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+            assert all(span_of(parameter) is not None for parameter in model.parameters())  # views of the files
+            theirs = getattr(oracle, name).state_dict()
+            assert model.state_dict().keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.state_dict().items())
+
+    def test_text_encoders_are_those_of_transformers(self, pipeline: Any, oracle: Any) -> None:
+        for name in pipeline.components.keys() & {"text_encoder", "text_encoder_2"}:
+            ours, theirs = getattr(pipeline, name), getattr(oracle, name)
+            assert type(ours) is type(theirs)
+            assert len(list(ours.parameters())) == len(list(theirs.parameters()))  # as many are shared
+            computed = dict(theirs.named_buffers())
+            assert computed.keys() == dict(ours.named_buffers()).keys()
+            assert all(torch.equal(buffer, computed[key]) for key, buffer in ours.named_buffers())
+
+    def test_shards_of_a_variant(self, family: str, clip: dict[str, Any], tmp_path: Path) -> None:
+        FAMILIES[family].write(tmp_path, seed=1, variant="fp16", max_shard_size="30KB")
+        for part in ("transformer", "text_encoder"):
+            assert len(list((tmp_path / part).glob("*-of-*.safetensors"))) > 1
+        with pytest.raises(CheckpointError, match="safetensors"):
+            load(family, tmp_path)
+        compare(load(family, tmp_path, variant="fp16"), load_oracle(tmp_path, variant="fp16"), **clip)
+
+    def test_null_components_stay_null(self, family: str, clip: dict[str, Any], copied: Path, oracle: Any) -> None:
+        full = load(family, copied)
+        absent = [name for name in full.components if name.startswith(("tokenizer", "text_encoder", "vae"))]
+        edit_json(copied / "model_index.json", **{name: [None, None] for name in absent})
+        pipeline = load(family, copied)
+        null = {name for name, part in pipeline.components.items() if part is None}
+        assert null == {*absent, *(name for name, part in full.components.items() if part is None)}
+        texts = ready(family, tokens=16) | ready(family, "negative_", tokens=16, seed=5)
+        compare(pipeline, oracle, **clip, **texts, **FAMILIES[family].guided, output_type="latent")
+
+
+class TestPlacement:
+    def test_to(self, family: str, folder: Path) -> None:
+        pipeline = load(family, folder).to(torch.float64)
+        assert {model.dtype for model in models_of(pipeline).values()} == {pipeline.dtype} == {torch.float64}
+        assert pipeline.device == torch.device("cpu")
+
+    def test_offloaded_models_keep_their_place(self, family: str, folder: Path) -> None:
+        pipeline = load(family, folder)
+        handle = apply_group_offloading(pipeline.transformer, "cpu", offload_type="leaf_level", store="disk")
+        pipeline.to("meta")  # anything that moved has lost its weights
+        assert pipeline.vae.device.type == "meta"
+        assert pipeline.transformer.device.type == "cpu"
+        handle.remove()
+
+    def test_model_offload_needs_a_device(self, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ConfigError, match="no GPU"):
+            pipeline.enable_model_cpu_offload()
