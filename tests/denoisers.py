@@ -17,9 +17,7 @@ import vramkit
 class Denoiser:
     kind: str  # the class, of the same name in both libraries
     tiny: dict[str, Any]
-    published: dict[
-        str, tuple[dict[str, Any], int]
-    ]  # transformer/config.json by size, and how many parameters that makes
+    published: dict[str, tuple[dict[str, Any], int]]  # transformer/config.json and its number of parameters, by size
     inputs: Callable[..., dict[str, Any]]
     units: list[str]  # the classes of what is streamed as one, in the order of their calls
     two: dict[str, Any]  # what makes inputs for two clips

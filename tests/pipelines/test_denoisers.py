@@ -8,6 +8,7 @@ import pytest
 import torch
 from denoisers import DENOISERS, build_pair, classes
 from families import relative_error
+from torch.utils._pytree import tree_map_only
 
 
 @pytest.fixture(params=DENOISERS)
@@ -25,6 +26,13 @@ def pair(name: str) -> tuple[Any, Any]:
 def given(name: str) -> dict[str, Any]:
     """Arguments of a call for two clips of 72 tokens."""
     return DENOISERS[name].inputs(**DENOISERS[name].two)
+
+
+def streamed_units(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that are streamed as one, without those that travel inside another."""
+    units = [module for module in model.modules() if getattr(module, "offload_unit", False)]
+    inner = {each for unit in units for each in unit.modules() if each is not unit}
+    return [unit for unit in units if unit not in inner]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 36, 71, 72, 8192])
@@ -87,6 +95,15 @@ def test_config_keys_defaults_and_exact_parts_are_diffusers(name: str) -> None:
     assert list(ours.skip_layerwise_casting) == theirs._skip_layerwise_casting_patterns
 
 
+def test_units_may_be_given_copies_of_the_tokens(pair: Any, given: dict[str, Any]) -> None:
+    """A hook that moves the inputs breaks the aliasing, so the results have to travel through the return values."""
+    model, _ = pair
+    expected = model(**given).sample
+    for unit in streamed_units(model):
+        unit.register_forward_pre_hook(lambda module, args: tree_map_only(torch.Tensor, torch.clone, args))
+    assert torch.equal(model(**given).sample, expected)
+
+
 @pytest.mark.parametrize("casting", [False, True])
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_streamed_weights_give_the_same_bytes(
@@ -107,12 +124,10 @@ def test_streamed_weights_give_the_same_bytes(
 def test_each_unit_is_called_once(name: str, pair: Any, given: dict[str, Any]) -> None:
     model, _ = pair
     model.set_chunk_size(10)
-    units = [module for module in model.modules() if getattr(module, "offload_unit", False)]
-    inner = {each for unit in units for each in unit.modules() if each is not unit}  # travels with its block
+    units = streamed_units(model)
     calls: list[torch.nn.Module] = []
     for unit in units:
         unit.register_forward_hook(lambda module, args, output: calls.append(module))
     model(**given)
-    outer = [unit for unit in units if unit not in inner]
-    assert [module for module in calls if module not in inner] == outer
-    assert [type(unit).__name__ for unit in outer] == DENOISERS[name].units
+    assert calls == units
+    assert [type(unit).__name__ for unit in units] == DENOISERS[name].units

@@ -53,16 +53,6 @@ def test_padding_behind_a_text_changes_nothing_and_lengths_stand_for_a_mask():
     assert relative_error(model(**alone | {"encoder_hidden_states": text[1:, :2]}).sample, expected[1:]) <= 1e-6
 
 
-def test_blocks_may_be_given_copies_of_the_tokens():
-    """A hook that moves the inputs breaks the aliasing, so the results have to travel through the return values."""
-    model, _ = pair()
-    given = inputs()
-    expected = model(**given).sample
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        block.register_forward_pre_hook(lambda module, args: (args[0].clone(), args[1].clone(), *args[2:]))
-    assert torch.equal(model(**given).sample, expected)
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiles_fullgraph_without_recompiles(whole):
     model, _ = pair(num_layers=1, num_single_layers=1, num_refiner_layers=1)
@@ -155,7 +145,7 @@ def test_lengths_are_read_from_masks_of_any_kind():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masks_with_zeros_before_ones_are_read_as_diffusers_reads_them(compiled):
-    model, reference = pair(num_layers=1, num_single_layers=1)
+    model, reference = pair(num_layers=1, num_single_layers=1, num_refiner_layers=1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]])
     given = inputs(lengths=(9, 9, 9)) | {"encoder_attention_mask": mask}
     if compiled:

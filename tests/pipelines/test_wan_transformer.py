@@ -9,7 +9,6 @@ from families import relative_error
 from live_bytes import peak_bytes
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.layers import Modulated
 from vramkit.pipelines.wan.transformer import (
     WanTransformer3DModel,
     WanTransformerConfig,
@@ -43,32 +42,14 @@ def test_equals_diffusers(options, shape):
     assert relative_error(got, expected) <= 1e-5
 
 
-def test_units_may_be_given_a_copy_of_the_tokens():
-    """A hook that moves the inputs breaks the aliasing, so the result has to travel through the return value."""
-
-    def copied(argument):
-        return (
-            argument._replace(tokens=argument.tokens.clone()) if isinstance(argument, Modulated) else argument.clone()
-        )
-
-    model, _ = pair()
-    given = inputs()
-    expected = model(**given).sample
-    for block in model.blocks:
-        for unit in (block.attn1, block.attn2, block.ffn):
-            unit.register_forward_pre_hook(lambda module, args: (copied(args[0]), *args[1:]))
-    assert torch.equal(model(**given).sample, expected)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_blocks_compile_fullgraph_without_recompiles(backend):
+def test_blocks_compile_fullgraph_without_recompiles():
     model, _ = pair()
     model.set_chunk_size(24)
     given = inputs(batch=2)
     expected = model(**given).sample
     torch._dynamo.reset()
     for block in model.blocks:
-        block.compile(fullgraph=True, backend=backend)
+        block.compile(fullgraph=True, backend="aot_eager")
     assert relative_error(model(**given).sample, expected) <= 1e-6
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert relative_error(model(**given).sample, expected) <= 1e-6
@@ -76,7 +57,7 @@ def test_blocks_compile_fullgraph_without_recompiles(backend):
 
 
 def test_compiled_elementwise_functions(monkeypatch):
-    model, _ = pair()
+    model, _ = pair(num_layers=1)
     given = inputs(batch=2)
     expected = model(**given).sample
     compiled = []
