@@ -86,6 +86,41 @@ def test_blocks_compile_without_recompiles() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 24, 71, 8192])
+def test_chunks_of_rotated_tokens_change_rounding_only(chunk: int) -> None:
+    model, _ = pair(**ROTARY)
+    given = inputs(batch=2)  # 72 tokens
+    whole = model(**given).sample
+    model.set_chunk_size(chunk)
+    assert relative_error(model(**given).sample, whole) <= 1e-6
+
+
+def test_rotated_bfloat16_is_as_near_to_float32_as_diffusers() -> None:
+    model, reference = pair(**ROTARY)
+    exact = predicted(reference, inputs(batch=2))
+    for module in (model, reference):
+        torch.nn.Module.to(module, torch.bfloat16)
+    given = inputs(batch=2, dtype=torch.bfloat16)
+    got, expected = model(**given).sample, predicted(reference, given)
+    assert (got - exact).norm() <= 1.2 * (expected - exact).norm()
+    copies = {key: value.clone() for key, value in given.items()}
+    model(**inputs(frames=1, dtype=torch.bfloat16))  # other positions in between
+    assert torch.equal(model(**given).sample, got)
+    assert all(torch.equal(given[key], copies[key]) for key in given)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("casting", [False, True])
+def test_patches_of_frames_are_streamed(offload_type: str, casting: bool) -> None:
+    model, _ = pair(**FRAME_PATCHES)
+    if casting:
+        model.enable_layerwise_casting()
+    given = inputs(batch=2, frames=2)
+    expected = model(**given).sample
+    model.enable_group_offload("cpu", offload_type=offload_type)
+    assert all(torch.equal(model(**given).sample, expected) for _ in range(2))
+
+
 def test_channels_last_changes_no_numbers() -> None:
     model, _ = pair()
     given = inputs()
