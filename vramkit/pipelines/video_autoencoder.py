@@ -14,9 +14,9 @@ from torch import Tensor
 from vramkit.errors import ConfigError
 from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput
 from vramkit.pipelines.modeling import Model
-from vramkit.pipelines.tiling import Tiling
+from vramkit.pipelines.tiling import FrameTiling, Tiling
 
-__all__ = ["VideoAutoencoder"]
+__all__ = ["FramewiseAutoencoder", "VideoAutoencoder"]
 
 
 class VideoAutoencoder(Model):
@@ -74,3 +74,51 @@ class VideoAutoencoder(Model):
                 f"{name} has shape {list(x.shape)}; [batch, {channels}, frames, height, width] was expected, with one frame "
                 "and one pixel at least."
             )
+
+
+class FramewiseAutoencoder(VideoAutoencoder):
+    """A video autoencoder that computes long clips in tiles of frames, where `use_framewise_...` says so."""
+
+    def __init__(
+        self, config: Any, tiling: Tiling, frame_tiling: FrameTiling, *, pixels: int, frames: int, framewise: bool
+    ) -> None:
+        """Take the ratios, pixels and frames of a latent, and whether frames are tiled unless the flags are set."""
+        super().__init__(config, tiling)
+        self.frame_tiling = frame_tiling
+        self.spatial_compression_ratio = pixels
+        self.temporal_compression_ratio = frames
+        self.use_framewise_encoding = framewise
+        self.use_framewise_decoding = framewise
+
+    def enable_tiling(  # noqa: PLR0917 - the order of the published ones
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_min_num_frames: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+        tile_sample_stride_num_frames: int | None = None,
+    ) -> None:
+        """Compute pictures larger than a tile in overlapping tiles, blended where they overlap: less memory, other numbers.
+
+        Sizes and distances are in pixels and frames, multiples of the compression ratios; what is not given keeps its last
+        value. Those of frames are for `use_framewise_encoding` and `use_framewise_decoding`, which this does not turn on.
+
+        Raises:
+            ConfigError: sizes that are no such multiples or leave gaps.
+        """
+        tiling = Tiling(
+            height=tile_sample_min_height or self.tiling.height,
+            width=tile_sample_min_width or self.tiling.width,
+            stride_height=tile_sample_stride_height or self.tiling.stride_height,
+            stride_width=tile_sample_stride_width or self.tiling.stride_width,
+        )
+        frame_tiling = FrameTiling(
+            frames=tile_sample_min_num_frames or self.frame_tiling.frames,
+            stride=tile_sample_stride_num_frames or self.frame_tiling.stride,
+        )
+        # An impossible tiling is refused here, not in the first decode.
+        tiling.scaled_down(self.spatial_compression_ratio)
+        frame_tiling.scaled_down(self.temporal_compression_ratio)
+        self.tiling, self.frame_tiling = tiling, frame_tiling
+        self.use_tiling = True

@@ -24,7 +24,7 @@ from vramkit.errors import ConfigError
 from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.hunyuan_video.vae_layers import CausalConv3d, DownBlock, GroupNorm, MidBlock, UpBlock
 from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
-from vramkit.pipelines.video_autoencoder import VideoAutoencoder
+from vramkit.pipelines.video_autoencoder import FramewiseAutoencoder
 
 __all__ = ["AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideoConfig"]
 
@@ -132,58 +132,30 @@ class Decoder(nn.Module):
         return frames
 
 
-class AutoencoderKLHunyuanVideo(VideoAutoencoder):
+class AutoencoderKLHunyuanVideo(FramewiseAutoencoder):
     """The autoencoder of HunyuanVideo, for inference: nothing here records gradients.
 
     Clips longer than a tile of frames (16, 12 apart, and one before) are computed in such tiles unless
-    `use_framewise_encoding` or `use_framewise_decoding` is set to False.
+    `use_framewise_encoding` or `use_framewise_decoding` is set to False. Tiles of the picture, with `enable_tiling`, are of
+    256 x 256 pixels, 192 apart.
     """
 
     config: AutoencoderKLHunyuanVideoConfig
     config_class: ClassVar[type[AutoencoderKLHunyuanVideoConfig]] = AutoencoderKLHunyuanVideoConfig
 
     def __init__(self, config: AutoencoderKLHunyuanVideoConfig) -> None:
-        super().__init__(config, Tiling())
+        super().__init__(
+            config,
+            Tiling(),
+            FrameTiling(),
+            pixels=config.spatial_compression_ratio,
+            frames=config.temporal_compression_ratio,
+            framewise=True,
+        )
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
-        self.frame_tiling = FrameTiling()
-        self.use_framewise_encoding = True
-        self.use_framewise_decoding = True
-
-    def enable_tiling(  # noqa: PLR0917 - the order of the published one
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_sample_min_num_frames: int | None = None,
-        tile_sample_stride_height: int | None = None,
-        tile_sample_stride_width: int | None = None,
-        tile_sample_stride_num_frames: int | None = None,
-    ) -> None:
-        """Compute pictures larger than a tile in overlapping tiles, blended where they overlap: less memory, other numbers.
-
-        Sizes and distances are in pixels and frames, multiples of the compression ratios; what is not given keeps its last
-        value, at first 256 x 256 pixels and 16 frames, 192 pixels and 12 frames apart.
-
-        Raises:
-            ConfigError: sizes that are no such multiples or leave gaps.
-        """
-        tiling = Tiling(
-            height=tile_sample_min_height or self.tiling.height,
-            width=tile_sample_min_width or self.tiling.width,
-            stride_height=tile_sample_stride_height or self.tiling.stride_height,
-            stride_width=tile_sample_stride_width or self.tiling.stride_width,
-        )
-        frame_tiling = FrameTiling(
-            frames=tile_sample_min_num_frames or self.frame_tiling.frames,
-            stride=tile_sample_stride_num_frames or self.frame_tiling.stride,
-        )
-        # An impossible tiling is refused here, not in the first decode.
-        tiling.scaled_down(self.config.spatial_compression_ratio)
-        frame_tiling.scaled_down(self.config.temporal_compression_ratio)
-        self.tiling, self.frame_tiling = tiling, frame_tiling
-        self.use_tiling = True
 
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
@@ -197,7 +169,7 @@ class AutoencoderKLHunyuanVideo(VideoAutoencoder):
             ConfigError: `x` has other dimensions or channels, or rows or columns that are no multiples of 8.
         """
         self._check_input("x", x, self.config.in_channels)
-        ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         if x.shape[3] % ratio or x.shape[4] % ratio:
             raise ConfigError(f"x has {x.shape[3]} x {x.shape[4]} pixels; multiples of {ratio} were expected.")
         frames, height, width = 1 + (x.shape[2] - 1) // rate, x.shape[3] // ratio, x.shape[4] // ratio
@@ -220,7 +192,7 @@ class AutoencoderKLHunyuanVideo(VideoAutoencoder):
             ConfigError: `z` has other dimensions or channels.
         """
         self._check_input("z", z, self.config.latent_channels)
-        ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
         sample = z.new_empty(z.shape[0], self.config.out_channels, frames, height, width)
         tiling = self.tiling if self._tiles_pictures(sample) else None
@@ -232,7 +204,7 @@ class AutoencoderKLHunyuanVideo(VideoAutoencoder):
 
     def _encode_tile(self, x: Tensor, box: Box) -> Tensor:
         """The latents of `box`, from the frames in `x` [B, 3, F, H, W] that they stand for."""
-        ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         frames, rows, columns = box
         # n latent frames stand for rate * (n - 1) + 1 frames.
         stop = None if frames.stop is None else rate * (frames.stop - 1) + 1
@@ -242,7 +214,7 @@ class AutoencoderKLHunyuanVideo(VideoAutoencoder):
 
     def _decode_tile(self, z: Tensor, box: Box) -> Tensor:
         """The frames of `box`, from the latents in `z` [B, Z, T, h, w] that stand for them."""
-        ratio, rate = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         frames, rows, columns = box
         stop = None if frames.stop is None else (frames.stop - 1) // rate + 1
         tile = z[:, :, frames.start // rate : stop, reduced(rows, ratio), reduced(columns, ratio)]

@@ -32,7 +32,7 @@ from vramkit.pipelines.ltx.vae_layers import (
     unpatchify,
 )
 from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
-from vramkit.pipelines.video_autoencoder import VideoAutoencoder
+from vramkit.pipelines.video_autoencoder import FramewiseAutoencoder
 
 __all__ = ["AutoencoderKLLTXVideo"]
 
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         return scale, shift
 
 
-class AutoencoderKLLTXVideo(VideoAutoencoder):
+class AutoencoderKLLTXVideo(FramewiseAutoencoder):
     """The autoencoder of LTX-Video, for inference: nothing here records gradients.
 
     `use_framewise_decoding` (at first False) cuts clips longer than a tile of frames (16, 8 apart, and one more) into such
@@ -141,50 +141,18 @@ class AutoencoderKLLTXVideo(VideoAutoencoder):
     latents_std: Tensor  # [Z]
 
     def __init__(self, config: AutoencoderKLLTXVideoConfig) -> None:
-        super().__init__(config, Tiling(height=512, width=512, stride_height=448, stride_width=448))
+        super().__init__(
+            config,
+            Tiling(height=512, width=512, stride_height=448, stride_width=448),
+            FrameTiling(frames=16, stride=8),
+            pixels=config.spatial_ratio,
+            frames=config.temporal_ratio,
+            framewise=False,
+        )
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latents_std", torch.ones(config.latent_channels))
-        self.spatial_compression_ratio = config.spatial_ratio
-        self.temporal_compression_ratio = config.temporal_ratio
-        self.frame_tiling = FrameTiling(frames=16, stride=8)
-        self.use_framewise_encoding = False
-        self.use_framewise_decoding = False
-
-    def enable_tiling(  # noqa: PLR0917 - the order of the published one
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_sample_min_num_frames: int | None = None,
-        tile_sample_stride_height: int | None = None,
-        tile_sample_stride_width: int | None = None,
-        tile_sample_stride_num_frames: int | None = None,
-    ) -> None:
-        """Compute pictures larger than a tile in overlapping tiles, blended where they overlap: less memory, other numbers.
-
-        Sizes and distances are in pixels and frames, multiples of the compression ratios; what is not given keeps its last
-        value, at first 512 x 512 pixels and 16 frames, 448 pixels and 8 frames apart. Those of frames are for
-        `use_framewise_decoding`, which this does not turn on.
-
-        Raises:
-            ConfigError: sizes that are no such multiples or leave gaps.
-        """
-        tiling = Tiling(
-            height=tile_sample_min_height or self.tiling.height,
-            width=tile_sample_min_width or self.tiling.width,
-            stride_height=tile_sample_stride_height or self.tiling.stride_height,
-            stride_width=tile_sample_stride_width or self.tiling.stride_width,
-        )
-        frame_tiling = FrameTiling(
-            frames=tile_sample_min_num_frames or self.frame_tiling.frames,
-            stride=tile_sample_stride_num_frames or self.frame_tiling.stride,
-        )
-        # An impossible tiling is refused here, not in the first decode.
-        tiling.scaled_down(self.spatial_compression_ratio)
-        frame_tiling.scaled_down(self.temporal_compression_ratio)
-        self.tiling, self.frame_tiling = tiling, frame_tiling
-        self.use_tiling = True
 
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
