@@ -10,6 +10,7 @@ from torch import nn
 
 from vramkit.casting.narrow import STORAGE_DTYPES, NarrowTensor, narrowed
 from vramkit.errors import ConfigError, ConflictError
+from vramkit.offload.backend import accelerator_for
 from vramkit.offload.handle import editable, refuse_part_of_offloaded
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.tensors import as_owned
@@ -147,11 +148,9 @@ class LayerwiseCasting:
 
     @staticmethod
     def _worker(parameter: nn.Parameter) -> torch.device:
-        """Where to convert: an accelerator does in seconds, and to the same bytes, what takes a CPU minutes."""
-        if parameter.device.type != "cpu" or not torch.accelerator.is_available():
-            return parameter.device
-        accelerator = torch.accelerator.current_accelerator()
-        return accelerator if accelerator is not None and accelerator.type in _DEVICES else parameter.device
+        """Where to convert, which gives the same bytes everywhere: an accelerator that has fp8, or where the weight is."""
+        worker = accelerator_for(parameter.device)
+        return worker if worker.type in _DEVICES else parameter.device
 
     def remove(self) -> None:
         """Give the layers ordinary weights of the dtype they had. What fp8 rounded away does not come back."""

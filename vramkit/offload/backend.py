@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["AcceleratorBackend", "Backend", "CopyQueue", "CpuBackend", "Fence", "backend_for"]
+__all__ = ["AcceleratorBackend", "Backend", "CopyQueue", "CpuBackend", "Fence", "accelerator_for", "backend_for"]
 
 
 class Fence(Protocol):
@@ -58,6 +58,16 @@ class Backend(Protocol):
 def backend_for(device: torch.device) -> Backend:
     """Return the backend of `device`."""
     return CpuBackend() if device.type == "cpu" else AcceleratorBackend(device)
+
+
+def accelerator_for(device: torch.device) -> torch.device:
+    """Return where to convert weights that rest on `device`: an accelerator does in seconds what takes a CPU minutes.
+
+    That is the accelerator, if there is one, for weights in host memory, and `device` itself for others.
+    """
+    if device.type != "cpu" or not torch.accelerator.is_available():
+        return device
+    return torch.accelerator.current_accelerator() or device
 
 
 class _Passed:

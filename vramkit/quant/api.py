@@ -15,6 +15,7 @@ from torch import nn
 from vramkit.casting.api import DEFAULT_SKIP_PATTERNS
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes, tensor_bytes
+from vramkit.offload.backend import accelerator_for
 from vramkit.offload.handle import editable, refuse_part_of_offloaded
 from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.quant.config import QuantConfig
@@ -194,7 +195,7 @@ class Quantizer:
 
     def quantized(self, weight: torch.Tensor) -> torch.Tensor:
         """Quantize one weight on the accelerator, or where it is; the result is where the weight was."""
-        return self.handler.quantize(weight.detach().to(_worker(weight.device))).to(weight.device)
+        return self.handler.quantize(weight.detach().to(accelerator_for(weight.device))).to(weight.device)
 
     def converted(self, names: Sequence[str], weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
         """Quantize a tensor that is being loaded (see `load_mapped`), if all its owners are to be quantized."""
@@ -202,7 +203,7 @@ class Quantizer:
             return None
         if not all(name.endswith(".weight") for name in names):
             return None
-        worker = _worker(weight.device)
+        worker = accelerator_for(weight.device)
         wide = weight.to(worker).to(dtype or weight.dtype)  # as the file has it over the link, which is narrower mostly
         return self.handler.quantize(wide).to(weight.device)
 
@@ -261,10 +262,3 @@ def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tup
 
     walk(module, "", is_skipped=False)
     return chosen, skipped
-
-
-def _worker(device: torch.device) -> torch.device:
-    """Where to quantize: an accelerator does in seconds what takes a CPU minutes."""
-    if device.type != "cpu" or not torch.accelerator.is_available():
-        return device
-    return torch.accelerator.current_accelerator() or device

@@ -9,6 +9,7 @@ from torch import nn
 
 from vramkit.casting.narrow import NarrowTensor, narrowed
 from vramkit.errors import ConfigError
+from vramkit.offload.backend import accelerator_for
 from vramkit.quant.config import Fp8Config
 from vramkit.quant.handler import Handler as BaseHandler
 from vramkit.quant.scaled_linear import MULTIPLE, ScaledLinear, scaled_mm_problem
@@ -80,10 +81,7 @@ class Handler(BaseHandler):
 
 def _able_device(rests_on: torch.device) -> str:
     """The type of the device that multiplies: where the weights are, or, for weights in host memory, the accelerator."""
-    device = rests_on
-    if device.type in ("cpu", "meta"):
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = found or torch.device("cpu")
+    device = accelerator_for(torch.device("cpu") if rests_on.type == "meta" else rests_on)
     problem = scaled_mm_problem(device)
     if problem is not None:
         raise ConfigError(
