@@ -249,7 +249,7 @@ def run_family(name: str, folder: Path, link_gbps: float) -> list[Row]:
         streamed["error"] = str(error).split(".")[0]
         return rows
     moved_bytes = stats[0].streamed_bytes * family.passes
-    held_bytes = sum(each.slot_bytes + each.resident_bytes for each in stats)
+    held_bytes = sum(each.slots * each.slot_bytes + each.resident_bytes for each in stats)
     floor = max(resident.step_s, moved_bytes / link_gbps / 1e9)
     assert watch.latents is not None
     assert resident.latents is not None

@@ -96,7 +96,10 @@ def test_versions_count_writes_through_every_leaf() -> None:
     wrapper.scale.mul_(2)
     assert tensors.version(wrapper) > before
     with torch.inference_mode():
-        assert tensors.version(torch.ones(3)) == 0
+        inference = torch.ones(3)
+        assert tensors.version(inference) == 0
+        inference.data = tensor  # as gathering does; then `is_inference` is False, and there is still no count
+        assert tensors.version(inference) == 0
 
 
 @given(

@@ -79,7 +79,10 @@ def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
 def version(tensor: torch.Tensor) -> int:
     """Return a number that changes when `tensor` is written in place (0 for inference tensors, which do not count)."""
     if is_plain(tensor):
-        return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 (torch has no public reader)
+        try:  # `is_inference` does not tell: it follows what is assigned to `.data`, and the count does not
+            return tensor._version  # noqa: SLF001 (torch has no public reader)
+        except RuntimeError:
+            return 0
     names, _ = _flatten(tensor)
     return sum(version(getattr(tensor, name)) for name in names)
 

@@ -270,8 +270,14 @@ def test_writes_that_would_be_lost_are_refused(net):
     assert sqnr_db(new, weight.widened()) >= 31
 
 
-def test_moves_keep_fp8_and_other_operations_widen():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_moves_keep_fp8_and_other_operations_widen(mode):
     tensor = narrowed(torch.randn(8, 8), E4M3, torch.bfloat16)
+    with mode():
+        check_moves(tensor)
+
+
+def check_moves(tensor):
     for moved in (tensor.detach(), tensor.clone(), tensor.to("cpu", copy=True), tensor.to(torch.float16)):
         assert isinstance(moved, NarrowTensor)
     assert tensor.to(torch.float16).dtype == torch.float16
@@ -281,15 +287,16 @@ def test_moves_keep_fp8_and_other_operations_widen():
     assert "a scale per row" in repr(tensor)
 
 
-def test_a_cast_module_can_be_moved_and_change_its_compute_dtype(net, ids):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cast_module_can_be_moved_and_change_its_compute_dtype(mode, net, ids):
     apply_layerwise_casting(net, E4M3, torch.float32)
-    with torch.no_grad():
+    with mode():
         assert net(ids).dtype == torch.float32
         net.to(torch.bfloat16)
         assert isinstance(net.conv.weight, NarrowTensor)
         assert net.conv.weight.stored.dtype == E4M3
         assert net(ids).dtype == torch.bfloat16
-    assert net.to("meta").conv.weight.device.type == "meta"
+        assert net.to("meta").conv.weight.device.type == "meta"
 
 
 def test_state_dict_and_deepcopy(net, ids):

@@ -405,6 +405,7 @@ def test_call_after_a_torn_forward_is_right(
 # --- compiling
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("store", ["registered", "pageable"])
 def test_compiled_blocks_equal_the_compiled_resident_run_without_recompiles(store: str, tmp_path: Path) -> None:
     torch._dynamo.reset()

@@ -222,7 +222,7 @@ def test_quanto_is_quanto(weights: str) -> None:
     own = nn.Sequential(layer)
     quantize(own, QuantoConfig(weights=weights), skip_modules=())
     own.cuda()
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode torch cannot make the views that theirs makes of its weights
         for x in xs:
             assert torch.equal(own(x), theirs(x))
 

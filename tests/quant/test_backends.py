@@ -123,9 +123,17 @@ def test_quanto_is_quanto(columns: int, weights: str, dtype: torch.dtype) -> Non
     assert torch.equal(own(x), theirs(x))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_moves_keep_the_parts_and_other_operations_see_values(kind: str) -> None:
-    weight = quantized(layer(torch.float32), CONFIGS[kind]).weight
+def test_moves_keep_the_parts_and_other_operations_see_values(kind: str, mode: Any) -> None:
+    own = quantized(layer(torch.float32), CONFIGS[kind])
+    with mode():
+        check_moves(own.weight)
+        assert type(own.to("meta").weight) is type(own.to(torch.bfloat16).weight)
+    assert (own.weight.dtype, own.weight.device.type) == (torch.bfloat16, "meta")
+
+
+def check_moves(weight: Any) -> None:
     for moved in (weight.detach(), weight.clone(), weight.to("cpu", copy=True), weight.to(torch.bfloat16)):
         assert type(moved) is type(weight)
     assert weight.to(torch.bfloat16).dtype == torch.bfloat16

@@ -37,9 +37,10 @@ class NarrowTensor(torch.Tensor):
         cls: type[NarrowTensor], stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
     ) -> NarrowTensor:
         """Wrap fp8 `stored` and a float32 `scale` of shape [rows, 1, ...]; `dtype` is what it computes as."""
-        return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 (torch's extension point)
-            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device, requires_grad=False
-        )
+        with torch.inference_mode(False):  # torch cannot detach a wrapper that was made there
+            return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 (torch's extension point)
+                cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device, requires_grad=False
+            )
 
     def __init__(self, stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
         self.stored = stored
@@ -83,6 +84,8 @@ class NarrowTensor(torch.Tensor):
         kwargs = dict(kwargs or {})
         if func in _MOVING:
             return _each(args[0], lambda inner: func(inner, *args[1:], **kwargs))
+        if func.overloadpacket is _aten.to:  # whole only in inference mode; elsewhere it comes as what follows
+            return func.decompose(*args, **kwargs)
         if func is _TO_COPY:
             return _to_copy(args[0], kwargs)
         if func is _aten.copy_.default and isinstance(args[0], NarrowTensor):

@@ -124,8 +124,8 @@ def assemble(module: nn.Module, config: OffloadConfig, place: RestingPlace) -> A
 
     table_items = [item for table in tables for item in inventory.parameters_of([table])]  # tied tables share one
     place.check(leaf for plan in plans for leaf in plan.leaves())
-    for plan in plans:
-        place.settle([item for item, _ in plan.items], inventory)
+    for items in [*([item for item, _ in plan.items] for plan in plans), *([item] for item in table_items)]:
+        place.settle(items, inventory)
     place.tidy(inventory)
     place.lock(
         [*(plan.leaves() for plan in plans), [leaf for item in table_items for leaf in tensors.leaves(item.tensor)]]

@@ -169,10 +169,11 @@ class RestingPlace:
             return leaf
         (spec,), size_bytes = (layout := BufferLayout.of([leaf])).leaves, layout.size_bytes
         memory = self._backend.memory(size_bytes)
-        if leaf.device.type != "cpu" or not tensors.is_dense(leaf):
+        store = self.store(leaf) if leaf.device.type == "cpu" and tensors.is_dense(leaf) else None
+        if store is None or store.kind == "pageable":  # no staging for what travels once: it would stay page-locked
             spec.view(memory).copy_(leaf)
         else:
-            self.store(leaf).fill(memory[: spec.size_bytes])
+            store.fill(memory[: spec.size_bytes])
         return spec.view(memory)
 
     def close(self) -> None:

@@ -20,9 +20,11 @@ from vramkit.quant.tensor import QuantizedTensor
 __all__ = ["Bits8Tensor", "Handler"]
 
 
+@torch.library.custom_op("vramkit::int8_linear", mutates_args=())
 def _multiply(
     inputs: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
+    """Multiply in int8. One operation, because a compiler does not know the number of outliers."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     half = rows.to(torch.float16)  # what the kernels take
     narrow, row_absmax, outliers = bitsandbytes.functional.int8_vectorwise_quant(half, threshold=threshold)
@@ -35,14 +37,7 @@ def _multiply(
     return result
 
 
-@torch.library.custom_op("vramkit::int8_linear", mutates_args=())
-def _opaque_multiply(
-    inputs: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
-) -> torch.Tensor:
-    return _multiply(inputs, stored, absmax, bias, threshold)
-
-
-@_opaque_multiply.register_fake
+@_multiply.register_fake
 def _(inputs: torch.Tensor, stored: torch.Tensor, *_options: Any) -> torch.Tensor:
     return inputs.new_empty(*inputs.shape[:-1], stored.shape[0])
 
@@ -60,12 +55,12 @@ class Bits8Tensor(QuantizedTensor):
         return wide.mul_(self.absmax[:, None] / 127).to(self.dtype)
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply in int8; the number of outliers is not known to a compiler, so to it this is one operation."""
+        """Multiply in int8."""
         if not inputs.numel():
             return F.linear(inputs, self.dequantize().to(inputs.dtype), bias)
         bias = None if bias is None else bias.to(inputs.dtype)
-        multiply = _opaque_multiply if torch.compiler.is_compiling() else _multiply
-        return multiply(inputs, self.stored, self.absmax, bias, self.notes[0])
+        out: torch.Tensor = _multiply(inputs, self.stored, self.absmax, bias, self.notes[0])
+        return out
 
 
 def adopted(layer: Any) -> Bits8Tensor:

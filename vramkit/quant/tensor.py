@@ -40,9 +40,10 @@ class QuantizedTensor(torch.Tensor):
     ) -> Self:
         """Wrap `inner`; the result has `shape` and computes as `dtype`."""
         first = inner[cls.inner_names[0]]
-        return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 (torch's extension point)
-            cls, tuple(shape), dtype=dtype, device=first.device, requires_grad=False
-        )
+        with torch.inference_mode(False):  # torch cannot detach a wrapper that was made there
+            return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 (torch's extension point)
+                cls, tuple(shape), dtype=dtype, device=first.device, requires_grad=False
+            )
 
     def __init__(
         self, inner: dict[str, torch.Tensor], shape: Sequence[int], dtype: torch.dtype, notes: tuple[Any, ...]
@@ -99,6 +100,8 @@ class QuantizedTensor(torch.Tensor):
         kwargs = dict(kwargs or {})
         if func in _COPYING:
             return _each(args[0], lambda part: func(part, *args[1:], **kwargs))
+        if func.overloadpacket is _aten.to:  # whole only in inference mode; elsewhere it comes as what follows
+            return func.decompose(*args, **kwargs)
         if func is _TO_COPY:
             return _to_copy(args[0], kwargs)
         if func is _aten.copy_.default and _is_same_kind(args[0], args[1]):
