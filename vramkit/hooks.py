@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-__all__ = ["Attachment", "ModuleHook", "attach", "attached", "mark", "marks", "wrap_method"]
+__all__ = ["Attachment", "ModuleHook", "attach", "attached", "mark", "marks", "prepare", "wrap_method"]
 
 _MARK = "__vramkit_hook__"
 _REASON = (
@@ -56,6 +56,14 @@ def _hidden_from_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
     # Importing dynamo takes more than a second, so it happens when hooks are attached, not with `import vramkit`.
     options = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
     return cast("Callable[..., Any]", torch.compiler.disable(function, **options))  # type: ignore[no-untyped-call]
+
+
+def prepare() -> None:
+    """Import what `attach` needs. Call it before there is device memory.
+
+    The import leaves tracebacks behind, which keep the frames of its callers and what they hold until garbage is collected.
+    """
+    _hidden_from_compiler(prepare)
 
 
 def attach(module: nn.Module, hook: ModuleHook) -> Attachment:

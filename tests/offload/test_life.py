@@ -17,9 +17,11 @@ import pytest
 import torch
 from modules import CASES, WIDTH, Block, BlockNet, Codec, StatefulNet, TiedNet, mapped_copy, tokens
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError, VramkitError
 from vramkit.offload import Offload, apply_group_offloading, offload_of
+from vramkit.offload.backend import CpuBackend
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
 PLACES = ["ram", "file", "spilled"]
@@ -424,6 +426,33 @@ def test_ten_lives_leave_no_object_thread_file_or_memory(
     after = census()
     assert after[:2] == (offloads, files)
     assert after[2] - rss_bytes < 16 * 2**20  # ten leaked models would be 75 MB
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_memory_of_the_device_is_back_without_the_garbage_collector(
+    level: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, options = placed(BlockNet().eval(), place, tmp_path)
+    given: list[StorageWeakRef] = []
+    memory = CpuBackend.memory
+
+    def watched(backend: CpuBackend, size_bytes: int) -> torch.Tensor:
+        tensor = memory(backend, size_bytes)
+        given.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(CpuBackend, "memory", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        offload = apply_group_offloading(module, "cpu", offload_type=level, resident=3000, **options)
+        assert_equal(module, module)
+        offload.remove()
+        assert given
+        assert all(storage.expired() for storage in given)
+    finally:
+        gc.enable()
 
 
 def test_ten_lives_of_one_module_change_nothing(tmp_path: Path, clean_memory: None) -> None:

@@ -134,6 +134,17 @@ def test_timestep_embedding_computes_in_the_dtype_of_its_weights():
     assert embedding(randn(2, 8)).dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("channels", "chunks"), [(5120, 6), (3072, 6), (2048, 4), (16, 1)], ids=["wide", "less_wide", "narrow", "tiny"]
+)
+def test_narrow_models_take_more_tokens_at_a_time(channels, chunks):
+    x = torch.empty(2, 32_760, channels, device="meta")
+    parts = TokenOps().chunks(x)
+    assert len(parts) == chunks
+    assert [n for part in parts for n in range(32_760)[part]] == list(range(32_760))
+    assert len(TokenOps(chunk_tokens=10_000).chunks(x[0])) == 4
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_feed_forward_updates_in_place(chunk):
     torch.manual_seed(0)

@@ -73,6 +73,7 @@ class Engine:
         if self._turns is not None:
             self.evict()
         self._streamer.close()
+        self._group_hooks.clear()  # they refer to this engine: device memory would wait for the garbage collector
         return sum(resident.restore() for resident in self.assembly.residents)
 
     def reset(self) -> None:

@@ -87,6 +87,7 @@ class ModuleGroup:
         self._bindings = [
             _Binding(slot, [next(specs) if part is None else part for part in parts]) for slot, parts in bindings
         ]
+        self._counted = [leaf for slot, _ in bindings for leaf in tensors.leaves(slot.rest)]
         self._placed: dict[int, list[torch.Tensor]] = {}
         self._on_show: list[tuple[torch.Tensor, int]] = []  # outside the ring, with their versions
         self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
@@ -104,7 +105,7 @@ class ModuleGroup:
 
     def version(self) -> int:
         """Return a number that changes when any of the tensors at rest is written in place."""
-        return sum(tensors.version(binding.slot.rest) for binding in self._bindings)
+        return sum(map(tensors.version, self._counted))
 
     def owners(self) -> list[tuple[nn.Module, str]]:
         """Return all (module, attribute) pairs that are shown the group."""

@@ -65,6 +65,7 @@ class Offload:
         self._turns = turns
         self._counters = Counters()
         self._returned_bytes = 0
+        hooks.prepare()
         self._place = RestingPlace(config, backend_for(config.device))
         try:
             self._engine: Engine | None = self._start()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch.profiler import record_function
 
 from vramkit.offload.backend import Backend, Fence
@@ -18,6 +20,8 @@ from vramkit.offload.group import ModuleGroup
 from vramkit.offload.ring import Region, SlotRing
 
 __all__ = ["Counters", "Streamer"]
+
+_NO_SPAN = nullcontext()
 
 
 @dataclasses.dataclass(slots=True)
@@ -76,7 +80,7 @@ class Streamer:
                 return
             self.release(group)  # written to while it was kept on the device: load it again
         self._midway = True
-        with record_function(f"vramkit::acquire {group.name}"):
+        with _span("acquire", group):
             load = self._take(group)
             self._counters.stall_s += load.ready.wait()
             group.show_device(load.region.memory, remember=load.region.count > 0)
@@ -92,7 +96,7 @@ class Streamer:
         if load is None:
             return
         self._midway = True
-        with record_function(f"vramkit::release {group.name}"):
+        with _span("release", group):
             group.show_rest()
             self._ring.give(load.region, self._backend.fence())
         self._prefetch()
@@ -190,7 +194,7 @@ class Streamer:
             self._ahead.append(self._load(group, region, place))
 
     def _load(self, group: ModuleGroup, region: Region, place: int) -> _Load:
-        with record_function(f"vramkit::load {group.name}"):
+        with _span("load", group):
             version = group.version()
             ready = self._queue.submit(_filling(group, region), region.free)
         self._counters.loads += 1
@@ -218,6 +222,13 @@ class Streamer:
             load.place, kept = expected, kept + 1
         while len(self._ahead) > kept:
             self._drop_last()
+
+
+def _span(step: str, group: ModuleGroup) -> AbstractContextManager[object]:
+    """Name a step for a profiler, if one runs: otherwise the name would cost as much host time as the step."""
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # noqa: SLF001 (torch has no public reader)
+        return _NO_SPAN
+    return record_function(f"vramkit::{step} {group.name}")
 
 
 def _filling(group: ModuleGroup, region: Region) -> Callable[[], None]:

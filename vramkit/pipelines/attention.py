@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vramkit.pipelines.layers import TokenOps, token_chunks, write
+from vramkit.pipelines.layers import TokenOps, write
 
 __all__ = ["AttentionLayers", "Projections", "Stream", "attention", "cross_attention_", "self_attention_"]
 
@@ -88,7 +88,7 @@ def self_attention_(streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | 
         sum(lengths), first.projections.heads, first.projections.to_k.out_features // first.projections.heads
     )
     values = torch.empty_like(keys)
-    chunks = [(stream, part) for stream in streams for part in token_chunks(stream.tokens.shape[0], ops.chunk_tokens)]
+    chunks = [(stream, part) for stream in streams for part in ops.chunks(stream.tokens)]
     start = 0
     normed = None
     for stream, part in chunks:
@@ -111,7 +111,7 @@ def cross_attention_(stream: Stream, text: Tensor, *, ops: TokenOps, mask: Tenso
     """Let the tokens of a stream attend to text [T, C of the text]; mask [T] bool, True where a text token counts."""
     keys = stream.projections.key(text, None, ops)
     values = stream.projections.value(text)
-    for part in token_chunks(stream.tokens.shape[0], ops.chunk_tokens):
+    for part in ops.chunks(stream.tokens):
         normed = stream.norm(stream.tokens[part])
         query = stream.projections.query(normed, stream.positions(part), ops)
         del normed

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
-    "DEFAULT_CHUNK_TOKENS",
     "FeedForward",
     "Modulated",
     "PatchEmbedding",
@@ -39,8 +38,8 @@ __all__ = [
     "write",
 ]
 
-# The 14B model at 32,760 tokens on an H200: as fast as 8192, with 0.37 GiB less reserved.
-DEFAULT_CHUNK_TOKENS = 6144
+_CHUNK_TOKENS = 6144  # the 14B model at 32,760 tokens on an H200: as fast as 8192, with 0.37 GiB less reserved
+_CHUNK_NUMBERS = 2**24  # of a narrow model: the device is through with less before the host has issued what follows
 
 
 def token_chunks(tokens: int, chunk_tokens: int) -> list[slice]:
@@ -151,17 +150,22 @@ def layer_norm_rotate(
 
 @dataclass(frozen=True, slots=True)
 class TokenOps:
-    """How the token-wise work of a block is done: tokens per chunk, and which functions do it.
+    """How the token-wise work of a block is done: tokens per chunk (None for what suits), and which functions do it.
 
     `compiled()` swaps the functions for fused ones. A block that is compiled as a whole traces through either.
     """
 
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: int | None = None
     layer_norm: Callable[..., Tensor] = layer_norm
     rms_norm: Callable[..., Tensor] = rms_norm
     rms_rotate: Callable[..., Tensor] = rms_rotate
     layer_norm_rotate: Callable[..., Tensor] = layer_norm_rotate
     gated_add: Callable[..., Tensor] = gated_add
+
+    def chunks(self, x: Tensor) -> list[slice]:
+        """Cut the tokens of x [..., S, C] into chunks."""
+        tokens, channels = x.shape[-2:]
+        return token_chunks(tokens, self.chunk_tokens or max(_CHUNK_TOKENS, _CHUNK_NUMBERS // channels))
 
     def compiled(self) -> TokenOps:
         """The same with the functions compiled at their first call, for any chunk length."""
@@ -326,7 +330,7 @@ class FeedForward(nn.Module):
     def forward(self, *streams: Modulated, ops: TokenOps) -> tuple[Tensor, ...]:
         """Update the tokens of each stream in place and return them."""
         for stream in streams:
-            parts = token_chunks(stream.tokens.shape[1], ops.chunk_tokens)
+            parts = ops.chunks(stream.tokens)
             for tokens, norm, gate in stream.samples():
                 for part in parts:
                     ops.gated_add(tokens[part], self.net[2](self.net[0](norm(tokens[part]))), gate)

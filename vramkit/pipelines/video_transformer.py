@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.layers import TokenOps, rotary_grid, token_chunks
+from vramkit.pipelines.layers import TokenOps, rotary_grid
 from vramkit.pipelines.modeling import Model
 
 __all__ = ["TransformerOutput", "VideoTransformer"]
@@ -79,7 +79,7 @@ class VideoTransformer(Model):
         """Patches proj(norm(x) * (1 + scale) + shift) of tokens x [B, S, C]; scale and shift [B, C] fp32."""
         patches = x.new_empty(*x.shape[:2], proj.out_features)
         for b in range(x.shape[0]):
-            for part in token_chunks(x.shape[1], self._ops.chunk_tokens):
+            for part in self._ops.chunks(x):
                 patches[b, part] = proj(norm(x[b, part], weight=1 + scale[b], bias=shift[b]))
         return patches
 
