@@ -283,6 +283,8 @@ def check_moves(tensor):
     assert tensor.to(torch.float16).dtype == torch.float16
     assert type(tensor + 1) is torch.Tensor
     assert torch.equal(tensor + 0, tensor.widened())
+    assert torch.equal(tensor.t() + 0, tensor.widened().t())
+    assert torch.equal(torch.cat([tensor, tensor.view(-1, 8)]), torch.cat([tensor.widened()] * 2))
     assert torch.equal(tensor.int(), tensor.widened().int())
     assert "a scale per row" in repr(tensor)
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from vramkit import tensors
 from vramkit.errors import UnsupportedTensorError
 
 __all__ = ["STORAGE_DTYPES", "NarrowTensor", "narrowed", "row_scales"]
@@ -90,13 +90,12 @@ class NarrowTensor(torch.Tensor):
             return _to_copy(args[0], kwargs)
         if func is _aten.copy_.default and isinstance(args[0], NarrowTensor):
             return _assign(args[0], args[1])
-        if any(isinstance(arg, NarrowTensor) for arg in _written(func, args)):
+        if tensors.writes_to(func, args, NarrowTensor):
             raise UnsupportedTensorError(
                 f"{func} would write to a weight that is stored in {args[0].stored.dtype}, and the change would be lost; "
                 "call remove() on the casting first, change the weight, and cast again"
             )
-        wide_args, wide_kwargs = tree_map_only(NarrowTensor, NarrowTensor.widened, (tuple(args), kwargs))
-        return func(*wide_args, **wide_kwargs)
+        return tensors.run_on_values(func, args, kwargs, NarrowTensor, NarrowTensor.widened)
 
 
 _MOVING = {_aten.detach.default, _aten.clone.default, _aten.alias.default}
@@ -125,11 +124,6 @@ def _to_copy(tensor: NarrowTensor, kwargs: dict[str, Any]) -> torch.Tensor:
     if not dtype.is_floating_point:
         return tensor.widened().to(dtype, **kwargs)
     return _each(tensor, lambda inner: _TO_COPY(inner, **kwargs), dtype)
-
-
-def _written(func: Any, args: Sequence[Any]) -> list[Any]:
-    infos = (argument.alias_info for argument in func._schema.arguments)  # noqa: SLF001 (torch has no public reader)
-    return [arg for arg, info in zip(args, infos, strict=False) if info is not None and info.is_write]
 
 
 def narrowed(

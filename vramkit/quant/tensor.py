@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
+from vramkit import tensors
 from vramkit.errors import UnsupportedTensorError
 
 __all__ = ["QuantizedTensor"]
@@ -108,15 +108,12 @@ class QuantizedTensor(torch.Tensor):
             for name, part in args[0].parts().items():
                 part.copy_(args[1].parts()[name])
             return args[0]
-        infos = (argument.alias_info for argument in func._schema.arguments)  # noqa: SLF001 (torch has no public reader)
-        written = [arg for arg, info in zip(args, infos, strict=False) if info is not None and info.is_write]
-        if any(isinstance(arg, QuantizedTensor) for arg in written):
+        if tensors.writes_to(func, args, QuantizedTensor):
             raise UnsupportedTensorError(
                 f"{func} would write to a quantized weight, and the change would be lost; dequantize the module first "
                 "(vramkit.quant.dequantize), change it, and quantize it again"
             )
-        wide_args, wide_kwargs = tree_map_only(QuantizedTensor, lambda t: t.dequantize(), (tuple(args), kwargs))
-        return func(*wide_args, **wide_kwargs)
+        return tensors.run_on_values(func, args, kwargs, QuantizedTensor, lambda tensor: tensor.dequantize())
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:  # noqa: A002 (torch's name for it)
