@@ -7,9 +7,8 @@ leaves, by ``__tensor_unflatten__``; how often it nests does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,13 +24,9 @@ __all__ = [
     "is_plain",
     "leaves",
     "rebuild",
-    "run_on_values",
     "typed_view",
     "version",
-    "writes_to",
 ]
-
-TensorT = TypeVar("TensorT", bound=torch.Tensor)
 
 _PACKED_FOR_A_DEVICE = ("TinyGemm", "Marlin", "AWQ")  # classes of optimum-quanto
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
@@ -90,36 +85,6 @@ def version(tensor: torch.Tensor) -> int:
             return 0
     names, _ = _flatten(tensor)
     return sum(version(getattr(tensor, name)) for name in names)
-
-
-def writes_to(func: Any, args: Sequence[Any], kind: type[torch.Tensor]) -> bool:
-    """Tell whether an operation that came to ``__torch_dispatch__`` writes to an argument of `kind`."""
-    schema = func._schema  # noqa: SLF001 (torch has no public reader)
-    if not schema.is_mutable:
-        return False
-    infos = (argument.alias_info for argument in schema.arguments)
-    return any(
-        info is not None and info.is_write and isinstance(arg, kind) for arg, info in zip(args, infos, strict=False)
-    )
-
-
-def run_on_values(
-    func: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    kind: type[TensorT],
-    plain: Callable[[TensorT], torch.Tensor],
-) -> Any:
-    """Run an operation with the `plain` values of tensors of `kind` in their place, also where they stand in lists."""
-
-    def seen(value: Any) -> Any:  # torch's own tree functions take longer than the rest of a small operation
-        if isinstance(value, kind):
-            return plain(value)
-        return [seen(each) for each in value] if isinstance(value, list | tuple) else value
-
-    # Torch counts the versions of what a view of a counted tensor returns, also in inference mode, whose tensors have none.
-    with torch.inference_mode(False) if func.is_view and torch.is_inference_mode_enabled() else nullcontext():
-        return func(*map(seen, args), **{name: seen(value) for name, value in kwargs.items()})
 
 
 def is_dense(leaf: torch.Tensor) -> bool:

@@ -11,22 +11,18 @@ weights below 2^-6 and loses 12 dB and more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from vramkit import tensors
-from vramkit.errors import UnsupportedTensorError
+from vramkit.wrapper import WrapperTensor
 
 __all__ = ["STORAGE_DTYPES", "NarrowTensor", "narrowed", "row_scales"]
 
 STORAGE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-_aten = torch.ops.aten
 
-
-class NarrowTensor(torch.Tensor):
+class NarrowTensor(WrapperTensor):
     """fp8 values, with a scale per row or none, that computes as `dtype`. Made by `narrowed`."""
 
     stored: torch.Tensor
@@ -37,10 +33,7 @@ class NarrowTensor(torch.Tensor):
         cls: type[NarrowTensor], stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
     ) -> NarrowTensor:
         """Wrap fp8 `stored` and a float32 `scale` of shape [rows, 1, ...]; `dtype` is what it computes as."""
-        with torch.inference_mode(False):  # torch cannot detach a wrapper that was made there
-            return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 (torch's extension point)
-                cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device, requires_grad=False
-            )
+        return cls._shell(stored.shape, dtype, stored.device, stored.stride())
 
     def __init__(self, stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
         self.stored = stored
@@ -58,9 +51,32 @@ class NarrowTensor(torch.Tensor):
         """Return `widened`, by the name that quantized tensors of all kinds have for it."""
         return self.widened()
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return the inner tensors by name."""
+        return {"stored": self.stored} if self.scale is None else {"stored": self.stored, "scale": self.scale}
+
+    def rebuilt(self, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> NarrowTensor:
+        """Return the same kind of tensor around other inner ones."""
+        return NarrowTensor(parts["stored"], parts.get("scale"), dtype or self.dtype)
+
+    def assign(self, source: torch.Tensor) -> bool:
+        """Narrow the values of any `source` and keep them."""
+        wide = source.widened() if isinstance(source, NarrowTensor) else source
+        new = narrowed(wide.to(self.device), self.stored.dtype, self.dtype, scaled=self.scale is not None)
+        for name, part in self.parts().items():
+            part.copy_(new.parts()[name])
+        return True
+
+    def refusal(self) -> str:
+        """Say what an operation would write to, why it may not, and what to do instead."""
+        return (
+            f"a weight that is stored in {self.stored.dtype}, and the change would be lost; call remove() on the casting "
+            "first, change the weight, and cast again"
+        )
+
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         """Name the inner tensors (an interface of torch)."""
-        return ["stored"] if self.scale is None else ["stored", "scale"], self.dtype
+        return list(self.parts()), self.dtype
 
     @staticmethod
     def __tensor_unflatten__(
@@ -75,55 +91,6 @@ class NarrowTensor(torch.Tensor):
 
     # Composite functions (linear, conv) are taken apart before they come here, and then run on widened weights.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 (torch's extension point)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function and the class
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Keep fp8 for what only moves or copies the tensor; widen it for everything else."""
-        kwargs = dict(kwargs or {})
-        if func in _MOVING:
-            return _each(args[0], lambda inner: func(inner, *args[1:], **kwargs))
-        if func.overloadpacket is _aten.to:  # whole only in inference mode; elsewhere it comes as what follows
-            return func.decompose(*args, **kwargs)
-        if func is _TO_COPY:
-            return _to_copy(args[0], kwargs)
-        if func is _aten.copy_.default and isinstance(args[0], NarrowTensor):
-            return _assign(args[0], args[1])
-        if tensors.writes_to(func, args, NarrowTensor):
-            raise UnsupportedTensorError(
-                f"{func} would write to a weight that is stored in {args[0].stored.dtype}, and the change would be lost; "
-                "call remove() on the casting first, change the weight, and cast again"
-            )
-        return tensors.run_on_values(func, args, kwargs, NarrowTensor, NarrowTensor.widened)
-
-
-_MOVING = {_aten.detach.default, _aten.clone.default, _aten.alias.default}
-_TO_COPY = _aten._to_copy.default  # noqa: SLF001 (the name that torch gives to `Tensor.to`)
-
-
-def _each(
-    tensor: NarrowTensor, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
-) -> NarrowTensor:
-    scale = None if tensor.scale is None else change(tensor.scale)
-    return NarrowTensor(change(tensor.stored), scale, dtype or tensor.dtype)
-
-
-def _assign(target: NarrowTensor, source: torch.Tensor) -> NarrowTensor:
-    wide = source.widened() if isinstance(source, NarrowTensor) else source
-    new = narrowed(wide.to(target.device), target.stored.dtype, target.dtype, scaled=target.scale is not None)
-    target.stored.copy_(new.stored)
-    if target.scale is not None and new.scale is not None:
-        target.scale.copy_(new.scale)
-    return target
-
-
-def _to_copy(tensor: NarrowTensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Move it to another device as fp8; another floating dtype changes what it computes as."""
-    dtype = kwargs.pop("dtype", None) or tensor.dtype
-    if not dtype.is_floating_point:
-        return tensor.widened().to(dtype, **kwargs)
-    return _each(tensor, lambda inner: _TO_COPY(inner, **kwargs), dtype)
 
 
 def narrowed(
