@@ -64,13 +64,13 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_does_not_depend_on_the_size_of_weights(scale, dtype):
     weight = (torch.randn(128, 256) * scale).to(dtype)
-    assert sqnr_db(weight, narrowed(weight, E4M3, dtype).widened()) >= 31
-    assert sqnr_db(weight, narrowed(weight, E5M2, dtype).widened()) >= 25
+    assert sqnr_db(weight, narrowed(weight, E4M3, dtype).dequantize()) >= 31
+    assert sqnr_db(weight, narrowed(weight, E5M2, dtype).dequantize()) >= 25
 
 
 def test_rows_of_very_different_size_keep_their_own_precision():
     weight = torch.randn(16, 512) * torch.logspace(-9, 6, 16)[:, None]
-    stored = narrowed(weight, E4M3, torch.float32).widened()
+    stored = narrowed(weight, E4M3, torch.float32).dequantize()
     assert (
         min(sqnr_db(exact, row) for exact, row in zip(weight, stored, strict=True)) >= 30.5
     )  # one row is a small sample
@@ -78,15 +78,15 @@ def test_rows_of_very_different_size_keep_their_own_precision():
 
 def test_fp16_with_tiny_scales():
     weight = torch.randn(64, 64) * 1e-6
-    stored = narrowed(weight, E4M3, torch.float16).widened()
-    assert torch.equal(stored, narrowed(weight, E4M3, torch.float32).widened().half())
+    stored = narrowed(weight, E4M3, torch.float16).dequantize()
+    assert torch.equal(stored, narrowed(weight, E4M3, torch.float32).dequantize().half())
     assert stored.abs().max() > 0
 
 
 def test_zero_rows_and_peaks_are_exact():
     weight = torch.zeros(3, 4)
     weight[1] = torch.tensor([448.0, -448.0, 1.0, 0.5])
-    assert torch.equal(narrowed(weight, E4M3, torch.float32).widened(), weight)
+    assert torch.equal(narrowed(weight, E4M3, torch.float32).dequantize(), weight)
 
 
 def test_infinities_are_refused_before_anything_is_changed(net):
@@ -267,7 +267,7 @@ def test_writes_that_would_be_lost_are_refused(net):
         weight.add_(1)
     new = torch.randn_like(weight)
     weight.copy_(new)  # a whole new value can be stored
-    assert sqnr_db(new, weight.widened()) >= 31
+    assert sqnr_db(new, weight.dequantize()) >= 31
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -282,10 +282,10 @@ def check_moves(tensor):
         assert isinstance(moved, NarrowTensor)
     assert tensor.to(torch.float16).dtype == torch.float16
     assert type(tensor + 1) is torch.Tensor
-    assert torch.equal(tensor + 0, tensor.widened())
-    assert torch.equal(tensor.t() + 0, tensor.widened().t())
-    assert torch.equal(torch.cat([tensor, tensor.view(-1, 8)]), torch.cat([tensor.widened()] * 2))
-    assert torch.equal(tensor.int(), tensor.widened().int())
+    assert torch.equal(tensor + 0, tensor.dequantize())
+    assert torch.equal(tensor.t() + 0, tensor.dequantize().t())
+    assert torch.equal(torch.cat([tensor, tensor.view(-1, 8)]), torch.cat([tensor.dequantize()] * 2))
+    assert torch.equal(tensor.int(), tensor.dequantize().int())
     assert "a scale per row" in repr(tensor)
 
 

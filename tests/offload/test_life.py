@@ -433,7 +433,8 @@ def test_ten_lives_leave_no_object_thread_file_or_memory(
 def test_memory_of_the_device_is_back_without_the_garbage_collector(
     level: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, options = placed(BlockNet().eval(), place, tmp_path)
+    model = BlockNet().eval()
+    module, options = placed(model, place, tmp_path)
     given: list[StorageWeakRef] = []
     memory = CpuBackend.memory
 
@@ -447,7 +448,7 @@ def test_memory_of_the_device_is_back_without_the_garbage_collector(
     gc.disable()
     try:
         offload = apply_group_offloading(module, "cpu", offload_type=level, resident=3000, **options)
-        assert_equal(module, module)
+        assert_equal(module, model)
         offload.remove()
         assert given
         assert all(storage.expired() for storage in given)

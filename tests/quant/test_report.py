@@ -39,7 +39,7 @@ def quantized(net: BlockNet) -> nn.Module:
 
 def stored_wrong(layer: nn.Linear, factor: float) -> None:
     """Store a weight in fp8 that is `factor` times what it was."""
-    exact = narrowed(layer.weight, E4M3, torch.float32).widened()
+    exact = narrowed(layer.weight, E4M3, torch.float32).dequantize()
     layer.weight = nn.Parameter(narrowed(exact * factor, E4M3, torch.float32), requires_grad=False)
 
 
@@ -47,7 +47,7 @@ def test_half_the_signal_as_error_is_six_decibels_in_weights_and_outputs():
     layers = [nn.Linear(32, 32, bias=False) for _ in range(3)]
     exact = nn.Sequential(*layers).requires_grad_(False)
     for layer in exact:
-        layer.weight.copy_(narrowed(layer.weight, E4M3, torch.float32).widened())
+        layer.weight.copy_(narrowed(layer.weight, E4M3, torch.float32).dequantize())
     other = copy.deepcopy(exact)
     stored_wrong(other[0], 1)
     stored_wrong(other[1], 0.5)  # exact in fp8

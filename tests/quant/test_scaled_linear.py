@@ -37,7 +37,7 @@ def test_products_are_those_of_the_narrow_numbers(emulation, dtype, bias, shape)
     x = torch.randn(shape, dtype=dtype)
     out = ScaledLinear.of(stored, "cpu")(x)
     narrow, scale = narrow_rows(x.reshape(-1, 64))
-    expected = F.linear(narrow.float() * scale, stored.weight.widened().float())
+    expected = F.linear(narrow.float() * scale, stored.weight.dequantize().float())
     expected = expected + stored.bias.float() if bias else expected
     assert out.dtype == dtype
     assert out.shape == (*shape[:-1], 48)
@@ -88,7 +88,7 @@ def test_other_devices_and_wide_weights_multiply_plainly():
     stored, x = layer(torch.float32), torch.randn(3, 64)
     assert torch.equal(ScaledLinear.of(stored, "cuda")(x), stored(x))
     scaled = ScaledLinear.of(stored, "cpu")
-    scaled.weight = nn.Parameter(stored.weight.widened(), requires_grad=False)
+    scaled.weight = nn.Parameter(stored.weight.dequantize(), requires_grad=False)
     assert torch.equal(scaled(x), stored(x))
 
 

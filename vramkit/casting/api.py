@@ -163,7 +163,7 @@ class LayerwiseCasting:
                 parameter = getattr(layer, name)
                 if isinstance(parameter, NarrowTensor):
                     if id(parameter) not in done:
-                        done[id(parameter)] = _owned(parameter.widened().to(dtype), parameter)
+                        done[id(parameter)] = _owned(parameter.dequantize().to(dtype), parameter)
                     setattr(layer, name, done[id(parameter)])
 
 

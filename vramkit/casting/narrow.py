@@ -39,17 +39,13 @@ class NarrowTensor(WrapperTensor):
         self.stored = stored
         self.scale = scale
 
-    def widened(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """Return the values as an ordinary tensor of the compute dtype."""
         if self.scale is None:
             return self.stored.to(self.dtype)
         if self.dtype == torch.float16:  # a scale below 2^-24 is zero in fp16 though the product is not
             return (self.stored.to(torch.float32) * self.scale).to(torch.float16)
         return self.stored.to(self.dtype).mul_(self.scale.to(self.dtype))
-
-    def dequantize(self) -> torch.Tensor:
-        """Return `widened`, by the name that quantized tensors of all kinds have for it."""
-        return self.widened()
 
     def parts(self) -> dict[str, torch.Tensor]:
         """Return the inner tensors by name."""
@@ -61,7 +57,7 @@ class NarrowTensor(WrapperTensor):
 
     def assign(self, source: torch.Tensor) -> bool:
         """Narrow the values of any `source` and keep them."""
-        wide = source.widened() if isinstance(source, NarrowTensor) else source
+        wide = source.dequantize() if isinstance(source, WrapperTensor) else source
         new = narrowed(wide.to(self.device), self.stored.dtype, self.dtype, scaled=self.scale is not None)
         for name, part in self.parts().items():
             part.copy_(new.parts()[name])

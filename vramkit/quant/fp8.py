@@ -49,11 +49,6 @@ class Handler(BaseHandler):
             )
         return stored
 
-    def dequantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """The values in the dtype that the weight computes as."""
-        assert isinstance(weight, NarrowTensor)
-        return weight.widened()
-
     def finished(self, layer: nn.Module) -> nn.Module:
         """Return the layer, or one that multiplies in fp8 where that is asked for and the sizes are multiples of 16."""
         if isinstance(layer, ScaledLinear):  # of an earlier quantization that was taken back
