@@ -5,8 +5,9 @@ The names below load what they need when they are first used: importing vramkit 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vramkit.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vramkit.casting import apply_layerwise_casting
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
         ConcurrentUseError,
         ConfigError,
         ConflictError,
+        PlanInfeasible,
+        RankError,
         StoreError,
         TrainingError,
         UnsupportedTensorError,
@@ -27,30 +30,40 @@ if TYPE_CHECKING:
         apply_model_offload,
         load_mapped,
         offload_of,
+        parameters_on_meta,
     )
-    from vramkit.pipelines.cogvideox.pipeline import CogVideoXPipeline
-    from vramkit.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
-    from vramkit.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
-    from vramkit.pipelines.hunyuan_video.pipeline import HunyuanVideoPipeline
-    from vramkit.pipelines.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
-    from vramkit.pipelines.hunyuan_video.vae import AutoencoderKLHunyuanVideo
-    from vramkit.pipelines.ltx.pipeline import LTXPipeline
-    from vramkit.pipelines.ltx.transformer import LTXVideoTransformer3DModel
-    from vramkit.pipelines.ltx.vae import AutoencoderKLLTXVideo
-    from vramkit.pipelines.modeling import AutoModel
-    from vramkit.pipelines.pipeline import Pipeline
-    from vramkit.pipelines.schedulers import (
+    from vramkit.pipelines import (
+        AutoencoderKLCogVideoX,
+        AutoencoderKLHunyuanVideo,
+        AutoencoderKLLTXVideo,
+        AutoencoderKLWan,
+        AutoModel,
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
+        CogVideoXImageToVideoPipeline,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+        DecodeMemoryError,
         FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+        LTXConditionPipeline,
+        LTXImageToVideoPipeline,
+        LTXPipeline,
+        LTXVideoCondition,
+        LTXVideoTransformer3DModel,
+        Pipeline,
         UniPCMultistepScheduler,
+        WanImageToVideoPipeline,
+        WanPipeline,
+        WanTransformer3DModel,
+        export_to_video,
+        load_image,
     )
-    from vramkit.pipelines.video import export_to_video, load_image
-    from vramkit.pipelines.wan.pipeline import WanPipeline
-    from vramkit.pipelines.wan.transformer import WanTransformer3DModel
-    from vramkit.pipelines.wan.vae import AutoencoderKLWan
+    from vramkit.planning import Fit, Plan, fit, plan
     from vramkit.quant import PipelineQuantizationConfig, quantize
-    from vramkit.trace import MemoryTimeline
+    from vramkit.timeline import MemoryTimeline
+    from vramkit.tracing import trace
 
 __version__ = "0.1.0"
 
@@ -61,6 +74,8 @@ _HOMES = {
         "ConcurrentUseError",
         "ConfigError",
         "ConflictError",
+        "PlanInfeasible",
+        "RankError",
         "StoreError",
         "TrainingError",
         "UnsupportedTensorError",
@@ -73,38 +88,49 @@ _HOMES = {
         "apply_model_offload",
         "load_mapped",
         "offload_of",
+        "parameters_on_meta",
     ),
-    "vramkit.pipelines.cogvideox.pipeline": ("CogVideoXPipeline",),
-    "vramkit.pipelines.cogvideox.transformer": ("CogVideoXTransformer3DModel",),
-    "vramkit.pipelines.cogvideox.vae": ("AutoencoderKLCogVideoX",),
-    "vramkit.pipelines.hunyuan_video.pipeline": ("HunyuanVideoPipeline",),
-    "vramkit.pipelines.hunyuan_video.transformer": ("HunyuanVideoTransformer3DModel",),
-    "vramkit.pipelines.hunyuan_video.vae": ("AutoencoderKLHunyuanVideo",),
-    "vramkit.pipelines.ltx.pipeline": ("LTXPipeline",),
-    "vramkit.pipelines.ltx.transformer": ("LTXVideoTransformer3DModel",),
-    "vramkit.pipelines.ltx.vae": ("AutoencoderKLLTXVideo",),
-    "vramkit.pipelines.modeling": ("AutoModel",),
-    "vramkit.pipelines.pipeline": ("Pipeline",),
-    "vramkit.pipelines.schedulers": (
+    "vramkit.pipelines": (
+        "AutoModel",
+        "AutoencoderKLCogVideoX",
+        "AutoencoderKLHunyuanVideo",
+        "AutoencoderKLLTXVideo",
+        "AutoencoderKLWan",
         "CogVideoXDDIMScheduler",
         "CogVideoXDPMScheduler",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXPipeline",
+        "CogVideoXTransformer3DModel",
+        "DecodeMemoryError",
         "FlowMatchEulerDiscreteScheduler",
+        "HunyuanVideoPipeline",
+        "HunyuanVideoTransformer3DModel",
+        "LTXConditionPipeline",
+        "LTXImageToVideoPipeline",
+        "LTXPipeline",
+        "LTXVideoCondition",
+        "LTXVideoTransformer3DModel",
+        "Pipeline",
         "UniPCMultistepScheduler",
-    ),
-    "vramkit.pipelines.video": (
+        "WanImageToVideoPipeline",
+        "WanPipeline",
+        "WanTransformer3DModel",
         "export_to_video",
         "load_image",
     ),
-    "vramkit.pipelines.wan.pipeline": ("WanPipeline",),
-    "vramkit.pipelines.wan.transformer": ("WanTransformer3DModel",),
-    "vramkit.pipelines.wan.vae": ("AutoencoderKLWan",),
+    "vramkit.planning": (
+        "Fit",
+        "Plan",
+        "fit",
+        "plan",
+    ),
     "vramkit.quant": (
         "PipelineQuantizationConfig",
         "quantize",
     ),
-    "vramkit.trace": ("MemoryTimeline",),
+    "vramkit.timeline": ("MemoryTimeline",),
+    "vramkit.tracing": ("trace",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AutoModel",
@@ -115,26 +141,36 @@ __all__ = [
     "CheckpointError",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXImageToVideoPipeline",
     "CogVideoXPipeline",
     "CogVideoXTransformer3DModel",
     "ConcurrentUseError",
     "ConfigError",
     "ConflictError",
+    "DecodeMemoryError",
+    "Fit",
     "FlowMatchEulerDiscreteScheduler",
     "HunyuanVideoPipeline",
     "HunyuanVideoTransformer3DModel",
+    "LTXConditionPipeline",
+    "LTXImageToVideoPipeline",
     "LTXPipeline",
+    "LTXVideoCondition",
     "LTXVideoTransformer3DModel",
     "MemoryTimeline",
     "Offload",
     "OffloadStats",
     "Pipeline",
     "PipelineQuantizationConfig",
+    "Plan",
+    "PlanInfeasible",
+    "RankError",
     "StoreError",
     "TrainingError",
     "UniPCMultistepScheduler",
     "UnsupportedTensorError",
     "VramkitError",
+    "WanImageToVideoPipeline",
     "WanPipeline",
     "WanTransformer3DModel",
     "__version__",
@@ -142,20 +178,14 @@ __all__ = [
     "apply_layerwise_casting",
     "apply_model_offload",
     "export_to_video",
+    "fit",
     "load_image",
     "load_mapped",
     "offload_of",
+    "parameters_on_meta",
+    "plan",
     "quantize",
+    "trace",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'vramkit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -13,10 +14,20 @@ from torch import nn
 from vramkit import tensors
 from vramkit.errors import ConfigError
 
-__all__ = ["available_ram_bytes", "format_bytes", "module_bytes", "parse_bytes", "probe_link_gbps", "tensor_bytes"]
+__all__ = [
+    "CgroupLimit",
+    "available_ram_bytes",
+    "cgroup_limits",
+    "format_bytes",
+    "module_bytes",
+    "parse_bytes",
+    "probe_link_gbps",
+    "tensor_bytes",
+]
 
 GIB = 2**30
 MIB = 2**20
+_UNLIMITED = 2**60  # above it cgroup v1 means no limit
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{middle}b": base**power
@@ -50,7 +61,7 @@ def format_bytes(count: float) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
     """Count the bytes that `tensor` keeps in memory, inner tensors of wrapper subclasses included."""
-    return sum(leaf.nbytes for leaf in tensors.leaves(tensor))
+    return sum(part.nbytes for part in (tensors.sparse_parts(tensor) or tensors.leaves(tensor)))
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -59,23 +70,52 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor_bytes(tensor) for tensor in distinct.values())
 
 
-def available_ram_bytes() -> int:
-    """Return how much RAM this process may still take: what the system has free, or what its container leaves.
+@dataclass(frozen=True, slots=True)
+class CgroupLimit:
+    """A control group that limits the memory of this process, and of others in it."""
 
-    Inside a container the system's figure is the host's; the cgroup limit (v2 or v1) is the one that kills.
+    path: str
+    limit_bytes: int
+    used_bytes: int
+
+
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[CgroupLimit]:
+    """The memory limits of this process's control group and of all above it, innermost first; none without control groups.
+
+    A group may take no more than the groups above it leave, whatever its own limit says.
     """
-    available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, usage = Path(limit_file).read_text().strip(), int(Path(usage_file).read_text())
-        except (OSError, ValueError):
+    try:
+        lines = own.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        if limit.isdigit():
-            available = min(available, max(0, int(limit) - usage))
-    return available
+        # Version 2 has one tree, version 1 one for each controller.
+        tree = root / "memory" if controllers else root
+        limit_name, used_name = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        )
+        inner = Path(path.strip("/"))
+        for folder in dict.fromkeys((tree / inner, *(tree / above for above in inner.parents), tree)):
+            try:
+                limit, used = (folder / limit_name).read_text().strip(), int((folder / used_name).read_text())
+            except (OSError, ValueError):
+                continue  # the outermost has no such files, and a container may not see those above it
+            if limit.isdigit() and int(limit) < _UNLIMITED:
+                found.append(CgroupLimit(str(folder), int(limit), used))
+    return found
+
+
+def available_ram_bytes() -> int:
+    """Return how much RAM this process may still take: what the system has free, or what its control groups leave.
+
+    Inside a container the system's figure is the host's; the limit of the control group, or of one above it, is what kills.
+    """
+    left = (limit.limit_bytes - limit.used_bytes for limit in cgroup_limits())
+    return max(0, min(int(psutil.virtual_memory().available), *left, _UNLIMITED))
 
 
 def probe_link_gbps(device: torch.device | str, *, probe_bytes: int = 256 * MIB, repeats: int = 5) -> float:
@@ -87,7 +127,7 @@ def probe_link_gbps(device: torch.device | str, *, probe_bytes: int = 256 * MIB,
     device = torch.device(device)
     if device.type == "cpu":
         raise ConfigError("the link of the CPU to itself was asked for; give an accelerator such as 'cuda'")
-    host = torch.empty(probe_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+    host = torch.empty(probe_bytes, dtype=torch.uint8, device="cpu", pin_memory=True).fill_(1)
     target = torch.empty(probe_bytes, dtype=torch.uint8, device=device)
     best = float("inf")
     for _ in range(repeats):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from vramkit.errors import UnsupportedTensorError
 
@@ -21,20 +22,46 @@ __all__ = [
     "copy_values",
     "dense_like",
     "is_dense",
+    "is_inference_made",
     "is_plain",
+    "kind_of",
     "leaves",
+    "like_owned",
+    "materialize",
+    "materializes",
     "rebuild",
+    "sparse_parts",
     "typed_view",
     "version",
 ]
 
 _PACKED_FOR_A_DEVICE = ("TinyGemm", "Marlin", "AWQ")  # classes of optimum-quanto
+# What a subclass makes of operations is not asked for, here where its attributes are read: that takes longer than the rest.
+_reading = torch._C.DisableTorchFunctionSubclass  # noqa: SLF001 (torch's extension point)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+_DISABLED = torch._C._disabled_torch_dispatch_impl  # noqa: SLF001 (what classes without one have)
+
+
+def kind_of(tensor: torch.Tensor) -> type[torch.Tensor]:
+    """Return the class that `tensor` was made with: a watched tensor (`vramkit.offload.watch`) has a class of its own."""
+    kind: type[torch.Tensor] = getattr(type(tensor), "watched_kind", type(tensor))
+    return kind
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether `tensor` is its own leaf: no subclass with inner tensors."""
-    return type(tensor) in _PLAIN
+    """Tell whether `tensor` is its own leaf: no subclass with inner tensors.
+
+    A Parameter of a class that others derived (to mark it, or to hang attributes on it) is plain too, unless the class
+    takes part in how operations are carried out.
+    """
+    kind = kind_of(tensor)
+    return kind in _PLAIN or (
+        issubclass(kind, nn.Parameter)
+        and not isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+        and not hasattr(kind, "__tensor_flatten__")
+        and kind.__torch_dispatch__ is _DISABLED
+        and not kind.__module__.startswith("bitsandbytes.")
+    )
 
 
 def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -44,11 +71,13 @@ def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
         UnsupportedTensorError: for a subclass that cannot be taken apart, or a layout that is not strided.
     """
     if is_plain(tensor):
-        if tensor.layout != torch.strided:
-            raise UnsupportedTensorError(
-                f"a tensor of layout {tensor.layout} cannot be streamed; only strided tensors can: call .to_dense() first"
-            )
-        return [tensor.detach()]
+        with _reading():
+            if tensor.layout != torch.strided:
+                raise UnsupportedTensorError(
+                    f"a tensor of layout {tensor.layout} cannot be streamed; only strided tensors can: call .to_dense() "
+                    "first"
+                )
+            return [tensor.detach()]
     names, _ = _flatten(tensor)
     return [leaf for name in names for leaf in leaves(getattr(tensor, name))]
 
@@ -56,22 +85,65 @@ def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
 def rebuild(like: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Put a tensor of the same kind as `like` together around other leaves (in the order of `leaves`)."""
     remaining = iter(parts)
-    tensor = _rebuild(like, remaining)
+    with _reading():
+        tensor = _rebuild(like, remaining)
     if next(remaining, None) is not None:
         raise ValueError("more leaves were given than the tensor has")
     return tensor
 
 
-def as_owned(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Wrap `tensor` so that a module can own it as it owns `like`: a frozen Parameter for a Parameter, else as it is."""
-    if isinstance(like, nn.Parameter):
+def as_owned(tensor: torch.Tensor, like: torch.Tensor, kind: type[torch.Tensor] | None = None) -> torch.Tensor:
+    """Wrap `tensor` so that a module can own it as it owns `like`: a frozen Parameter for a Parameter, else as it is.
+
+    A Parameter is of the class of `like` (or of `kind`, a class derived from it) and has its attributes.
+    """
+    if not isinstance(like, nn.Parameter):
+        return tensor
+    if is_plain(like) and is_plain(tensor):
+        owned = torch.Tensor._make_subclass(kind or kind_of(like), tensor, False)  # noqa: SLF001
+        owned.__dict__.update(vars(like))
+        return owned
+    with _reading():
         return nn.Parameter(tensor, requires_grad=False)
-    return tensor
+
+
+def like_owned(rest: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return an ordinary tensor as modules own them, where and of the class that `rest` is, with the values of `values`.
+
+    It shares the memory of `rest` where `values` is `rest`.
+    """
+    parts = leaves(rest)
+    if values is not rest and not materializes(rest):  # what is made of others cannot have been written to
+        parts = [new.to(old.device, copy=True) for old, new in zip(parts, leaves(values), strict=True)]
+    return as_owned(rebuild(rest, parts), like=rest).requires_grad_(rest.requires_grad)
+
+
+def materializes(tensor: torch.Tensor) -> bool:
+    """Tell whether `tensor` is made where it is used: its kind writes its values into its first leaf (`materialize_`)."""
+    return hasattr(kind_of(tensor), "materialize_")
+
+
+def materialize(like: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Make a tensor of the kind of `like` of other leaves, in the first of them, which is returned."""
+    made: torch.Tensor = rebuild(like, parts).materialize_()  # type: ignore[attr-defined]
+    return made
 
 
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Write the bytes of `source`, a tensor of the same kind and shape on whatever device, into `target`."""
+    """Write the bytes of `source`, a tensor of the same kind and shape on whatever device, into `target`.
+
+    Raises:
+        UnsupportedTensorError: `target` is made of others where it is used, so that it cannot take values.
+    """
     with torch.no_grad():
+        if materializes(source) and not materializes(target):
+            first, *others = leaves(source)
+            source = materialize(source, [first.clone(), *others])
+        elif materializes(target) and not materializes(source):
+            raise UnsupportedTensorError(
+                f"a weight was written to that is kept as a {kind_of(target).__name__} and made at each use: the change "
+                "would be lost"
+            )
         for old, new in zip(leaves(target), leaves(source), strict=True):
             old.copy_(new)
 
@@ -79,16 +151,37 @@ def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
 def version(tensor: torch.Tensor) -> int:
     """Return a number that changes when `tensor` is written in place (0 for inference tensors, which do not count)."""
     if is_plain(tensor):
-        try:  # `is_inference` does not tell: it follows what is assigned to `.data`, and the count does not
-            return tensor._version  # noqa: SLF001 (torch has no public reader)
-        except RuntimeError:
-            return 0
+        return 0 if is_inference_made(tensor) else tensor._version  # noqa: SLF001 (torch has no public reader)
     names, _ = _flatten(tensor)
     return sum(version(getattr(tensor, name)) for name in names)
 
 
+def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors inside a sparse one, which is no leaf and not taken apart; none for a strided tensor."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]  # noqa: SLF001 (the public ones ask for sorted indices)
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+def is_inference_made(tensor: torch.Tensor) -> bool:
+    """Tell whether a plain `tensor` was made in inference mode: it counts no writes, and takes no other ``.data``."""
+    try:  # `is_inference` does not tell: it follows what is assigned to `.data`, and the count does not
+        tensor._version  # noqa: B018, SLF001 (torch has no public reader)
+    except RuntimeError:
+        return True
+    return False
+
+
 def is_dense(leaf: torch.Tensor) -> bool:
-    """Tell whether the elements of `leaf` fill one span of memory without holes or overlaps, in whatever order."""
+    """Tell whether one span of memory holds the elements of `leaf`, as they are, without holes or overlaps, in any order."""
+    if (
+        leaf.is_conj() or leaf.is_neg()
+    ):  # conjugated or negated when they are read: a bit of the tensor and not its bytes
+        return False
     expected = 1
     for stride, size in sorted((st, sz) for st, sz in zip(leaf.stride(), leaf.shape, strict=True) if sz != 1):
         if stride != expected:
@@ -141,7 +234,8 @@ def _flatten(tensor: torch.Tensor) -> tuple[list[str], Any]:
             f"a tensor of class {type(tensor).__module__}.{type(tensor).__qualname__} cannot be streamed: it does not say "
             "which plain tensors it holds (__tensor_flatten__). Keep its module out of offloading, or load the model plain"
         )
-    names, context = flatten()
+    with _reading():
+        names, context = flatten()
     return list(names), context
 
 

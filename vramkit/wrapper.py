@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from vramkit.errors import UnsupportedTensorError
@@ -16,6 +17,20 @@ __all__ = ["WrapperTensor"]
 _aten = torch.ops.aten
 _COPYING = {_aten.detach.default, _aten.clone.default, _aten.alias.default}
 _TO_COPY = _aten._to_copy.default  # noqa: SLF001 (the name that torch gives to `Tensor.to`)
+_COMPOSITE = {
+    _aten.to,
+    _aten.narrow,
+    _aten.chunk,
+}  # come whole in inference mode only; elsewhere as what they are made of
+_MADE_OF_PRODUCTS = (F.linear, torch.einsum, torch.tensordot, torch.inner, torch.linalg.multi_dot)
+_INDEXING = {  # operation -> where its arguments name the dimension
+    _aten.select.int: 1,
+    _aten.slice.Tensor: 1,
+    _aten.unbind.int: 1,
+    _aten.index_select.default: 1,
+    _aten.split.Tensor: 2,
+    _aten.split_with_sizes.default: 2,
+}
 
 
 class WrapperTensor(torch.Tensor):
@@ -43,6 +58,10 @@ class WrapperTensor(torch.Tensor):
         """Return the same kind of tensor around other inner ones; another `dtype` changes what it computes as."""
         raise UnsupportedTensorError(f"{type(self).__name__} does not say how it is put together")
 
+    def taken(self, parts: dict[str, torch.Tensor]) -> Self:
+        """Return some of a stack (three dimensions or more), whose inner tensors were indexed by their first dimension."""
+        raise UnsupportedTensorError(f"{type(self).__name__} does not say how it is indexed")
+
     def assign(self, source: torch.Tensor) -> bool:
         """Take the values of `source` over, for ``copy_``; tell if that could be done."""
         return False
@@ -50,6 +69,29 @@ class WrapperTensor(torch.Tensor):
     def refusal(self) -> str:
         """Say what an operation would write to, why it may not, and what to do instead."""
         return "a stored weight, and the change would be lost"
+
+    def element_size(self) -> int:
+        """Return the whole bytes that an element takes as it is stored, at least 1: what counts of memory multiply by."""
+        return max(1, self.nbytes // max(1, self.numel()))
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]  # torch's stub has a variable
+        """The bytes of the inner tensors."""
+        return sum(part.nbytes for part in self.parts().values())
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let products that are made of others see values; everything else is taken apart by torch first.
+
+        In inference mode torch hands such a product on undivided, below autocast, which knows only what it is made of.
+        """
+        kwargs = kwargs or {}
+        if func in _MADE_OF_PRODUCTS:
+            return func(*map(_values, args), **{name: _values(value) for name, value in kwargs.items()})
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (torch's extension point)
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function and the class
@@ -59,12 +101,14 @@ class WrapperTensor(torch.Tensor):
         kwargs = dict(kwargs or {})
         if func in _COPYING:
             return _each(args[0], lambda part: func(part, *args[1:], **kwargs))
-        if func.overloadpacket is _aten.to:  # whole only in inference mode; elsewhere it comes as what follows
+        if func.overloadpacket in _COMPOSITE:
             return func.decompose(*args, **kwargs)
         if func is _TO_COPY:
             return _to_copy(args[0], kwargs)
         if func is _aten.copy_.default and isinstance(args[0], WrapperTensor) and args[0].assign(args[1]):
             return args[0]
+        if _takes_of_a_stack(func, args, kwargs):
+            return _taken(func, args, kwargs)
         written = _written(func, args)
         if written is not None:
             raise UnsupportedTensorError(f"{func} would write to {written.refusal()}")
@@ -75,6 +119,28 @@ def _each(
     tensor: WrapperTensor, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
 ) -> WrapperTensor:
     return tensor.rebuilt({name: change(part) for name, part in tensor.parts().items()}, dtype)
+
+
+def _takes_of_a_stack(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an operation picks matrices of a stack, which is done as they are stored: the others stay narrow."""
+    place = _INDEXING.get(func)
+    if place is None and func is not _aten.index.Tensor:
+        return False
+    tensor = args[0]
+    if not isinstance(tensor, WrapperTensor) or tensor.ndim < 3:
+        return False
+    if place is None:
+        return len(args[1]) == 1 and args[1][0].ndim < 2 and args[1][0].dtype != torch.bool
+    dim = args[place] if len(args) > place else kwargs.get("dim", 0)
+    return bool(dim % tensor.ndim == 0)
+
+
+def _taken(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    tensor, *rest = args
+    found = {name: func(part, *rest, **kwargs) for name, part in tensor.parts().items()}
+    if any(isinstance(some, torch.Tensor) for some in found.values()):
+        return tensor.taken(found)
+    return [tensor.taken(dict(zip(found, each, strict=True))) for each in zip(*found.values(), strict=True)]
 
 
 def _to_copy(tensor: WrapperTensor, kwargs: dict[str, Any]) -> torch.Tensor:

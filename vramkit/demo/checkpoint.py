@@ -97,8 +97,8 @@ def write_checkpoint(folder: Path, preset: Preset) -> None:
     """Write a Wan2.1 checkpoint with random float32 weights, fixed by the preset alone, into ``folder``."""
     from transformers import UMT5Config, UMT5EncoderModel  # noqa: PLC0415 - a few seconds to import
 
+    from vramkit.pipelines.loading.text_encoders import load_tokenizer  # noqa: PLC0415
     from vramkit.pipelines.schedulers import UniPCMultistepScheduler  # noqa: PLC0415
-    from vramkit.pipelines.text_encoders import load_tokenizer  # noqa: PLC0415
     from vramkit.pipelines.wan.pipeline import WanPipeline  # noqa: PLC0415
     from vramkit.pipelines.wan.transformer import WanTransformer3DModel  # noqa: PLC0415
     from vramkit.pipelines.wan.vae import AutoencoderKLWan  # noqa: PLC0415

@@ -1,7 +1,8 @@
-"""The demo: one clip resident, the same clip under a budget, and the proof that they are the same bytes."""
+"""The demo: one clip resident, the same clip under budgets, and the proof that they are the same bytes."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,48 +14,67 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import vramkit
 from vramkit.demo.checkpoint import cached_checkpoint
 from vramkit.demo.presets import Preset
-from vramkit.demo.worker import FRAMES, TRACE, Request
-from vramkit.errors import ConfigError, VramkitError
+from vramkit.demo.sweep import Point, plot_sweep
+from vramkit.demo.worker import CPU_MARGIN_BYTES, FRAMES, LINK, TRACE, Request, plan_clip
+from vramkit.errors import ConfigError, PlanInfeasible, VramkitError
+from vramkit.machine import resolve_device
 from vramkit.memory import format_bytes
-from vramkit.pipelines.video import export_to_video
-from vramkit.trace import Trace, plot
+from vramkit.pipelines.calling.video import export_to_video
+from vramkit.timeline import MIB, Trace, plot
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 VIDEO = "demo.mp4"
 PICTURE = "demo-memory.png"
+SWEEP = "demo-budgets.png"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """One generation: its frames float32 [F, H, W, 3] and its memory over time."""
 
+    budget_bytes: int | None  # None: everything resident
     frames: Any
     trace: Trace
+    link_s: float = 0.0  # that its streamed bytes take on the link alone
+
+    @property
+    def clip_s(self) -> float:
+        """Seconds of the clip, without loading."""
+        return self.trace.seconds - next(mark.time_s for mark in self.trace.marks if mark.name == "encode")
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether the run stayed below its budget."""
+        return self.budget_bytes is None or self.trace.peak_bytes <= self.budget_bytes
+
+    def is_same_clip(self, other: Run) -> bool:
+        """Whether both clips are the same bytes (and numbers at all: a clip of NaN proves nothing)."""
+        return self.frames.tobytes() == other.frames.tobytes() and bool(np.isfinite(self.frames).all())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Both generations and what they show."""
+    """All generations and what they show."""
 
     weights_bytes: int
-    budget_bytes: int
+    floor_bytes: int  # the least budget that a plan fits into
     resident: Run
-    budgeted: Run
+    budgeted: list[Run]  # the first one's budget is the one that was asked for
 
     @property
     def identical(self) -> bool:
-        """Whether both clips are the same bytes (and numbers at all: a clip of NaN proves nothing)."""
-        same = self.resident.frames.tobytes() == self.budgeted.frames.tobytes()
-        return same and bool(np.isfinite(self.resident.frames).all())
+        """Whether all clips are the same bytes."""
+        return all(run.is_same_clip(self.resident) for run in self.budgeted)
 
     @property
     def within_budget(self) -> bool:
-        """Whether the second run stayed below the budget."""
-        return self.budgeted.trace.peak_bytes <= self.budget_bytes
+        """Whether every run stayed below its budget."""
+        return all(run.within_budget for run in self.budgeted)
 
 
 def run_demo(
@@ -66,17 +86,18 @@ def run_demo(
     fresh: bool = False,
     console: Console,
 ) -> Outcome:
-    """Write the checkpoint if needed, generate twice, write video and picture to ``out``, and print what was measured.
+    """Write the checkpoint if needed, generate, write video and pictures to ``out``, and print what was measured.
 
     Args:
         preset: sizes of the checkpoint and the clip.
-        out: folder for the video and the picture, made when it is missing.
+        out: folder for the video and the pictures, made when it is missing.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for the GPU if there is one.
-        budget_bytes: memory that the second run may take; by default the preset's.
+        budget_bytes: memory that the second run may take; by default the preset's. Further runs take parts of it.
         fresh: write the checkpoint again.
         console: where progress and the table are printed.
 
     Raises:
+        PlanInfeasible: the budget is too small; nothing was generated.
         VramkitError: a run failed. A budget that was missed is not an error here: see the outcome.
     """
     device = resolve_device(device)
@@ -87,21 +108,65 @@ def run_demo(
     checkpoint = cached_checkpoint(preset, fresh=fresh)
     weights_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
     console.print(f"            {checkpoint} ({format_bytes(weights_bytes)})", soft_wrap=True)
-    console.print("run 1 of 2: everything resident ...")
-    resident = _run_worker(checkpoint, preset, device, budget_bytes=None)
-    console.print(f"run 2 of 2: weights streamed through {format_bytes(budget_bytes)} ...")
-    budgeted = _run_worker(checkpoint, preset, device, budget_bytes=budget_bytes)
-    outcome = Outcome(weights_bytes=weights_bytes, budget_bytes=budget_bytes, resident=resident, budgeted=budgeted)
-    export_to_video(budgeted.frames, out / VIDEO, fps=16)
-    plot(
-        {"resident": resident.trace, "under the budget": budgeted.trace},
-        out / PICTURE,
-        budget_bytes=budget_bytes,
-        title=f"{format_bytes(weights_bytes)} of weights, one clip, {resident.trace.kind} on {device}",
-    )
+    floor_bytes = _floor(checkpoint, preset, budget_bytes, device)
+    others = [int(part * budget_bytes) for part in preset.sweep if part * budget_bytes >= floor_bytes]
+    budgets = [None, budget_bytes, *others]
+    runs = []
+    for at, budget in enumerate(budgets, 1):
+        how = "everything resident" if budget is None else f"within {format_bytes(budget)}, as `--vram` does it"
+        console.print(f"run {at} of {len(budgets)}: {how} ...")
+        runs.append(_run_worker(checkpoint, preset, device, budget_bytes=budget))
+    outcome = Outcome(weights_bytes=weights_bytes, floor_bytes=floor_bytes, resident=runs[0], budgeted=runs[1:])
+    export_to_video(runs[1].frames, out / VIDEO, fps=16)
+    _draw(outcome, out, device)
     print_outcome(outcome, console)
-    console.print(f"video:   {out / VIDEO}\npicture: {out / PICTURE}", soft_wrap=True)
+    size = f"--width {preset.width} --height {preset.height} --frames {preset.num_frames}"
+    for line in (
+        f"video:    {out / VIDEO} (noise, as it should be: the weights are random)",
+        f"pictures: {out / PICTURE}, {out / SWEEP}",
+        f'your own: vramkit run --model {checkpoint} {size} --prompt "A red bird" --vram {budget_bytes // MIB}MiB',
+    ):
+        console.print(line, soft_wrap=True)
     return outcome
+
+
+def _floor(checkpoint: Path, preset: Preset, budget_bytes: int, device: str) -> int:
+    """Return the least budget for the clip; refuse a smaller one before anything is computed."""
+    there = torch.device(device)
+    kept_bytes = CPU_MARGIN_BYTES if there.type == "cpu" else 0
+    try:
+        return plan_clip(str(checkpoint), preset, budget_bytes, there).floor_bytes + kept_bytes
+    except PlanInfeasible as error:
+        least = format_bytes(error.nearest_bytes + kept_bytes)
+        raise ConfigError(f"--budget is {format_bytes(budget_bytes)}; the least that fits is {least}") from error
+
+
+def _draw(outcome: Outcome, out: Path, device: str) -> None:
+    """Write both pictures."""
+    resident, first = outcome.resident, outcome.budgeted[0]
+    weights, kind = format_bytes(outcome.weights_bytes), resident.trace.kind
+    plot(
+        {"resident": resident.trace, "under the budget": first.trace},
+        out / PICTURE,
+        budget_bytes=first.budget_bytes,
+        title=f"{weights} of weights, one clip, {kind} on {device}",
+    )
+    plot_sweep(
+        [
+            Point(
+                budget_bytes=run.budget_bytes or 0,
+                peak_bytes=run.trace.peak_bytes,
+                seconds=run.clip_s,
+                link_s=run.link_s,
+            )
+            for run in outcome.budgeted
+        ],
+        out / SWEEP,
+        floor_bytes=outcome.floor_bytes,
+        resident_bytes=resident.trace.peak_bytes,
+        resident_s=resident.clip_s,
+        title=f"{weights} of weights, one clip under {len(outcome.budgeted)} budgets, {kind} on {device}",
+    )
 
 
 def _make_folder(out: Path) -> None:
@@ -114,36 +179,26 @@ def _make_folder(out: Path) -> None:
         raise ConfigError(f"--out is {str(out)!r}, a folder that cannot be written to: {error.strerror}") from error
 
 
-def resolve_device(device: str) -> str:
-    """Return ``"cpu"`` or a CUDA device with its number, which memory limits ask for; ConfigError when it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was given, but torch sees no CUDA device: use --device cpu")
-    if device != "cpu" and not device.startswith("cuda"):
-        raise ConfigError(f"--device is {device!r}; expected auto, cpu or cuda")
-    return "cuda:0" if device == "cuda" else device
-
-
 def print_outcome(outcome: Outcome, console: Console) -> None:
-    """Print the table of both runs."""
+    """Print the table of all runs."""
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(title=f"{format_bytes(outcome.weights_bytes)} of weights")
     for column in ("run", "budget", "peak", "seconds", "same clip"):
         table.add_column(column, justify="left" if column == "run" else "right")
-    resident, budgeted = outcome.resident.trace, outcome.budgeted.trace
-    table.add_row("resident", "-", format_bytes(resident.peak_bytes), f"{resident.seconds:.1f}", "-")
-    table.add_row(
-        "under the budget",
-        format_bytes(outcome.budget_bytes),
-        format_bytes(budgeted.peak_bytes) + ("" if outcome.within_budget else " (above)"),
-        f"{budgeted.seconds:.1f}",
-        "yes, every byte" if outcome.identical else "NO",
-    )
+    for run in (outcome.resident, *outcome.budgeted):
+        is_resident = run.budget_bytes is None
+        table.add_row(
+            "resident" if is_resident else "under a budget",
+            "-" if run.budget_bytes is None else format_bytes(run.budget_bytes),
+            format_bytes(run.trace.peak_bytes) + ("" if run.within_budget else " (above)"),
+            f"{run.clip_s:.1f}",
+            "-" if is_resident else "yes, every byte" if run.is_same_clip(outcome.resident) else "NO",
+        )
     console.print(table)
     console.print(
-        f"peak: {resident.kind} that the run added, largest value; seconds: from opening the checkpoint to frames"
+        f"peak: {outcome.resident.trace.kind} that the run added, largest value; seconds: from the prompt to frames, "
+        f"without loading; the least budget that would do: {format_bytes(outcome.floor_bytes)}"
     )
 
 
@@ -152,15 +207,28 @@ def _run_worker(checkpoint: Path, preset: Preset, device: str, *, budget_bytes: 
         request = Request(
             checkpoint=str(checkpoint), preset=preset.name, device=device, folder=folder, budget_bytes=budget_bytes
         )
-        command = [sys.executable, "-m", "vramkit.demo.worker", request.to_json()]
+        # Not by -m, which puts the working folder first on the path, whatever lies there under the name of vramkit.
+        command = [sys.executable, "-c", _START, _IMPORTED_FROM, request.to_json()]
         status = subprocess.run(command, env=os.environ | _WORKER_SETTINGS, check=False).returncode
         if status == 130:
             raise KeyboardInterrupt
         if status != 0:
             raise VramkitError(f"the generation failed (exit status {status}); its own message is above")
-        return Run(frames=np.load(Path(folder) / FRAMES), trace=Trace.load(Path(folder) / TRACE))
+        return Run(
+            budget_bytes=budget_bytes,
+            frames=np.load(Path(folder) / FRAMES),
+            trace=Trace.load(Path(folder) / TRACE),
+            link_s=json.loads((Path(folder) / LINK).read_text(encoding="utf-8"))["seconds"],
+        )
 
 
+_START = """
+import sys
+sys.path = [sys.argv[1], *filter(None, sys.path)]
+from vramkit.demo.worker import main
+sys.exit(main(sys.argv[2]))
+"""
+_IMPORTED_FROM = str(Path(vramkit.__file__).absolute().parents[1])
 _WORKER_SETTINGS = {
     # glibc hands memory of freed tensors back to the system at once only above this size; it raises the limit by itself
     # otherwise, and what the process keeps for later would be measured as if the model held it.

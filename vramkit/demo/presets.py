@@ -24,12 +24,27 @@ class Preset:
     num_inference_steps: int
     cpu_budget_bytes: int
     cuda_budget_bytes: int
+    sweep: tuple[float, ...]  # further budgets, as parts of the first
     max_sequence_length: int = 64
     prompt: str = "A red bird flies low above the sea in the soft light of the morning, wide shot, slow motion"
     negative_prompt: str = "blurry, distorted, worst quality"
     guidance_scale: float = 5.0
     flow_shift: float = 3.0
     seed: int = 0
+
+    def clip(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call."""
+        keys = (
+            "prompt",
+            "negative_prompt",
+            "height",
+            "width",
+            "num_frames",
+            "num_inference_steps",
+            "guidance_scale",
+            "max_sequence_length",
+        )
+        return {key: getattr(self, key) for key in keys}
 
     def shape(self) -> dict[str, Any]:
         """Return what decides the checkpoint's bytes, for its manifest."""
@@ -55,6 +70,7 @@ SMALL = Preset(
     num_inference_steps=4,
     cpu_budget_bytes=256 * MIB,
     cuda_budget_bytes=256 * MIB,
+    sweep=(1.25, 1.75),
 )
 
 # A few MB, for tests of the whole path.
@@ -76,6 +92,7 @@ TINY = Preset(
     num_inference_steps=2,
     cpu_budget_bytes=512 * MIB,
     cuda_budget_bytes=512 * MIB,
+    sweep=(0.5,),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (SMALL, TINY)})

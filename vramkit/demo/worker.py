@@ -1,6 +1,6 @@
 """One generation of the demo in a process of its own, so that its memory is measured alone.
 
-``python -m vramkit.demo.worker REQUEST`` with a `Request` as JSON; writes frames.npy and trace.json into its folder.
+`main` is given a `Request` as JSON, and writes frames.npy, trace.json and link.json into its folder.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import torch
 from vramkit.demo.presets import PRESETS, Preset
 from vramkit.errors import VramkitError
 from vramkit.memory import format_bytes
-from vramkit.offload import apply_group_offloading
-from vramkit.pipelines.video import postprocess_video
+from vramkit.offload.allocator import use_expandable_segments
 from vramkit.pipelines.wan.pipeline import WanPipeline
-from vramkit.trace import MemoryTimeline
+from vramkit.planning import Fit, Plan, fit, plan
+from vramkit.timeline import MemoryTimeline
 
 if TYPE_CHECKING:
     from torch import nn
 
 FRAMES = "frames.npy"
 TRACE = "trace.json"
+LINK = "link.json"  # {"seconds": that what was streamed takes on the link alone}
+# Budgets on the CPU count process memory: this much is kept for what is no tensor, as plans do by themselves on a GPU.
+CPU_MARGIN_BYTES = 64 * 2**20
 _PAGE_BYTES = 4096
 
 
@@ -67,10 +70,27 @@ def main(argument: str) -> int:
     return 0
 
 
+def plan_clip(checkpoint: str, preset: Preset, budget_bytes: int, device: torch.device) -> Plan:
+    """Plan the preset's clip within a budget, from the configs alone."""
+    return plan(checkpoint, planned_bytes(budget_bytes, device), device=device, dtype=torch.float32, **preset.clip())
+
+
+def planned_bytes(budget_bytes: int, device: torch.device) -> int:
+    """Return what of a budget is there for tensors to be planned with."""
+    # At the least a size that nobody takes for a slip of the pen, for which the planner names the one that fits.
+    return max(1024, budget_bytes - (CPU_MARGIN_BYTES if device.type == "cpu" else 0))
+
+
 def generate(request: Request) -> None:
     """Load the checkpoint, generate the preset's clip, and write frames and memory trace."""
     preset, device, folder = PRESETS[request.preset], torch.device(request.device), Path(request.folder)
+    use_expandable_segments(device)
     _warm_up(device)
+    fitted: Fit | None = None
+    if request.budget_bytes is not None:
+        plan_clip(
+            request.checkpoint, preset, request.budget_bytes, device
+        )  # what the planner loads is not the model's memory
     if device.type == "cuda" and request.budget_bytes is not None:
         # A real cap: an allocation beyond the budget fails, as on a card of that size.
         total_bytes = torch.cuda.get_device_properties(device).total_memory
@@ -81,10 +101,11 @@ def generate(request: Request) -> None:
         if request.budget_bytes is None:
             make_resident(pipeline, device)
         else:
-            stream_weights(pipeline, device)
+            fitted = fit(pipeline, planned_bytes(request.budget_bytes, device), device=device, **preset.clip())
         frames = _run(pipeline, preset, timeline)
     np.save(folder / FRAMES, frames)
     timeline.save(folder / TRACE)
+    (folder / LINK).write_text(json.dumps({"seconds": 0.0 if fitted is None else _link_s(fitted)}), encoding="utf-8")
 
 
 def make_resident(pipeline: WanPipeline, device: torch.device) -> None:
@@ -96,35 +117,17 @@ def make_resident(pipeline: WanPipeline, device: torch.device) -> None:
                 parameter.view(-1).view(torch.uint8)[::_PAGE_BYTES].max()  # touching a page is what makes it resident
 
 
-def stream_weights(pipeline: WanPipeline, device: torch.device) -> None:
-    """Leave all weights in the checkpoint's files and send them through small rings of slots in ``device``'s memory."""
-    store = "disk" if device.type == "cpu" else None
-    for module in _modules(pipeline):
-        apply_group_offloading(module, device, offload_type="leaf_level", store=store, slots=2)
+def _link_s(fitted: Fit) -> float:
+    """Seconds that the bytes which were streamed take on the link alone."""
+    return sum(stats.loaded_bytes for stats in fitted.stats().values()) / (fitted.plan.link_gbps * 1e9)
 
 
 def _run(pipeline: WanPipeline, preset: Preset, timeline: MemoryTimeline) -> Any:
-    """Generate in the pipeline's three steps, so that the timeline can mark where each begins."""
+    """Generate, with a mark on the timeline where each phase begins."""
     pipeline.set_progress_bar_config(desc="denoise", leave=False)
-    with torch.no_grad():
-        timeline.mark("encode")
-        embeds, negative_embeds = pipeline.encode_prompt(
-            preset.prompt, preset.negative_prompt, max_sequence_length=preset.max_sequence_length
-        )
-        timeline.mark("denoise")
-        latents = pipeline(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative_embeds,
-            height=preset.height,
-            width=preset.width,
-            num_frames=preset.num_frames,
-            num_inference_steps=preset.num_inference_steps,
-            guidance_scale=preset.guidance_scale,
-            generator=torch.Generator().manual_seed(preset.seed),
-            output_type="latent",
-        ).frames
-        timeline.mark("decode")
-        return postprocess_video(pipeline.decode_latents(latents), "np")[0]
+    pipeline.on_phase = lambda phase, **_: timeline.mark(phase)
+    generator = torch.Generator().manual_seed(preset.seed)
+    return pipeline(**preset.clip(), generator=generator, output_type="np").frames[0]
 
 
 def _modules(pipeline: WanPipeline) -> list[nn.Module]:
@@ -142,7 +145,3 @@ def _warm_up(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

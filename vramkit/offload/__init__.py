@@ -2,16 +2,22 @@
 
 from vramkit.offload.api import ModelOffload, apply_group_offloading, apply_model_offload
 from vramkit.offload.checkpoint import read_checkpoint
+from vramkit.offload.construction import parameters_on_meta
 from vramkit.offload.handle import Offload, OffloadStats, offload_of
 from vramkit.offload.mapped import load_mapped
+from vramkit.offload.pinning import PinBudget
+from vramkit.offload.turns import Turns
 
 __all__ = [
     "ModelOffload",
     "Offload",
     "OffloadStats",
+    "PinBudget",
+    "Turns",
     "apply_group_offloading",
     "apply_model_offload",
     "load_mapped",
     "offload_of",
+    "parameters_on_meta",
     "read_checkpoint",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,12 @@ from torch import nn
 
 from vramkit import hooks
 from vramkit.errors import ConfigError, ConflictError
+from vramkit.memory import format_bytes
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.engine import Engine
 from vramkit.offload.handle import Offload, offload_of
+from vramkit.offload.pinning import PinBudget
+from vramkit.offload.stores import Sharing
 from vramkit.offload.turns import Turns
 
 __all__ = ["ModelOffload", "apply_group_offloading", "apply_model_offload"]
@@ -38,15 +42,19 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
     store: str | None = None,
     unit_bytes: int | str | None = None,
     direct_io: bool = False,
-    pin_budget: int | str | None = None,
+    pin_budget: PinBudget | int | str | None = None,
     entry_points: Sequence[str] | None = None,
+    turns: Turns | None = None,
+    mesh: Sharing | None = None,
+    peer_device: torch.device | str | None = None,
 ) -> Offload:
     """Run `module` on a device smaller than it: weights rest in host memory or files and travel just in time.
 
     Mirrors ``diffusers.hooks.apply_group_offloading``. The results are the same bytes as with everything on the device.
 
     Args:
-        module: any module in evaluation use. Its weights may be in RAM, on the device, or views of files (`load_mapped`).
+        module: any module in evaluation use. Its weights may be in RAM, on the device, or views of files (`load_mapped`,
+            and what ``from_pretrained``, ``load_file`` or ``torch.load(mmap=True)`` leave).
         onload_device: where it computes: ``"cuda"``, ``"xpu"`` (untested), or ``"cpu"`` (weights stream from files to RAM).
         offload_device: where weights rest; only ``"cpu"``. Files are chosen by `store` or `offload_to_disk_path`.
         offload_type: ``"block_level"``: the blocks of every ``ModuleList`` or ``Sequential``, at any depth;
@@ -61,23 +69,37 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         exclude_kwargs: keyword arguments of the forward that are not moved to the device.
         slots: groups that the device has room for (default 2: one computes, one loads; 3 at leaf level).
         resident: weights that stay on the device, spread evenly over the blocks: bytes, or text such as ``"4GiB"``.
-        store: ``"registered"``, ``"mapped"``, ``"pageable"`` or ``"disk"``; None chooses the fastest that works.
+        store: ``"registered"``, ``"mapped"``, ``"pageable"``, ``"disk"`` or ``"peer"``; None chooses the fastest
+            that works, of those on the host.
         unit_bytes: upper bound for what travels together; blocks are cut at their submodules to meet it.
         direct_io: read files around the page cache (O_DIRECT) where the system can.
-        pin_budget: most host memory to page-lock: bytes or text (default: nine tenths of the free RAM).
+        pin_budget: most host memory to page-lock: bytes or text (default: nine tenths of the free RAM), or a `PinBudget`
+            that several modules share.
         entry_points: methods besides ``forward`` that run the module (default: ``encode``, ``decode``, ``generate`` if it
             has them).
+        turns: share them among components to keep a budget of device memory (`Turns`). None: with all on this device that
+            have none of their own; slots of what is idle are let go of when another one begins.
+        mesh: ranks (`vramkit.distributed.connect`) that all run this module, in the same calls: each reads its part of what
+            travels, over its own link, and they give it to one another. A rank that runs out of memory ends all.
+        peer_device: with ``store="peer"``, another device of this process, such as ``"cuda:1"``, that keeps a copy of all
+            that travels. It has to have room for that.
 
     Returns:
-        The handle: ``remove()``, ``edit()``, ``stats()``. Applying the same options again returns the same handle.
+        The handle: ``remove()``, ``edit()``, ``adapt()``, ``rest()``, ``stats()``.
+        Applying the same options again returns the same handle.
 
     Raises:
-        ConfigError: an option cannot be used, or weights are on the meta device.
+        ConfigError: an option cannot be used, weights are on the meta device, or ranks differ in options or weights.
         ConflictError: the module, or a part of it, is offloaded already, by this or another library.
         UnsupportedTensorError: a parameter is of a kind that cannot be taken apart.
         StoreError: the disk folder cannot be written.
     """
     del non_blocking, record_stream, low_cpu_mem_usage  # documented above: what they ask for always holds
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"a {type(module).__name__} was given; expected a torch.nn.Module. Of a pipeline, give the parts one by one "
+            "(pipeline.transformer, pipeline.text_encoder, ...), or let vramkit.fit(pipeline, vram=...) do it for all"
+        )
     config = OffloadConfig.from_options(
         module,
         onload_device=onload_device,
@@ -95,12 +117,17 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         direct_io=direct_io,
         pin_budget=pin_budget,
         entry_points=entry_points,
+        mesh=mesh,
+        peer_device=peer_device,
     )
     present = offload_of(module)
     if present is not None and present.config == config:
+        present.join(turns)
         return present
     _refuse_offloaded(module)
-    return Offload(module, config)
+    if mesh is not None:
+        mesh.prepare(module, config.compared(), config.disk_folder)
+    return Offload(module, config, turns=turns)
 
 
 class ModelOffload:
@@ -110,15 +137,24 @@ class ModelOffload:
         self.offloads = dict(offloads)
         self._turns = turns
 
+    def __repr__(self) -> str:
+        """Return a short table of the components."""
+        rows = [
+            f"  {name:<20}{type(offload.module).__name__:<32}{format_bytes(offload.held_bytes)} on the device now"
+            for name, offload in self.offloads.items()
+        ]
+        return "\n".join(["ModelOffload, whole components in turn", *rows])
+
     def evict(self) -> None:
         """Take the component that is on the device off it."""
         self._turns.end()
 
     def remove(self) -> None:
-        """Give all components their tensors back, in host memory."""
-        self._turns.end()
-        for offload in self.offloads.values():
-            offload.remove()
+        """Give all components their tensors back, in host memory; one that fails keeps no other from it."""
+        with contextlib.ExitStack() as steps:  # the last one that is put on it is taken first
+            for offload in reversed(self.offloads.values()):
+                steps.callback(offload.remove)
+            steps.callback(self._turns.end)
 
 
 def apply_model_offload(
@@ -142,7 +178,7 @@ def apply_model_offload(
     unknown = sorted(set(exclude) - named.keys())
     if unknown:
         raise ConfigError(f"exclude names {unknown[0]!r}, which is no component; there are {', '.join(named)}")
-    turns = Turns()
+    turns = Turns(budget=0)  # whatever does not run leaves
     offloads: dict[str, Offload] = {}
     try:
         for name, module in named.items():
@@ -151,7 +187,7 @@ def apply_model_offload(
                 config = OffloadConfig.from_options(
                     module, onload_device=device, offload_type="model_level", store=store
                 )
-                offloads[name] = Offload(module, config, turns=turns)
+                offloads[name] = Offload(module, config, turns=turns, holds_on=True)
     except BaseException:
         ModelOffload(offloads, turns).remove()
         raise

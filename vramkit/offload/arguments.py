@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Container, MutableMapping
 from typing import Any
 
 import torch
 
-__all__ = ["any_requires_grad", "moved", "moved_call"]
+__all__ = ["any_requires_grad", "moved", "moved_call", "with_tensors"]
 
 
 def moved_call(
@@ -19,26 +22,55 @@ def moved_call(
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Return `value` with tensors on `device`.
+    """Return `value` with tensors on `device`; see `with_tensors`."""
 
-    Tuples, named tuples, lists and dicts are rebuilt only where something in them moves; other objects, caches among
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+
+    return with_tensors(value, move)
+
+
+def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return `value` with what `change` makes of its tensors.
+
+    Tuples, lists, mappings and dataclasses are rebuilt only where something in them changes; other objects, caches among
     them, pass as they are.
     """
     if isinstance(value, torch.Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
+        return change(value)
     if type(value) in (tuple, list) or _is_named_tuple(value):
-        items = [moved(item, device) for item in value]
+        items = [with_tensors(item, change) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if _is_named_tuple(value) else type(value)(items)
-    if type(value) is dict:
-        pairs = {key: moved(item, device) for key, item in value.items()}
-        return value if all(pairs[key] is value[key] for key in value) else pairs
-    return value
+    fields = _fields(value)
+    changed = {key: new for key, item in fields.items() if (new := with_tensors(item, change)) is not item}
+    return _with_fields(value, changed) if changed else value
 
 
 def _is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _fields(value: Any) -> dict[Any, Any]:
+    """Return what a mapping or a dataclass holds, by key; nothing for other objects."""
+    if isinstance(value, MutableMapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return {}
+
+
+def _with_fields(value: Any, changed: dict[Any, Any]) -> Any:
+    rebuilt = copy.copy(value)
+    if rebuilt is value or (isinstance(value, UserDict) and rebuilt.data is value.data):
+        return value  # it cannot be copied without the original noticing
+    for key, item in changed.items():
+        if isinstance(rebuilt, MutableMapping):
+            rebuilt[key] = item
+        else:
+            object.__setattr__(rebuilt, key, item)  # frozen ones too
+    return rebuilt
 
 
 def any_requires_grad(value: Any) -> bool:
@@ -47,4 +79,4 @@ def any_requires_grad(value: Any) -> bool:
         return value.requires_grad
     if type(value) in (tuple, list) or _is_named_tuple(value):
         return any(map(any_requires_grad, value))
-    return type(value) is dict and any(map(any_requires_grad, value.values()))
+    return any(map(any_requires_grad, _fields(value).values()))

@@ -8,11 +8,13 @@ Stores that must touch bytes on the host first (disk, staging) run their fills o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+
+from vramkit.offload.workers import Job, Workers
 
 __all__ = ["AcceleratorBackend", "Backend", "CopyQueue", "CpuBackend", "Fence", "accelerator_for", "backend_for"]
 
@@ -34,10 +36,10 @@ class CopyQueue(Protocol):
         """Run `job` after all that was submitted and after the fences; the result is passed when the job is done."""
 
     def drain(self) -> None:
-        """Hold the host until everything submitted is done, whether it failed or not."""
+        """Hold the host until everything submitted is done, whether it failed or not. Closed: nothing to do."""
 
     def close(self) -> None:
-        """Drain and end the queue."""
+        """Drain and end the queue. It may be called again, also after a call that was interrupted."""
 
 
 class Backend(Protocol):
@@ -51,8 +53,17 @@ class Backend(Protocol):
     def queue(self, *, threaded: bool) -> CopyQueue:
         """Return a new copy queue; a `threaded` one runs its jobs on a thread of its own."""
 
+    def trim(self) -> None:
+        """Give freed memory that an allocator keeps back to the device."""
+
     def fence(self) -> Fence:
         """Return a fence at the end of what the calling thread has issued so far on its current stream."""
+
+    def moment(self) -> Any:
+        """Return that point in time, for `times`."""
+
+    def times(self, moments: Sequence[Any]) -> list[float]:
+        """Wait for the device, and return when `moments` were, in seconds of ``time.perf_counter``."""
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -83,11 +94,11 @@ class _Passed:
 class _JobFence:
     """A job of a worker thread, and on an accelerator the event that the job recorded last."""
 
-    def __init__(self, job: Future[Fence]) -> None:
+    def __init__(self, job: Job[Fence]) -> None:
         self._job = job
 
     def wait(self) -> float:
-        if self._job.done():
+        if self._job.is_done:
             return self._job.result().wait()
         start = time.perf_counter()
         fence = self._job.result()
@@ -102,18 +113,19 @@ class _WorkerQueue:
 
     def __init__(self, inner: CopyQueue) -> None:
         self._inner = inner
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vramkit-copy")
+        self._worker = Workers("vramkit-copy")
+        self._worker.start()  # now, because a thread that cannot be had is an error of applying
 
     def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
-        fences = tuple(after)
-        return _JobFence(self._thread.submit(self._inner.submit, job, fences))
+        return _JobFence(self._worker.submit(partial(self._inner.submit, job, tuple(after))))
 
     def drain(self) -> None:
-        self._thread.submit(self._inner.drain).result()
+        self._worker.drain()
+        self._inner.drain()
 
     def close(self) -> None:
-        self.drain()
-        self._thread.shutdown()
+        self._worker.close()
+        self._inner.close()
 
 
 class _DirectQueue:
@@ -141,7 +153,10 @@ class CpuBackend:
     def memory(self, size_bytes: int) -> torch.Tensor:
         """Return RAM that is taken page by page when it is first written."""
         with torch.inference_mode(False):
-            return torch.empty(size_bytes, dtype=torch.uint8)
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")  # whatever the default device is
+
+    def trim(self) -> None:
+        """Do nothing: freed memory of this size goes back by itself."""
 
     def queue(self, *, threaded: bool) -> CopyQueue:
         """Return a queue on a worker thread, so that reading goes on while the caller computes."""
@@ -150,6 +165,14 @@ class CpuBackend:
     def fence(self) -> Fence:
         """Return a passed fence: what the CPU was asked to compute is done."""
         return _Passed()
+
+    def moment(self) -> Any:
+        """Return the time."""
+        return time.perf_counter()
+
+    def times(self, moments: Sequence[Any]) -> list[float]:
+        """Return them as they are."""
+        return list(moments)
 
 
 class _EventFence:
@@ -201,6 +224,10 @@ class AcceleratorBackend:
         with torch.inference_mode(False):
             return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
+    def trim(self) -> None:
+        """Empty the cache of the allocator, from which a larger piece than those that it keeps could not be served."""
+        self._api.empty_cache()
+
     def queue(self, *, threaded: bool) -> CopyQueue:
         """Return a queue on a new stream, driven by a worker thread when asked for."""
         queue = _StreamQueue(self._api, self.device)
@@ -209,3 +236,17 @@ class AcceleratorBackend:
     def fence(self) -> Fence:
         """Record an event on the stream that computes now."""
         return _EventFence(self._api, self._api.current_stream(self.device.index))
+
+    def moment(self) -> Any:
+        """Record an event that knows its time."""
+        event = self._api.Event(enable_timing=True)
+        event.record(self._api.current_stream(self.device.index))
+        return event
+
+    def times(self, moments: Sequence[Any]) -> list[float]:
+        """Ask how long before now each event was: an event knows the time only by another one."""
+        self._api.synchronize(self.device)
+        now = self.moment()
+        now.synchronize()
+        now_s = time.perf_counter()
+        return [now_s - moment.elapsed_time(now) / 1000 for moment in moments]

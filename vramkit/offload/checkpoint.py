@@ -9,60 +9,130 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vramkit import tensors
 from vramkit.errors import CheckpointError
-from vramkit.offload.disk import MappedFile, atomic_write
+from vramkit.memory import parse_bytes
+from vramkit.offload.disk import MappedFile, atomic_write, check_files_of
+from vramkit.offload.header import Span, parse_header
 
-__all__ = ["TensorEntry", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "StoredEntry",
+    "TensorEntry",
+    "distinct_weights",
+    "read_checkpoint",
+    "write_checkpoint",
+    "write_weights",
+]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype)
+    for name, dtype in {
+        "BOOL": "bool",
+        "U8": "uint8",
+        "U16": "uint16",
+        "U32": "uint32",
+        "U64": "uint64",
+        "I8": "int8",
+        "I16": "int16",
+        "I32": "int32",
+        "I64": "int64",
+        "F4": "float4_e2m1fn_x2",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F32": "float32",
+        "F64": "float64",
+        "C64": "complex64",
+    }.items()
+    if hasattr(torch, dtype)  # some came with later versions
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items() if name != "F4"}  # whose shapes are not those of torch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint: where it lies and what it is. `offset` counts from the start of the file."""
+    """One tensor of a checkpoint: where it lies and what it is, of whatever dtype, known here or not."""
 
     file: MappedFile
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    name: str  # in the file
+    offset: int  # from the start of the file
+    size_bytes: int
+    dtype_name: str
+    shape: tuple[int, ...]  # as torch counts: pairs of 4-bit numbers are one element
+    pieces: tuple[tuple[int, int], ...] = ()  # offset and size of its parts, where it does not lie in one piece
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        """Its dtype in torch.
+
+        Raises:
+            CheckpointError: torch has none.
+        """
+        if self.dtype_name not in _DTYPES:
+            raise CheckpointError(
+                f"{self.file.path}: tensor {self.name!r} has dtype {self.dtype_name!r}, and torch {torch.__version__} has "
+                f"none for it; known are {', '.join(_DTYPES)}. load_mapped leaves it out if key_map gives None for it"
+            )
+        return _DTYPES[self.dtype_name]
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is real numbers to a module."""
+        return self.dtype.is_floating_point
 
     def tensor(self) -> torch.Tensor:
-        """Return the tensor as a view of the mapped file."""
-        return self.file.tensor(self.offset, self.dtype, self.shape)
+        """Return the tensor as a view of the mapped file; CheckpointError where its dtype is unknown."""
+        if not self.pieces:
+            return self.file.tensor(self.offset, self.dtype, self.shape)
+        parts = [self.file.tensor(offset, torch.uint8, (size,)) for offset, size in self.pieces]
+        return torch.cat(parts).view(self.dtype).view(self.shape)
+
+    def rows(self, *parts: tuple[int, int]) -> TensorEntry:
+        """Return some rows, from one number up to another: a view of the file if it is one part, else those in turn."""
+        row_bytes = self.size_bytes // self.shape[0]
+        spans = tuple((self.offset + start * row_bytes, (stop - start) * row_bytes) for start, stop in parts)
+        return dataclasses.replace(
+            self,
+            offset=spans[0][0],
+            size_bytes=sum(size for _, size in spans),
+            shape=(sum(stop - start for start, stop in parts), *self.shape[1:]),
+            pieces=spans if len(spans) > 1 else (),
+        )
+
+
+class StoredEntry(TensorEntry):
+    """One that is kept in fewer bits than it computes in."""
+
+    __slots__ = ()
+
+    def stored(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight as the file keeps it, a tensor that computes as `dtype`; ordinary where that saves nothing."""
+        raise NotImplementedError
+
+    def problem(self, owners: Sequence[nn.Module]) -> str | None:
+        """Say why it cannot be the weight of `owners`, or None."""
+        del owners  # any will do
+        return None
 
 
 def read_checkpoint(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> dict[str, TensorEntry]:
-    """List the tensors of one safetensors file, of several, or of a sharded checkpoint's index.
+    """List the tensors of one safetensors or GGUF file, of several, or of a sharded checkpoint's index.
+
+    A dtype that torch does not have is an error of the entry, when it is used.
 
     Raises:
         CheckpointError: a file is missing, pickled, truncated, damaged or points outside its folder; names file and tensor.
@@ -72,7 +142,7 @@ def read_checkpoint(files: str | os.PathLike[str] | Sequence[str | os.PathLike[s
         raise CheckpointError("no checkpoint file was given; expected a .safetensors file or a .safetensors.index.json")
     entries: dict[str, TensorEntry] = {}
     for path in paths:
-        found = _read_index(path) if path.name.endswith(".index.json") else _read_file(path)
+        found = _read_index(path) if path.name.endswith(".index.json") else _read_any(path)
         for name in found.keys() & entries.keys():
             raise CheckpointError(
                 f"{path}: tensor {name!r} is also in {entries[name].file.path}; give each tensor once"
@@ -81,23 +151,72 @@ def read_checkpoint(files: str | os.PathLike[str] | Sequence[str | os.PathLike[s
     return entries
 
 
-def write_checkpoint(path: str | os.PathLike[str], leaves: Mapping[str, torch.Tensor]) -> None:
-    """Write dense host tensors as one safetensors file, whole or not at all.
+def write_checkpoint(
+    path: str | os.PathLike[str], leaves: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write plain tensors, wherever they are, as one safetensors file, whole or not at all.
 
     Raises:
-        StoreError: the disk is full or the folder cannot be written.
+        StoreError: the disk is full, the folder cannot be written, or a file that tensors are views of has changed.
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, leaf in leaves.items():
         size_bytes = leaf.nbytes
         header[name] = {"dtype": _NAMES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [end, end + size_bytes]}
         end += size_bytes
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for leaf in leaves.values():
-            file.write(tensors.byte_view(leaf).numpy().data)
+            check_files_of([leaf])
+            on_host = leaf.detach().cpu().contiguous().resolve_conj().resolve_neg()
+            file.write(tensors.byte_view(on_host).numpy().data)
+
+
+def write_weights(
+    folder: Path, leaves: Mapping[str, torch.Tensor], *, stem: str, max_shard_size: int | str = "10GB"
+) -> None:
+    """Write the tensors of a model as ``<stem>.safetensors``, or as shards and their index, as the peers do.
+
+    Args:
+        folder: exists.
+        leaves: plain tensors by name.
+        stem: of the file names.
+        max_shard_size: bytes, or text such as "10GB"; a single larger tensor is a shard of its own.
+
+    Raises:
+        ConfigError: `max_shard_size` is no size.
+        StoreError: the disk is full or the folder cannot be written.
+    """
+    limit = parse_bytes(max_shard_size)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = limit
+    for name, leaf in leaves.items():
+        if shards[-1] and leaf.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = leaf
+        room -= leaf.nbytes
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
+        total_size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        with atomic_write(folder / f"{stem}.safetensors.index.json") as file:
+            file.write(json.dumps(index, indent=2).encode())
+    for name, shard in zip(names, shards, strict=True):
+        wide_first = dict(sorted(shard.items(), key=lambda pair: -pair[1].element_size()))  # so that all are aligned
+        write_checkpoint(folder / name, wide_first, metadata={"format": "pt"})
+
+
+def distinct_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a state dict of `module` holds, tied tensors under their first name alone."""
+    distinct = {id(tensor): name for name, tensor in reversed(module.state_dict(keep_vars=True).items())}
+    kept = set(distinct.values())
+    return {name: tensor for name, tensor in module.state_dict().items() if name in kept}
 
 
 def _read_index(path: Path) -> dict[str, TensorEntry]:
@@ -116,7 +235,11 @@ def _shard_path(index: Path, shard: str) -> Path:
     if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
         raise CheckpointError(f"{index}: shard {shard!r} lies outside the folder of the index; it is not opened")
     path = index.parent / shard
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError:  # a name that no file can have
+        is_there = False
+    if not is_there:
         raise CheckpointError(f"{index}: shard {shard} is missing from {index.parent}; download it again")
     return path
 
@@ -127,29 +250,35 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _read_any(path: Path) -> dict[str, TensorEntry]:
+    if path.suffix == ".gguf" and path.is_file():
+        from vramkit.offload.gguf_file import read_gguf  # noqa: PLC0415 - most checkpoints are safetensors
+
+        return read_gguf(path)
+    return _read_file(path)
+
+
 def _read_file(path: Path) -> dict[str, TensorEntry]:
-    if path.suffix != ".safetensors":
+    if path.is_dir() or not path.exists():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}; give a .safetensors or .gguf file, or a .safetensors.index.json")
+    if path.suffix not in (".safetensors", ".sft"):
         raise CheckpointError(
-            f"{path}: only .safetensors files are read (a pickled checkpoint can run code); convert it first"
+            f"{path}: only .safetensors files are read, and .gguf (a pickled checkpoint can run code); convert it first"
         )
     file = MappedFile(_existing(path))
-    header, data_start = _read_header(file)
-    header.pop("__metadata__", None)
-    entries, end = {}, 0
-    for name, (begin, stop, dtype, shape) in _sorted_spans(path, header, file.size_bytes - data_start):
-        if begin != end:
-            what = "overlaps the tensor before it" if begin < end else f"leaves a hole of {begin - end} bytes before it"
-            raise CheckpointError(f"{path}: tensor {name!r} {what}; the file is damaged")
-        entries[name] = TensorEntry(file, data_start + begin, dtype, shape)
-        end = stop
-    if data_start + end != file.size_bytes:
-        raise CheckpointError(
-            f"{path}: {file.size_bytes - data_start - end} bytes follow the last tensor; it is damaged"
+    text = _header_text(file)
+    data_start = 8 + len(text)
+    spans = parse_header(text, path, file.size_bytes - data_start)
+    return {
+        name: TensorEntry(
+            file, name, data_start + span.begin, span.stop - span.begin, span.dtype_name, _torch_shape(span)
         )
-    return entries
+        for name, span in spans.items()
+    }
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
+def _header_text(file: MappedFile) -> bytes:
     with file.path.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
@@ -157,7 +286,12 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
             raise CheckpointError(
                 f"{file.path}: no safetensors header ({file.size_bytes} bytes in all); it is truncated"
             )
-        return _parse_json(stream.read(length), file.path), 8 + length
+        return stream.read(length)
+
+
+def _torch_shape(span: Span) -> tuple[int, ...]:
+    """Return a shape as torch counts, to which two numbers of 4 bits are one element."""
+    return (*span.shape[:-1], span.shape[-1] // 2) if span.dtype_name == "F4" else span.shape
 
 
 def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
@@ -174,33 +308,3 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; download the file again")
     return value
-
-
-_Span = tuple[int, int, torch.dtype, tuple[int, ...]]
-
-
-def _sorted_spans(path: Path, header: dict[str, Any], data_bytes: int) -> Iterable[tuple[str, _Span]]:
-    spans = {name: _parse_entry(path, name, entry, data_bytes) for name, entry in header.items()}
-    return sorted(spans.items(), key=lambda item: item[1][:2])
-
-
-def _parse_entry(path: Path, name: str, entry: Any, data_bytes: int) -> _Span:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise CheckpointError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets; the file is damaged")
-    dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(_DTYPES)}")
-    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has shape {shape!r} at {offsets!r}; expected whole numbers >= 0"
-        )
-    begin, stop = offsets
-    if begin > stop or stop > data_bytes:
-        raise CheckpointError(f"{path}: tensor {name!r} ends at byte {stop} of {data_bytes}; the file is truncated")
-    if math.prod(shape) * dtype.itemsize != stop - begin:
-        raise CheckpointError(f"{path}: tensor {name!r} of {dtype} {shape} does not fit its {stop - begin} bytes")
-    return begin, stop, dtype, tuple(shape)
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +15,12 @@ from torch import nn
 from vramkit.errors import ConfigError
 from vramkit.memory import parse_bytes
 from vramkit.offload.partition import Granularity
-from vramkit.offload.stores import StoreKind
+from vramkit.offload.pinning import PinBudget
+from vramkit.offload.stores import Sharing, StoreKind
 
 __all__ = ["OffloadConfig"]
 
+_LEAST_HALVED_BYTES = 256 * 2**20
 _ENTRY_POINTS = ("encode", "decode", "generate")
 
 
@@ -35,9 +38,11 @@ class OffloadConfig:
     store: StoreKind | None = None
     disk_folder: Path | None = None
     direct_io: bool = False
-    pin_budget_bytes: int | None = None
+    pin_budget: PinBudget | int | None = None
     entry_points: tuple[str, ...] = ()
     unmoved_kwargs: frozenset[str] = frozenset()
+    mesh: Sharing | None = None
+    peer_device: torch.device | None = None
 
     @classmethod
     def from_options(
@@ -57,20 +62,34 @@ class OffloadConfig:
         resident: int | str = 0,
         store: str | None = None,
         direct_io: bool = False,
-        pin_budget: int | str | None = None,
+        pin_budget: PinBudget | int | str | None = None,
         entry_points: Sequence[str] | None = None,
+        mesh: Sharing | None = None,
+        peer_device: torch.device | str | None = None,
     ) -> OffloadConfig:
         """Turn the options of the public call into a config.
 
         Raises:
             ConfigError: an option cannot be used; says what was given and what is possible.
         """
-        if torch.device(offload_device).type != "cpu":
+        if str(offload_device).partition(":")[0] != "cpu":
             raise ConfigError(
-                f"offload_device={str(offload_device)!r}: weights rest in host memory or on disk; give 'cpu'"
+                f"offload_device={str(offload_device)!r}: weights rest in host memory; give 'cpu' (and "
+                "offload_to_disk_path= for a disk)"
             )
+        named = {"block_modules": block_modules, "exclude_kwargs": exclude_kwargs, "entry_points": entry_points}
+        for option, names in named.items():
+            if isinstance(names, str):
+                raise ConfigError(f"{option}={names!r}; expected a list of names such as [{names!r}]")
         if offload_to_disk_path is not None and store not in (None, "disk"):
             raise ConfigError(f"offload_to_disk_path goes with store='disk', not {store!r}; leave one of them out")
+        if offload_type == "leaf_level" and num_blocks_per_group is not None:
+            warnings.warn(
+                f"num_blocks_per_group={num_blocks_per_group} does nothing at leaf level, where units are cut by bytes; "
+                "unit_bytes says how large they are",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return cls(
             device=_usable_device(onload_device),
             granularity=_choice("offload_type", offload_type, get_args(Granularity)),
@@ -84,10 +103,51 @@ class OffloadConfig:
             store=None if store is None else _choice("store", store, get_args(StoreKind)),
             disk_folder=None if offload_to_disk_path is None else _folder(offload_to_disk_path),
             direct_io=direct_io,
-            pin_budget_bytes=None if pin_budget is None else parse_bytes(pin_budget),
+            pin_budget=pin_budget if isinstance(pin_budget, PinBudget | None) else parse_bytes(pin_budget),
             entry_points=_methods(module, entry_points),
             unmoved_kwargs=frozenset(exclude_kwargs or ()),
+            mesh=mesh,
+            peer_device=_peer(peer_device, store, onload_device, mesh),
         )
+
+    def adapted(self, *, slots: int | None = None, resident: int | str | None = None) -> OffloadConfig:
+        """Return this with other `slots` and `resident` bytes, where they are given.
+
+        Raises:
+            ConfigError: one of them cannot be used.
+        """
+        return dataclasses.replace(
+            self,
+            slots=self.slots if slots is None else _at_least_one("slots", slots),
+            resident_bytes=self.resident_bytes if resident is None else parse_bytes(resident),
+        )
+
+    def compared(self) -> dict[str, Any]:
+        """Return, by name, what has to be the same on all ranks of a mesh: what decides how and when weights travel."""
+        names = (
+            "granularity",
+            "blocks_per_group",
+            "block_names",
+            "slots",
+            "unit_bytes",
+            "resident_bytes",
+            "entry_points",
+        )
+        return {f"{name}=": getattr(self, name) for name in names}
+
+    def lesser(self, present_bytes: int) -> OffloadConfig | None:
+        """Return what takes less memory, of weights of `present_bytes`, or None where nothing does.
+
+        Slots beyond two go first, which cost the least time; then half of what stays; the overlap of loading goes last.
+        """
+        resident = min(self.resident_bytes, present_bytes)
+        if self.granularity == "model_level":
+            return None
+        if self.slots > 2:
+            return self.adapted(slots=2)
+        if resident:
+            return self.adapted(resident=resident // 2 if resident >= _LEAST_HALVED_BYTES else 0)
+        return self.adapted(slots=1) if self.slots > 1 else None
 
 
 def _default_slots(offload_type: str, use_stream: bool | None) -> int:
@@ -98,7 +158,7 @@ def _default_slots(offload_type: str, use_stream: bool | None) -> int:
 def _usable_device(device: torch.device | str) -> torch.device:
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"onload_device={device!r} is not a device; give 'cuda', 'cuda:1', 'xpu' or 'cpu'") from error
     if device.type == "cpu":
         return torch.device("cpu")
@@ -111,6 +171,21 @@ def _usable_device(device: torch.device | str) -> torch.device:
             f"onload_device={str(device)!r}, but this machine has {count} such devices; 'cpu' always works"
         )
     return torch.device(device.type, api.current_device() if device.index is None else device.index)
+
+
+def _peer(
+    peer: torch.device | str | None, store: str | None, device: torch.device | str, mesh: Sharing | None
+) -> torch.device | None:
+    if (peer is None) != (store != "peer"):
+        raise ConfigError(f"peer_device={peer!r} with store={store!r}; the store 'peer' and its device go together")
+    if peer is None:
+        return None
+    if mesh is not None:
+        raise ConfigError("store='peer' is for one process that has two devices; with mesh= each device has its rank")
+    found, own = _usable_device(peer), _usable_device(device)
+    if found == own and own.type != "cpu":
+        raise ConfigError(f"peer_device={str(peer)!r} is the device that computes; give another one")
+    return found
 
 
 def _choice(option: str, given: str, possible: Sequence[str]) -> Any:
@@ -126,8 +201,6 @@ def _at_least_one(option: str, given: int) -> int:
 
 
 def _submodules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise ConfigError(f"block_modules={names!r}; expected a list of names such as [{names!r}]")
     known = {name for name, _ in module.named_modules()}
     for name in names:
         if name not in known:
@@ -149,8 +222,13 @@ def _folder(path: str | os.PathLike[str]) -> Path:
 
 def _methods(module: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
-        return tuple(name for name in _ENTRY_POINTS if callable(getattr(module, name, None)))
+        return tuple(name for name in _ENTRY_POINTS if _is_method(module, name))
     for name in names:
-        if not callable(getattr(module, name, None)):
+        if not _is_method(module, name):
             raise ConfigError(f"entry_points names {name!r}, which is not a method of {type(module).__name__}")
     return tuple(names)
+
+
+def _is_method(module: nn.Module, name: str) -> bool:
+    member = getattr(module, name, None)
+    return callable(member) and not isinstance(member, nn.Module)

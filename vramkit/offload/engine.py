@@ -1,39 +1,53 @@
 """The offloading of one module while it is on: hooks, passes, and who may use it.
 
-A *pass* is one forward of the module, or one call of another entry point (``decode``, ``generate``). Groups are acquired and
-released by hooks on the modules that need them; the pass tells where the recorded order begins and ends, moves the inputs,
-and mends what a pass that was torn off (Ctrl-C) left behind.
+A *pass* is one forward of the module, or one call of another entry point (``decode``, ``generate``) or of a part. Groups are
+acquired and released by hooks on the modules that need them, or because a weight is read where it rests. The pass tells
+where the recorded order begins and ends, moves the inputs, and mends what a pass that was torn off (Ctrl-C) left behind.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from vramkit import hooks
+from vramkit import hooks, tensors
 from vramkit.errors import ConcurrentUseError, ConflictError, TrainingError
-from vramkit.offload.arguments import any_requires_grad, moved_call
-from vramkit.offload.assembly import Resident, assemble
-from vramkit.offload.backend import backend_for
+from vramkit.offload.arguments import moved_call
+from vramkit.offload.assembly import assemble
+from vramkit.offload.backend import Fence, backend_for
+from vramkit.offload.call_hooks import EncoderHook, GroupHook, PartHook, PassHook, wrap_entry_points
 from vramkit.offload.config import OffloadConfig
+from vramkit.offload.facade import Facade
 from vramkit.offload.group import ModuleGroup
+from vramkit.offload.keeper import WeightKeeper
+from vramkit.offload.owner import Owner
+from vramkit.offload.partition import parts_of
+from vramkit.offload.passes import OpenCall, frame_of_module_call
+from vramkit.offload.residents import Resident
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.ring import SlotRing
-from vramkit.offload.streamer import Counters, Streamer
+from vramkit.offload.streamer import Counters, Streamer, outside_transforms
 from vramkit.offload.tables import TableHook
-from vramkit.offload.turns import Turns
+from vramkit.offload.uses import Uses
+from vramkit.offload.watch import is_resting
+from vramkit.tracing.recorder import track_of
 
-__all__ = ["Engine", "GroupHook", "PassHook"]
+__all__ = ["Engine"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Engine:
-    """Built when offloading is applied, closed when it is removed. `owner` is the handle that users hold."""
+    """Built and opened when offloading is applied, closed when it is removed. `owner` is the handle that users hold."""
 
     def __init__(
         self,
@@ -42,252 +56,471 @@ class Engine:
         place: RestingPlace,
         counters: Counters,
         *,
-        turns: Turns | None,
-        owner: object,
+        owner: Owner,
+        uses: Uses,
+        holds_on: bool = False,
+        on_device: dict[int, torch.Tensor] | None = None,
     ) -> None:
-        """Assemble the groups, show what stays on the device, attach the hooks; see `assemble` for errors."""
+        """Assemble the groups; see `assemble` for errors. The module shows nothing of it before `open`.
+
+        Args:
+            module: what is offloaded.
+            config: how.
+            place: where its weights rest.
+            counters: that go on counting.
+            owner: is told what happens. It may close this engine then.
+            uses: where uses are recorded.
+            holds_on: whether groups stay on the device after a pass, until `rest`.
+            on_device: see `assemble`.
+        """
+        self.module = module
         self.config = config
         self.owner = owner
-        self.assembly = assemble(module, config, place)
-        self._module = module
-        self._turns = turns
-        backend = backend_for(config.device)
-        self.ring = SlotRing(backend, config.slots, self.assembly.slot_bytes)
-        self._streamer = Streamer(self.assembly.groups, self.ring, backend, counters)
+        self._place = place
+        self._process = os.getpid()
+        self.assembly = assemble(module, config, place, uses.times(module), on_device)
+        self._holds_on = holds_on
+        self._uses = uses
+        self._backend = backend_for(config.device)
+        self.ring = SlotRing(self._backend, config.slots, self.assembly.slot_bytes)
+        self._streamer = Streamer(
+            self.assembly.groups, self.ring, self._backend, counters, unordered=self.assembly.table_groups
+        )
         self._trainable = any(parameter.requires_grad for parameter in module.parameters())
-        self._lingering: GroupHook | None = None  # held although none of its modules runs
-        self._open: list[str] = []  # entry points that are running, outermost first
+        self.returned_bytes = 0  # copied back when what stays was let go
+        self._lingering: list[ModuleGroup] = []  # held although none of their modules runs, until another is needed
+        self._open: list[OpenCall] = []  # calls that are running, outermost first
+        self._armed: list[OpenCall] = []  # methods that run, and become calls when they need weights
         self._thread: int | None = None  # that they run in
         self._lock = threading.Lock()
+        self.is_stale = False  # modules were added or replaced since
+        self._computed: Fence | None = None  # the end of the latest pass
+        self._handled: BaseException | None = None  # by whoever began the pass that runs
+        self._began: Any = None  # when it did, if there is a trace
+        self._group_hooks: list[GroupHook] = []
+        self._hook_of: dict[ModuleGroup, GroupHook] = {}
+        self._table_hooks = [
+            TableHook(slot, place.pinned_memory(slot.rest), config.device) for _, slot in self.assembly.tables
+        ]
+        tables = {id(hook.table.slot.rest): hook.table for hook in self._table_hooks}
+        self._keeper = WeightKeeper(module, self.assembly, tables, config.device, weakref.proxy(self))
+        self._attachments: list[hooks.Attachment] = []
+
+    def open(self) -> None:
+        """Show what stays on the device, attach the hooks, load what the first pass starts with.
+
+        Where that fails, or is interrupted, `close` undoes what was done.
+        """
         for resident in self.assembly.residents:
             resident.show()
-        backend.fence().synchronize()  # they were copied on this stream; forwards may come on others
-        self._group_hooks = [GroupHook(self, group) for group in self.assembly.groups]
-        self._attachments = self._attach(place)
+        self._backend.fence().synchronize()  # they were copied on this stream; forwards may come on others
+        self.owner.make_room()
+        self.ring.open()
+        self._group_hooks += [GroupHook(self, group) for group in self.assembly.groups]
+        self._hook_of |= {hook.group: hook for hook in self._group_hooks}
+        self._uses.watch(entry for group in self.assembly.groups for entry in group.entries)
+        self._attach()
+        self._keeper.watch()
         self._streamer.prefill()
 
     def close(self) -> int:
-        """Take hooks off, show tensors at rest, end the copy queue; return the bytes that were copied back to the host."""
-        for attachment in self._attachments:
-            attachment.remove()
-        if self._turns is not None:
-            self.evict()
-        self._streamer.close()
-        self._group_hooks.clear()  # they refer to this engine: device memory would wait for the garbage collector
-        return sum(resident.restore() for resident in self.assembly.residents)
+        """Take hooks off, show tensors at rest, end the copy queue; return the bytes that were copied back to the host.
+
+        Each step is taken although one before it failed, and all of them may be taken again.
+        """
+        returned: list[int] = []
+
+        def restore(resident: Resident) -> None:
+            returned.append(resident.rest())
+
+        with contextlib.ExitStack() as steps:  # the last one that is put on it is taken first
+            for resident in self.assembly.residents:
+                steps.callback(restore, resident)
+            for group in self.assembly.groups:  # memory goes although something still refers to this engine:
+                steps.callback(group.close)  # a pass that ends by rearranging runs in it, and its successor has a ring
+            steps.callback(self.ring.close)
+            if self._computed is not None:
+                steps.callback(self._computed.synchronize)  # what stays may go to others
+            steps.callback(self._open.clear)
+            steps.callback(self._hook_of.clear)
+            steps.callback(self._group_hooks.clear)
+            steps.callback(self._streamer.close)
+            if self._holds_on:
+                steps.callback(self._streamer.release_all)  # what users wrote to it meanwhile is kept
+            for hook in self._table_hooks:
+                steps.callback(hook.forget)
+            for attachment in self._attachments:
+                steps.callback(attachment.remove)
+            steps.callback(self._keeper.release)
+        return sum(returned)
 
     def reset(self) -> None:
         """Forget a pass that was torn off, whichever thread it ran in."""
         with self._lock:
             self._open.clear()
+            self._armed.clear()
             self._thread = None
         self._forget_pass()
 
-    def evict(self) -> None:
-        """Give back device memory that was kept for the next call; what users wrote to it meanwhile is kept."""
-        for group in self.assembly.groups:
-            group.keep_writes()
-        self._streamer.release_all()
+    @outside_transforms
+    def wake(self) -> None:
+        """Have what a pass needs on the device, and let others make room for it first.
 
-    def begin(self, entry_point: str) -> None:
+        Raises:
+            torch.OutOfMemoryError: there is no room. What there was room for stays.
+        """
+        self.owner.make_room()  # not under the lock, which those who make room for others ask for
+        if self.is_awake:
+            return
+        with self._lock, torch.inference_mode(False):  # the pass may run in it, and what is loaded outlives the pass
+            if not self.assembly.residents.are_loaded:
+                self.assembly.residents.load_again()
+                self._backend.fence().synchronize()
+            self.ring.open()
+
+    def rest(self, *, resident: bool) -> int:
+        """Let go of slots, and with `resident` of what stays as well; return the bytes, 0 where a pass runs."""
+        with self._lock:
+            if not self._is_idle():
+                return 0
+            self._mend()
+            before = self.held_bytes
+            self._streamer.rest()
+            if resident and self.assembly.residents.are_loaded:
+                if self._computed is not None:
+                    self._computed.synchronize()  # others may get the memory, who do not compute on the same stream
+                self.returned_bytes += self.assembly.residents.rest()
+            given = before - self.held_bytes
+            if given:
+                self._backend.trim()
+            return given
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether slots and what stays are on the device."""
+        return self.ring.is_open and self.assembly.residents.are_loaded
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a pass runs, in whatever thread."""
+        with self._lock:
+            return not self._is_idle()
+
+    @property
+    def resident_bytes(self) -> int:
+        """What stays on the device while this is awake."""
+        return self.assembly.residents.size_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory of slots, of groups that are held outside them, and of what stays."""
+        return self._streamer.held_bytes + (self.resident_bytes if self.assembly.residents.are_loaded else 0)
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Device memory that a pass holds."""
+        whole = sum(group.size_bytes for group in self.assembly.groups) if self._is_whole else self.ring.size_bytes
+        return whole + self.resident_bytes
+
+    def unwritten_residents(self) -> dict[int, torch.Tensor]:
+        """Return what stays on the device and is as it rests, by the id of the tensor at rest.
+
+        Raises:
+            ConflictError: a parameter was swapped, or one that is read from a file was written to.
+        """
+        self._streamer.drop_loads_of(self._keeper.take_changes())
+        return self.assembly.residents.unwritten()
+
+    def prefetch(self) -> None:
+        """Load what the next pass starts with, where slots are there for it; unless one is open or was torn off."""
+        with self._lock:
+            if self._thread is None and self._streamer.is_clean:
+                self._streamer.prefill()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Device memory of groups that stay there, because somebody keeps a view of them."""
+        return self._streamer.kept_bytes
+
+    # --- passes
+
+    def is_inside(self) -> bool:
+        """Whether the calling thread is in a pass, or in a method that is one as soon as it needs weights."""
+        if self._thread is not None and self._thread != threading.get_ident():
+            return False
+        return any(call.is_running() for call in (*reversed(self._open), *reversed(self._armed)))
+
+    def begin(self, name: str, *, frame: FrameType | None = None, is_whole: bool = True) -> None:
         """Open a pass, or a call inside one.
 
         Raises:
-            ConcurrentUseError: another thread is inside.
+            ConcurrentUseError: another thread is inside, or this process was forked since.
             TrainingError: gradients are asked for.
             ConflictError: a parameter was replaced since.
+            StoreError: a file that weights rest in is no longer what it was.
         """
+        self._refuse_forked()
+        call = OpenCall(name, frame or frame_of_module_call(), is_whole)
         with self._lock:
             self._refuse_other_threads()
-            was_torn = entry_point in self._open or (
-                not self._open and self._turns is None and not self._streamer.is_clean
-            )
-            if was_torn:  # first of all, because it left groups on show that a check would take for replaced weights
-                self._open.clear()
-                self._forget_pass()
+            self._mend()
             is_outermost = not self._open
             if is_outermost:
                 self._check_use()
             self._thread = threading.get_ident()
-            self._open.append(entry_point)
-        if is_outermost and self._turns is not None:
-            self._turns.take(self)
+            self._open.append(call)
+        if is_outermost:
+            self._handled = sys.exc_info()[1]
+            self._streamer.track = track_of(self.module, self._backend)
+            self.wake()
+            self._began = self._backend.moment() if self._streamer.track is not None else None
+            self.owner.begin_turn()
+        if not is_outermost and name == "forward":
+            self._end_pass()  # generate() called an encoder first: that is no part of the passes of its tokens
+        if is_whole and (is_outermost or name == "forward"):
+            self._streamer.begin_pass(name)
         if self._is_whole:
             for group in self.assembly.groups:
                 self._streamer.acquire(group)
 
-    def end(self, entry_point: str) -> None:
+    def end(self, name: str) -> None:
         """Close what `begin` opened; nothing to do where `begin` refused."""
         with self._lock:
-            if self._thread != threading.get_ident() or entry_point not in self._open:
+            at = next((at for at in reversed(range(len(self._open))) if self._open[at].name == name), None)
+            if at is None or self._thread != threading.get_ident():
                 return
-            del self._open[self._open.index(entry_point) :]
+            call = self._open[at]
+            del self._open[at:]
         try:
-            self._let_go(entry_point, is_outermost=not self._open)
+            self._let_go(call, is_outermost=not self._open)
+            error = sys.exc_info()[1]
+            if self._open:
+                pass
+            elif isinstance(error, torch.OutOfMemoryError) and error is not self._handled:
+                self.owner.give_memory()
+            elif error is None or error is self._handled:
+                self._place.check_files()  # what was written to meanwhile may be in what was computed
+                if self._uses.has_returned:
+                    self.owner.rearrange()
         finally:
             if not self._open:
+                self._handled = None
                 self._thread = None  # only now, so that no other thread begins while groups are being released
 
-    def enter(self, hook: GroupHook) -> bool:
-        """Acquire a group for one of its modules, after letting go of groups that nothing runs in; tell if in a pass."""
+    def arm(self, name: str, frame: FrameType) -> OpenCall:
+        """Note that a method runs, which is a pass from when it first needs weights."""
+        call = OpenCall(name, frame)
+        self._armed = [*(other for other in self._armed if other.is_running()), call]
+        return call
+
+    def disarm(self, call: OpenCall) -> None:
+        """End what `arm` began, and the pass that it may have become."""
+        self._armed = [other for other in self._armed if other is not call]
+        if any(open_call.frame is call.frame for open_call in self._open):
+            self.end(call.name)
+
+    def begin_if_outside(self, name: str, *, is_whole: bool) -> bool:
+        """Have a pass open: the one that is, the method's that runs, or a new one by this name; tell if it is that."""
         self._refuse_other_threads()
-        other, self._lingering = self._lingering, None
-        if other is not None and other is not hook:
-            other.learn_last()
-            self._streamer.release(other.group)
-        is_in_pass = bool(self._open)
-        self._streamer.acquire(hook.group, in_pass=is_in_pass)
-        return is_in_pass
+        for call in reversed(self._open):
+            if call.is_running():
+                return False
+        armed = next((call for call in self._armed if call.is_running()), None)
+        if armed is not None and self._thread in (None, threading.get_ident()):
+            self.begin(armed.name, frame=armed.frame)
+            return False
+        self.begin(name, is_whole=is_whole)
+        return True
+
+    # --- groups
+
+    def enter(self, hook: GroupHook, module: nn.Module) -> None:
+        """Acquire a group for `module`, one of its entries, after letting go of groups that nothing runs in."""
+        self._leave_lingering(hook.group)
+        self._acquire(hook.group, module)
 
     def leave(self, hook: GroupHook, *, is_last: bool) -> None:
         """Release a group after the last of its modules; after others, when the next group is entered."""
-        self._lingering = None if is_last else hook
+        if self._lingering:
+            self._lingering = [group for group in self._lingering if group is not hook.group]
         if is_last:
             self._streamer.release(hook.group)
+        else:
+            self._lingering.append(hook.group)
 
-    @property
-    def _is_whole(self) -> bool:
-        return self.config.granularity == "model_level"
-
-    def _attach(self, place: RestingPlace) -> list[hooks.Attachment]:
-        attachments = [
-            hooks.attach(entry, hook)
-            for hook in ([] if self._is_whole else self._group_hooks)
-            for entry in hook.group.entries
-        ]
-        for module, slot in self.assembly.tables:
-            hook = TableHook(slot, place.pinned_memory(slot.rest), self.config.device)
-            attachments.append(hooks.attach(module, hook))
-        attachments += [hooks.wrap_method(self._module, name, self._around(name)) for name in self.config.entry_points]
-        attachments += [hooks.mark(part, self, self._before_state_dict) for part in self._module.modules()]
-        # Last, because hooks are put before those that are there: on the root itself the pass begins before its group.
-        return [*attachments, hooks.attach(self._module, PassHook(self))]
-
-    def _around(self, name: str) -> Callable[..., Any]:
-        def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            self.begin(name)
-            try:
-                args, kwargs = self.moved(args, kwargs)
-                return method(*args, **kwargs)
-            finally:
-                self.end(name)
-
-        return around
+    def read(self, group: ModuleGroup, owner: nn.Module) -> None:
+        """Acquire a group because a weight of `owner` is read where it rests; it stays until another one is needed."""
+        self.begin_if_outside(group.name, is_whole=False)
+        self._leave_lingering(group)
+        self._acquire(group, owner)
+        hook = self._hook_of.get(group)
+        if (hook is None or not hook.is_running) and group not in self._lingering and not self._is_whole:
+            self._lingering.append(group)
 
     def moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the arguments of a call with tensors on the device."""
         return moved_call(args, kwargs, self.config.device, self.config.unmoved_kwargs)
 
-    def _let_go(self, entry_point: str, *, is_outermost: bool) -> None:
-        self._lingering = None
+    def keep_writes(self) -> None:
+        """Let tensors at rest have what was written to those on the device, and owners have those at rest."""
+        self._place.check_files()
+        self._streamer.show_rest()
+
+    def resting_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each tensor that owners have now with an ordinary one in host memory that has its values."""
+        known: dict[int, torch.Tensor] = {}  # tied ones have several slots, some of which may stay on the device
+        for resident in self.assembly.residents:
+            shown, rest = resident.current(), resident.slot.rest
+            if shown is not None:
+                is_sparse = bool(tensors.sparse_parts(shown))
+                known[id(rest)] = shown.cpu() if is_sparse else tensors.like_owned(rest, shown)
+                yield shown, known[id(rest)]
+        for group in (*self.assembly.groups, *self.assembly.table_groups):
+            for slot in group.slots():
+                if id(slot.rest) not in known:
+                    known[id(slot.rest)] = tensors.like_owned(slot.rest, slot.rest)
+                yield slot.rest, known[id(slot.rest)]
+                placed = group.on_device(slot.rest)
+                if placed is not None:
+                    yield placed, known[id(slot.rest)]
+
+    def given(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what a call of the module gives for `tensor`: for a weight at rest, the one on the device."""
+        if not is_resting(tensor) or not self._open or not self._keeper.knows(tensor):
+            return tensor
+        return self._keeper.serve(tensor, self.given)
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.config.granularity == "model_level"
+
+    def _attach(self) -> None:
+        record = self._attachments
+        entries = [] if self._is_whole else [(entry, hook) for hook in self._group_hooks for entry in hook.entries]
+        for entry, hook in entries:
+            hooks.attach(entry, hook, record)
+        for (table, _), lookup in zip(self.assembly.tables, self._table_hooks, strict=True):
+            hooks.attach(table, lookup, record)
+        for part in self.module.modules():
+            if isinstance(part, nn.TransformerEncoder):
+                hooks.attach(part, EncoderHook(), record)
+        for name, part in parts_of(self.module, {entry for entry, _ in entries}):
+            hooks.attach(part, PartHook(self, name), record)
+        wrap_entry_points(self.module, self, record)
+        for part in self.module.modules():
+            hooks.mark(part, self, self._before_state_dict, record)
+        Facade(self).attach(record)
+        # Last, because hooks are put before those that are there: on the root itself the pass begins before its group.
+        hooks.attach(self.module, PassHook(self), record)
+
+    def _acquire(self, group: ModuleGroup, user: nn.Module) -> None:
+        if self._open[0].is_whole:
+            self._uses.note(user, group)
+        self._streamer.acquire(group)
+
+    def _leave_lingering(self, wanted: ModuleGroup) -> None:
+        if not self._lingering:
+            return
+        lingering, self._lingering = self._lingering, []
+        for group in lingering:
+            if group is wanted:
+                self._lingering.append(group)
+                continue
+            if group in self._hook_of:
+                self._hook_of[group].learn_last()
+            self._streamer.release(group)
+
+    def _let_go(self, call: OpenCall, *, is_outermost: bool) -> None:
+        self._lingering.clear()
         if is_outermost:
-            for hook in self._group_hooks:  # a KeyboardInterrupt skips the hooks of the modules that it went through
+            for hook in self._group_hooks:  # a KeyboardInterrupt skips the hooks of the modules it went through
                 hook.learn_last()
                 hook.forget()
-        if self._turns is None and (is_outermost or not self._is_whole):
+        if not self._holds_on and (is_outermost or not self._is_whole):
             self._streamer.release_all()
-        if is_outermost or entry_point == "forward":
-            self._streamer.end_pass()
+        if is_outermost:
+            self._computed = self._backend.fence()
+            if self._streamer.track is not None and self._began is not None:
+                self._streamer.track.note("pass", call.name, self._began, self._backend.moment())
+        if call.is_whole and (is_outermost or call.name == "forward"):
+            self._end_pass()
+
+    def _end_pass(self) -> None:
+        self._streamer.end_pass()
+        self._uses.end_pass()
 
     def _before_state_dict(self) -> None:
+        self._place.check_files()
         # After Ctrl-C groups are still on show in slots, which the next call overwrites.
-        if self._turns is None:
+        if not self._holds_on:
             self._streamer.show_rest()
+
+    def _is_idle(self) -> bool:
+        """Whether no call runs: those of a pass that was torn off are not on the stack of the thread that they ran in."""
+        if self._thread not in (None, threading.get_ident()):
+            return False
+        return not any(call.is_running() for call in self._open)
+
+    def _mend(self) -> None:
+        """Forget what calls that no longer run left behind."""
+        running = [call for call in self._open if call.is_running()]
+        is_torn = len(running) < len(self._open)
+        is_unclean = self._streamer.was_cut_short or (not self._holds_on and not self._streamer.is_clean)
+        if is_torn or (not running and is_unclean):
+            self._open = running
+            self._forget_pass()
 
     def _forget_pass(self) -> None:
         self._streamer.reset()
-        self._lingering = None
+        self._uses.forget_pass()
+        self._lingering.clear()
         for hook in self._group_hooks:
             hook.forget()
+        for lookup in self._table_hooks:
+            lookup.forget()
+
+    def _refuse_forked(self) -> None:
+        if os.getpid() != self._process:
+            raise ConcurrentUseError(
+                f"{type(self.module).__name__} was offloaded in process {self._process}, of which this one is a fork: the "
+                "threads that load weights stayed there. Call remove() on its handle here and apply it again, or start "
+                "processes with multiprocessing's 'spawn' and load the model in each"
+            )
 
     def _refuse_other_threads(self) -> None:
         if self._thread not in (None, threading.get_ident()):
             raise ConcurrentUseError(
-                f"{type(self._module).__name__} is offloaded and running in another thread; its weights have one place on "
+                f"{type(self.module).__name__} is offloaded and running in another thread; its weights have one place on "
                 "the device. Run one call at a time, or give each thread a model of its own. (If that thread is gone: "
                 "offload_of(module).reset().)"
             )
 
     def _check_use(self) -> None:
-        if self._trainable and self._module.training and torch.is_grad_enabled():
+        self._place.check_files()
+        if torch._C._get_tracing_state() is not None:  # noqa: SLF001 (`torch.jit.is_tracing` costs an import of it)
+            raise ConflictError(
+                f"{type(self.module).__name__} is offloaded and is being traced by torch.jit, which would keep slots for "
+                "weights; trace it before it is offloaded, or inside `with offload_of(module).edit():`"
+            )
+        if self._trainable and self.module.training and torch.is_grad_enabled():
             raise TrainingError(
-                f"{type(self._module).__name__} is offloaded and in training mode with gradients on; streamed weights are "
+                f"{type(self.module).__name__} is offloaded and in training mode with gradients on; streamed weights are "
                 "overwritten before a backward could use them. Call it under torch.no_grad() (or .eval()), or remove() first"
             )
+        self._streamer.drop_loads_of(self._keeper.take_changes())
         for group in self.assembly.groups:
             if group.is_outdated():
                 raise ConflictError(
-                    f"weights of {group.name or type(self._module).__name__} were written to, but they are read from a file "
-                    "that does not change; change weights inside `with offload_of(module).edit():`"
+                    f"weights of {group.name or type(self.module).__name__} were written to, but they are read from a file "
+                    "that does not change. The change is there: `with offload_of(module).edit(): pass` takes it in; make "
+                    "others inside such a block"
                 )
-        holders: list[ModuleGroup | Resident] = [r for r in self.assembly.residents if not r.is_buffer]
-        holders += self.assembly.groups if self._turns is None else []
+        holders: list[ModuleGroup | Resident] = []
+        if self.assembly.residents.are_loaded:
+            holders += [resident for resident in self.assembly.residents if not resident.is_buffer]
+        holders += [] if self._holds_on else self.assembly.groups
         for replaced in filter(None, (holder.replaced() for holder in holders)):
             raise ConflictError(
                 f"{replaced} was replaced while its module is offloaded, so the new weights would never be used; "
                 "change weights inside `with offload_of(module).edit():`"
             )
-
-
-class PassHook(hooks.ModuleHook):
-    """Opens and closes a pass around the forward of the offloaded module."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Open the pass and move the inputs."""
-        self.engine.begin("forward")
-        return self.engine.moved(args, kwargs)
-
-    def post_forward(self, module: nn.Module) -> None:
-        """Close the pass."""
-        self.engine.end("forward")
-
-
-class GroupHook(hooks.ModuleHook):
-    """Acquires and releases one group around the modules that enter it.
-
-    The group is released after the last of them. Which one that is, is taken from the definition and corrected by what runs.
-    """
-
-    def __init__(self, engine: Engine, group: ModuleGroup) -> None:
-        self.group = group
-        self._engine = engine
-        self._entries = set(group.entries)
-        self._last: nn.Module = group.entries[-1]
-        self._recent: nn.Module | None = None  # left since the group was acquired
-        self._running = 0
-
-    def learn_last(self) -> None:
-        """Take the module that was left most recently for the last one of a pass."""
-        self._last, self._recent = self._recent or self._last, None
-
-    def forget(self) -> None:
-        """Forget a pass that was torn off."""
-        self._recent, self._running = None, 0
-
-    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """Have the group on the device."""
-        if module not in self._entries:
-            raise ConflictError(
-                f"this {type(module).__name__} is a copy of an offloaded module and shares its hooks; "
-                "copy after remove(), or build a second model"
-            )
-        if torch.is_grad_enabled() and (any_requires_grad(args) or any_requires_grad(kwargs)):
-            raise TrainingError(
-                f"an input of {self.group.name or type(module).__name__} asks for gradients, which would pass through "
-                "streamed weights that are overwritten by then; detach() it, use torch.no_grad(), or remove() the offloading"
-            )
-        is_in_pass = self._engine.enter(self)
-        self._running += 1
-        return None if is_in_pass else self._engine.moved(args, kwargs)
-
-    def post_forward(self, module: nn.Module) -> None:
-        """Let the group go after its last module."""
-        if module not in self._entries or not self._running:
-            return
-        self._running -= 1
-        self._recent = module
-        if not self._running:
-            self._engine.leave(self, is_last=module is self._last)

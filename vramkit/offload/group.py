@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from vramkit import tensors
+from vramkit.errors import ConflictError
+from vramkit.offload.disk import check_files_of
 from vramkit.offload.layout import BufferLayout, LeafSpec
-from vramkit.offload.stores import Store
+from vramkit.offload.placement import Placement
+from vramkit.offload.stores import JointStore, Store
+from vramkit.offload.watch import shown, stands_for
 
 __all__ = ["ModuleGroup", "TensorSlot"]
 
@@ -32,14 +37,27 @@ class TensorSlot:
                 return f"{type(module).__name__}.{name}"
         return None
 
+    def owner_name(self) -> str:
+        """Return the first owner's class and attribute, for messages."""
+        module, name = self.owners[0]
+        return f"{type(module).__name__}.{name}"
+
+    def put_in_place_of(self, mine: torch.Tensor) -> torch.Tensor | None:
+        """Return what an owner was given instead of `mine`, by whoever but us, or None."""
+        for module, name in self.owners:
+            held = module._parameters.get(name)  # noqa: SLF001
+            if held is not mine and held is not None and held is not self.rest and not stands_for(held, self.rest):
+                return held
+        return None
+
     def show(self, tensor: torch.Tensor) -> None:
         """Let every owner have `tensor` under its name."""
         for module, name in self.owners:
-            if type(module).__setattr__ is not nn.Module.__setattr__:
-                setattr(module, name, tensor)  # such a class (RNNs do) keeps track of its parameters itself
-            elif name in module._parameters:  # noqa: SLF001 (setattr would pay for checks on every block of every step)
+            if isinstance(module, nn.RNNBase):
+                nn.RNNBase.__setattr__(module, name, tensor)  # keeps a list of them for its kernels
+            elif name in module._parameters:  # noqa: SLF001 (a class may refuse setattr, which is slow, too)
                 module._parameters[name] = tensor  # type: ignore[assignment]  # noqa: SLF001
-            else:
+            elif name in module._buffers:  # noqa: SLF001 (a forward may have deleted it)
                 module._buffers[name] = tensor  # noqa: SLF001
 
 
@@ -50,9 +68,30 @@ class _Binding:
     slot: TensorSlot
     parts: list[LeafSpec | torch.Tensor]
 
+    @property
+    def is_made(self) -> bool:
+        """Whether what owners are shown is made in the slot, of leaves that came there."""
+        return tensors.materializes(self.slot.rest)
+
     def placed_in(self, memory: torch.Tensor) -> torch.Tensor:
-        parts = [part.view(memory) if isinstance(part, LeafSpec) else part for part in self.parts]
-        return tensors.as_owned(tensors.rebuild(self.slot.rest, parts), like=self.slot.rest)
+        rest, parts = self.slot.rest, self._parts_in(memory)
+        return shown(parts[0] if self.is_made else tensors.rebuild(rest, parts), like=rest)
+
+    def make_in(self, memory: torch.Tensor) -> None:
+        tensors.materialize(self.slot.rest, self._parts_in(memory))
+
+    def _parts_in(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        return [part.view(memory) if isinstance(part, LeafSpec) else part for part in self.parts]
+
+
+class Home(Protocol):
+    """Where the tensors of one group rest."""
+
+    def stores(self, changed: Sequence[torch.Tensor]) -> Sequence[tuple[int, int, Store]]:
+        """Choose (offset in the slot, bytes, store) for what travels; `changed` leaves are no longer what a file holds."""
+
+    def is_changed(self, rest: torch.Tensor) -> bool:
+        """Tell whether the bytes of a tensor at rest differ from those in the file that they are read from."""
 
 
 class ModuleGroup:
@@ -68,7 +107,7 @@ class ModuleGroup:
         entries: Sequence[nn.Module],
         bindings: Sequence[tuple[TensorSlot, list[torch.Tensor | None]]],
         layout: BufferLayout,
-        stores: Sequence[tuple[int, int, Store]],
+        home: Home,
     ) -> None:
         """Make a group.
 
@@ -77,73 +116,214 @@ class ModuleGroup:
             entries: modules whose forward needs the group.
             bindings: each slot with its leaves on the device, None for a leaf that travels (in the order of `layout`).
             layout: of the leaves that travel.
-            stores: (offset in the slot, bytes, where they rest).
+            home: where they rest.
         """
         self.name = name
         self.entries = tuple(entries)
         self.layout = layout
-        self.stores = tuple(stores)
+        self.size_bytes = layout.size_bytes
+        """Bytes that travel, alignment included."""
         specs = iter(layout.leaves)
         self._bindings = [
             _Binding(slot, [next(specs) if part is None else part for part in parts]) for slot, parts in bindings
         ]
-        self._counted = [leaf for slot, _ in bindings for leaf in tensors.leaves(slot.rest)]
-        self._placed: dict[int, list[torch.Tensor]] = {}
-        self._on_show: list[tuple[torch.Tensor, int]] = []  # outside the ring, with their versions
-        self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
-        self._version_in_files = self.version()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that travel, alignment included."""
-        return self.layout.size_bytes
+        self._made = [binding for binding in self._bindings if binding.is_made]
+        leaves = [leaf for slot, _ in bindings for leaf in tensors.leaves(slot.rest)]
+        self._counted = [leaf for leaf in leaves if not tensors.is_inference_made(leaf)]
+        staying = [
+            (leaf, part)
+            for slot, parts in bindings
+            for leaf, part in zip(tensors.leaves(slot.rest), parts, strict=True)
+            if part is not None and part.data_ptr() != leaf.data_ptr()
+        ]
+        self._staying = [(leaf, part, tensors.version(leaf)) for leaf, part in staying]  # at rest, and on the device
+        self._placed: dict[int, Placement] = {}
+        self._on_show: Placement | None = None
+        self._kept: tuple[int, int] | None = None
+        self._home = home
+        self._find_stores([])
 
     @property
     def needs_thread(self) -> bool:
         """Whether filling a slot touches bytes on the host."""
         return any(store.needs_thread for _, _, store in self.stores)
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether other ranks wait for each fill."""
+        return bool(self._joint)
+
     def version(self) -> int:
         """Return a number that changes when any of the tensors at rest is written in place."""
-        return sum(map(tensors.version, self._counted))
+        return sum([leaf._version for leaf in self._counted])  # noqa: SLF001 (asked three times a pass)
 
     def owners(self) -> list[tuple[nn.Module, str]]:
         """Return all (module, attribute) pairs that are shown the group."""
         return [owner for binding in self._bindings for owner in binding.slot.owners]
+
+    def slots(self) -> list[TensorSlot]:
+        """Return the tensors with their owners."""
+        return [binding.slot for binding in self._bindings]
 
     def replaced(self) -> str | None:
         """Return the name of an owner that does not hold its tensor at rest, or None."""
         found = (binding.slot.replaced(binding.slot.rest) for binding in self._bindings)
         return next((name for name in found if name is not None), None)
 
+    def refuse_replaced(self) -> None:
+        """Raise ConflictError where an owner was given another tensor than ours: to show ours would hide it."""
+        for binding in self._bindings:
+            slot = binding.slot
+            if slot.replaced(slot.rest) is not None and slot.put_in_place_of(slot.rest) is not None:
+                raise ConflictError(
+                    f"{binding.slot.owner_name()} was given another tensor while its module is offloaded and its weights "
+                    "were at rest (an assignment in a forward, torch.func.functional_call); the weights of now would be "
+                    "used instead. Read the weight before you replace it, or remove() the offloading first"
+                )
+
     def is_outdated(self) -> bool:
         """Tell whether tensors were written in place although their bytes travel from a file, which does not change."""
         return self._is_read_from_files and self.version() != self._version_in_files
 
+    def differs_from_file(self, slot: TensorSlot) -> bool:
+        """Tell whether a tensor at rest was changed, by whatever way, although its bytes travel from a file."""
+        return self._is_read_from_files and self._home.is_changed(slot.rest)
+
+    def refresh(self, *, all_of_it: bool = False) -> bool:
+        """Copy anew to the device what stays there of the group and was written to at rest, or all of that.
+
+        Returns whether `fill` reads what was copied, so that it has to come after.
+        """
+        is_any = False
+        for at, (leaf, part, version) in enumerate(self._staying):
+            now = tensors.version(leaf)
+            if all_of_it or now != version:
+                part.copy_(leaf)
+                self._staying[at] = leaf, part, now
+                is_any = True
+        return is_any and bool(self._made)
+
+    def reserve(self) -> None:
+        """Say that a fill comes next of all that this process does with other ranks."""
+        for store in self._joint:
+            store.reserve()
+
     def fill(self, memory: torch.Tensor) -> None:
-        """Put the bytes into `memory`, in order with the current stream."""
+        """Put the bytes into `memory`, in order with the current stream, and make there what is made of them."""
         for offset, size_bytes, store in self.stores:
             store.fill(memory[offset : offset + size_bytes])
+        for binding in self._made:
+            binding.make_in(memory)
 
     def show_device(self, memory: torch.Tensor, *, remember: bool) -> None:
         """Let owners have the tensors in `memory`; `remember` them where the same memory comes back every pass."""
-        placed = self._placed.get(memory.data_ptr())
-        if placed is None:
-            placed = [binding.placed_in(memory) for binding in self._bindings]
+        placement = self._placed.get(memory.data_ptr())
+        if placement is None:
+            placement = Placement(memory, (binding.placed_in(memory) for binding in self._bindings))
             if remember:
-                self._placed[memory.data_ptr()] = placed
-        for binding, tensor in zip(self._bindings, placed, strict=True):
+                self._placed[memory.data_ptr()] = placement
+        else:
+            placement.begin(memory)
+        self._on_show = placement
+        for binding, tensor in zip(self._bindings, placement.tensors, strict=True):
             binding.slot.show(tensor)
-        self._on_show = [] if remember else [(tensor, tensors.version(tensor)) for tensor in placed]
 
-    def keep_writes(self) -> None:
-        """Copy to the tensors at rest what was written to those that were on show between calls (model offload)."""
-        for binding, (tensor, version) in zip(self._bindings, self._on_show, strict=False):
-            if tensors.version(tensor) != version:
-                tensors.copy_values(binding.slot.rest, tensor)
+    @property
+    def is_on_show(self) -> bool:
+        """Whether owners have the tensors on the device."""
+        return self._on_show is not None
+
+    def on_device(self, rest: torch.Tensor) -> torch.Tensor | None:
+        """Return what owners have for the tensor at rest now, or None where the group is not on the device."""
+        if self._on_show is None:
+            return None
+        pairs = zip(self._bindings, self._on_show.tensors, strict=True)
+        return next((tensor for binding, tensor in pairs if binding.slot.rest is rest), None)
 
     def show_rest(self) -> None:
-        """Let owners have the tensors at rest."""
-        self._on_show = []
+        """Let owners have the tensors at rest, whatever they have now."""
+        self._on_show = None
         for binding in self._bindings:
             binding.slot.show(binding.slot.rest)
+
+    def put_away(self) -> bool:
+        """Let owners have the tensors at rest, with what a forward wrote to them; tell if somebody else has them still.
+
+        Then their memory must stay as it is while `is_held_by_others` says so.
+        """
+        placement, self._on_show = self._on_show, None
+        if placement is None:
+            return False
+        new = [
+            binding.slot.put_in_place_of(tensor)
+            for binding, tensor in zip(self._bindings, placement.tensors, strict=True)
+        ]
+        written = placement.written()
+        placement.is_replaced |= any(value is not None for value in new)
+        if written or placement.is_replaced:
+            self._keep_writes(placement, written, new)
+        del new  # it may refer to them
+        self.show_rest()
+        if not placement.is_held_by_others():
+            return False
+        self._placed[placement.address] = placement
+        return True
+
+    def keep_late_writes(self, memory: torch.Tensor) -> None:
+        """Keep what was written through views of `memory` after the group was put away."""
+        placement = self._placed.get(memory.data_ptr())
+        written = placement.written() if placement is not None else []
+        if placement is not None and written:
+            self._keep_writes(placement, written, [None] * len(placement.tensors))
+
+    def take_kept_writes(self) -> tuple[int, int] | None:
+        """Return the versions before and after writes that were kept since this was asked last; None: there were none."""
+        kept, self._kept = self._kept, None
+        return kept
+
+    def is_replaced(self, memory: torch.Tensor) -> bool:
+        """Tell whether what is in `memory` belongs to others alone, and the group has other tensors."""
+        placement = self._placed.get(memory.data_ptr())
+        return placement is None or placement.is_replaced
+
+    def is_held_by_others(self, memory: torch.Tensor) -> bool:
+        """Tell whether somebody still has a tensor in `memory`, or a view of one."""
+        placement = self._placed.get(memory.data_ptr())
+        return placement is not None and placement.is_held_by_others()
+
+    def close(self, *, but: torch.Tensor | None = None) -> None:
+        """Let the device memory go that the group was placed in, `but` this, also while something refers to the group."""
+        kept = None if but is None else but.data_ptr()
+        self._placed = {address: placement for address, placement in self._placed.items() if address == kept}
+
+    def forget(self, memory: torch.Tensor) -> None:
+        """Drop the tensors in `memory`, which will not come back."""
+        self._placed.pop(memory.data_ptr(), None)
+
+    def _keep_writes(self, placement: Placement, written: Sequence[int], new: Sequence[torch.Tensor | None]) -> None:
+        """Copy to the tensors at rest what a forward wrote to those on show, or put in their place."""
+        changed: list[torch.Tensor] = []
+        before = self.version()
+        check_files_of(leaf for binding in self._bindings for leaf in tensors.leaves(binding.slot.rest))
+        for at, (binding, tensor) in enumerate(zip(self._bindings, placement.tensors, strict=True)):
+            value = tensor if at in written else new[at]
+            if value is None:
+                continue
+            rest = binding.slot.rest
+            if value.shape != rest.shape:
+                raise ConflictError(
+                    f"a forward gave {binding.slot.owner_name()} the shape {list(value.shape)} instead of "
+                    f"{list(rest.shape)}; offloaded weights keep their shape: remove() the offloading first"
+                )
+            tensors.copy_values(rest, value)
+            changed += tensors.leaves(rest)
+        if placement.is_replaced or not placement.is_whole():
+            self._placed.pop(placement.address, None)
+        self._kept = before, self.version()
+        self._find_stores(changed)
+
+    def _find_stores(self, changed: Sequence[torch.Tensor]) -> None:
+        self.stores = tuple(self._home.stores(changed))
+        self._joint = [store for _, _, store in self.stores if isinstance(store, JointStore)]
+        self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
+        self._version_in_files = self.version()

@@ -25,13 +25,24 @@ class Item:
     owners: list[tuple[nn.Module, str]]
     is_buffer: bool
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether this is a sparse buffer: it has no leaves, and is moved to the device as it is."""
+        return self.is_buffer and bool(tensors.sparse_parts(self.tensor))
+
+    def leaves(self) -> list[torch.Tensor]:
+        """Return the plain tensors that hold the bytes."""
+        return [] if self.is_sparse else tensors.leaves(self.tensor)
+
     def move_to(self, leaves: Sequence[torch.Tensor]) -> None:
-        """Let the tensor have its bytes in `leaves` from now on, for every owner and whoever else refers to it."""
+        """Let the tensor have its bytes in `leaves` from now on, for every owner and, where it can, whoever refers to it."""
         moved = tensors.rebuild(self.tensor, leaves)
-        if tensors.is_plain(self.tensor):
+        if tensors.is_plain(self.tensor) and not tensors.is_inference_made(self.tensor):
             self.tensor.data = moved  # the same object: what a user holds does not keep the old memory alive
             return
+        asks_for_gradients = self.tensor.requires_grad
         self.tensor = tensors.as_owned(moved, like=self.tensor)
+        self.tensor.requires_grad_(asks_for_gradients)
         TensorSlot(self.tensor, self.owners).show(self.tensor)
 
     def slot_for(self, holders: set[nn.Module]) -> TensorSlot:
@@ -42,23 +53,29 @@ class Item:
 class Inventory:
     """The tensors below `root`."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, *, needs_values: bool = True) -> None:
         """List everything.
+
+        Args:
+            root: the module.
+            needs_values: whether tensors on the meta device are refused.
 
         Raises:
             ConflictError: another library has its own offloading on the module; names it and how to take it off.
-            ConfigError: a tensor is on the meta device.
+            ConfigError: a tensor is on the meta device, or a part is compiled by TorchScript.
             UnsupportedTensorError: a tensor cannot be taken apart.
         """
         self._by_id: dict[int, Item] = {}
+        self._needs_values = needs_values
         for prefix, module in root.named_modules():
             refuse_foreign_hooks(prefix or type(root).__name__, module)
+            _refuse_scripted(prefix or type(root).__name__, module)
             for held, is_buffer in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
                 for key, tensor in held.items():
                     if tensor is not None:
                         self._add(f"{prefix}.{key}" if prefix else key, tensor, (module, key), is_buffer)
         self._users = Counter(
-            leaf.untyped_storage().data_ptr() for item in self for leaf in tensors.leaves(item.tensor) if leaf.numel()
+            leaf.untyped_storage().data_ptr() for item in self for leaf in item.leaves() if leaf.numel()
         )
 
     def __iter__(self) -> Iterator[Item]:
@@ -66,7 +83,8 @@ class Inventory:
 
     def parameters_of(self, holders: Iterable[nn.Module]) -> list[Item]:
         """Return the distinct parameters that `holders` own themselves, in order."""
-        found = {id(p): self._by_id[id(p)] for holder in holders for p in holder.parameters(recurse=False)}
+        own = (p for holder in holders for p in holder._parameters.values() if p is not None)  # noqa: SLF001
+        found = {id(parameter): self._by_id[id(parameter)] for parameter in own}
         return list(found.values())
 
     def shares_memory(self, leaf: torch.Tensor) -> bool:
@@ -78,13 +96,14 @@ class Inventory:
         if item is not None:
             item.owners.append(owner)
             return
+        item = Item(name, tensor, [owner], is_buffer)
         try:
-            leaves = tensors.leaves(tensor)
+            leaves = item.leaves()
         except UnsupportedTensorError as error:
             raise UnsupportedTensorError(f"{name}: {error}") from error
-        if any(leaf.device.type == "meta" for leaf in leaves):
+        if self._needs_values and any(leaf.device.type == "meta" for leaf in leaves):
             raise ConfigError(f"{name} is on the meta device, so it has no values to offload; load the weights first")
-        self._by_id[id(tensor)] = Item(name, tensor, [owner], is_buffer)
+        self._by_id[id(tensor)] = item
 
 
 def refuse_foreign_hooks(name: str, module: nn.Module) -> None:
@@ -100,4 +119,12 @@ def refuse_foreign_hooks(name: str, module: nn.Module) -> None:
         raise ConflictError(
             f"{name} carries diffusers' hook {hooks[0]!r}, which moves or casts weights too; remove it first "
             f"(module._diffusers_hook.remove_hook({hooks[0]!r}, recurse=True)) and use vramkit's instead"
+        )
+
+
+def _refuse_scripted(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"{name} is compiled by TorchScript, which takes neither hooks nor other tensors for its weights; put the "
+            "module that it was scripted or traced from in its place, or offload the parts around it one by one"
         )

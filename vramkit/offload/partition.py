@@ -7,20 +7,31 @@ without a forward of their own are not: whoever iterates over them never trigger
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 from torch import nn
 
 from vramkit.memory import tensor_bytes
+from vramkit.offload.uses import Times
 
-__all__ = ["Granularity", "Partition", "Unit", "partition", "slot_bytes_for"]
+__all__ = [
+    "Granularity",
+    "Partition",
+    "Unit",
+    "moved_bytes",
+    "partition",
+    "parts_of",
+    "slot_bytes_for",
+]
 
 Granularity = Literal["block_level", "leaf_level", "model_level"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase)  # their forward reads parameters of children, or keeps lists of them
 _SMALL_BYTES = 16 * 2**20  # below this a copy does not reach the speed of the link
+_TABLE_BYTES = 16 * 2**20  # an embedding below this costs little to move or to keep, and serves whoever reads it
 _SMALL_SHARE = 32  # what stays on the device outside the blocks is at most total / 32
 _WIDE_SHARE = 20  # units wider than a slot may carry at most total / 20 of the bytes
 
@@ -36,7 +47,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Partition:
-    """Units in the order of definition, and embedding tables whose rows are looked up where they rest.
+    """Units in the order of definition (of use, where that is known), and tables whose rows are looked up where they rest.
 
     Whatever is in neither stays on the device.
     """
@@ -53,6 +64,7 @@ def partition(
     block_names: Sequence[str] | None = None,
     unit_bytes: int | None = None,
     slots: int = 2,
+    times: Times | None = None,
 ) -> Partition:
     """Cut `root` into units.
 
@@ -64,6 +76,7 @@ def partition(
         block_names: names of containers, or of single modules, that are blocks; None finds block lists.
         unit_bytes: upper bound that units are cut to, and joined up to, where modules allow.
         slots: how many slots the ring will have.
+        times: when modules of `root` are used, if that was recorded. Units are then formed by it and not by the definition.
     """
     cutter = _Cutter(root)
     if granularity == "model_level":
@@ -71,12 +84,38 @@ def partition(
     containers = [root.get_submodule(name) for name in block_names] if block_names else _block_lists(root)
     blocks = [list(_blocks_of(container)) for container in containers]
     tables, kept = cutter.outside(block for group in blocks for block in group)
-    cutter.left_out |= {id(module) for module in (*tables, *kept)}
+    cutter.leave_out([*tables, *kept])
+    if granularity == "leaf_level" and unit_bytes is None:
+        unit_bytes = cutter.leaf_bytes(slots)
+    cutter.times = times  # only now: what is left out and how large units are does not depend on it
     if granularity == "leaf_level":
-        units = cutter.cut(root, unit_bytes if unit_bytes is not None else cutter.leaf_bytes(slots))
+        assert unit_bytes is not None
+        units = cutter.cut(root, unit_bytes)
     else:
         units = cutter.by_blocks(blocks, blocks_per_group, unit_bytes)
     return Partition(tuple(_each_entry_once(units)), tuple(tables))
+
+
+def parts_of(root: nn.Module, entries: Collection[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Name the modules below `root` that somebody may call by themselves although they are no unit.
+
+    Those are all that are called and have an entry of a unit below them, and what is called outside the blocks.
+    """
+    inside = {part for blocks in _block_lists(root) for block in _blocks_of(blocks) for part in block.modules()}
+    tops = {block for blocks in _block_lists(root) for block in _blocks_of(blocks)}
+
+    def is_part(module: nn.Module) -> bool:
+        if module is root or module in entries or not _is_called(module):
+            return False
+        above = any(part in entries for part in module.modules())
+        return above or module not in inside or (not entries and module in tops)
+
+    return [(name, module) for name, module in root.named_modules() if is_part(module)]
+
+
+def moved_bytes(units: Iterable[Unit], times: Times) -> int:
+    """Return the bytes that `units` move in all recorded passes."""
+    return sum(times.runs(unit.entries) * sum(map(_own_bytes, unit.holders)) for unit in units)
 
 
 def slot_bytes_for(sizes: Sequence[int], slots: int) -> int:
@@ -133,8 +172,21 @@ def _blocks_of(container: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def _reads_below(module: nn.Module) -> bool:
+    """Whether the forward of `module` reads weights of modules below it.
+
+    Layers with adapters, parametrizations, and torch's attention and encoder layers, which have one kernel for all of it.
+    """
+    return isinstance(module, _FUSED) or hasattr(module, "base_layer") or hasattr(module, "parametrizations")
+
+
 def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+    return any(_own_parameters(part) for part in module.modules())
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    # Not through `parameters()`, which models of others override.
+    return [parameter for parameter in module._parameters.values() if parameter is not None]  # noqa: SLF001
 
 
 class _Cutter:
@@ -146,17 +198,28 @@ class _Cutter:
         self._own = {id(module): _own_bytes(module) for module in root.modules()}
         self._total = sum(self._own.values())
         self._fixed: dict[int, list[Unit]] = {}  # blocks that are cut already; the units of a group stand at its first
-        self.left_out: set[int] = set()
+        self._sizes: dict[int, int] = {}  # of whole subtrees, as long as no more is left out
+        self._left_out: frozenset[int] = frozenset()
+        self.times: Times | None = None
+
+    def leave_out(self, modules: Iterable[nn.Module]) -> None:
+        """Let `modules` be part of no unit."""
+        self._left_out |= {id(module) for module in modules}
+        self._sizes.clear()
 
     def _modules(self, module: nn.Module) -> Iterator[nn.Module]:
         """Walk `module` and what is below it, without what was left out."""
-        if id(module) not in self.left_out:
+        if id(module) not in self._left_out:
             yield module
             for child in module.children():
                 yield from self._modules(child)
 
     def _bytes(self, module: nn.Module) -> int:
-        return sum({id(m): self._own[id(m)] for m in self._modules(module)}.values())
+        size = self._sizes.get(id(module))
+        if size is None:
+            size = sum({id(m): self._own[id(m)] for m in self._modules(module)}.values())
+            self._sizes[id(module)] = size
+        return size
 
     def unit(self, *modules: nn.Module) -> Unit:
         """Make one unit of whole modules."""
@@ -177,7 +240,7 @@ class _Cutter:
         inside = {id(module) for block in blocks for module in block.modules()}
         leaves = [leaf for unit in self.cut(self._root, 0) for leaf in unit.entries if id(leaf) not in inside]
         tables = [leaf for leaf in leaves if isinstance(leaf, nn.Embedding) and leaf.max_norm is None]
-        tables = [table for table in tables if self._bytes(table) * 64 > self._total]
+        tables = [table for table in tables if self._bytes(table) >= max(_TABLE_BYTES, self._total // 64)]
         rest = sorted((leaf for leaf in leaves if leaf not in tables), key=self._bytes)
         kept, kept_bytes = [], 0
         for leaf in rest:
@@ -199,16 +262,29 @@ class _Cutter:
         self, lists: Sequence[Sequence[nn.Module]], blocks_per_group: int, unit_bytes: int | None
     ) -> list[Unit]:
         """Make units of `blocks_per_group` blocks, and of what is large outside the blocks."""
-        for blocks in lists:
-            for start in range(0, len(blocks), blocks_per_group):
-                group = blocks[start : start + blocks_per_group]
-                if unit_bytes is None or sum(map(self._bytes, group)) <= unit_bytes:
-                    units = [self.unit(*group)]
-                else:
-                    units = [unit for block in group for unit in self.cut(block, unit_bytes)]
-                self._fixed |= {id(block): [] for block in group} | {id(group[0]): units}
+        for group in self._grouped(lists, blocks_per_group):
+            if unit_bytes is None or sum(map(self._bytes, group)) <= unit_bytes:
+                units = [self.unit(*group)]
+            else:
+                units = [unit for block in group for unit in self.cut(block, unit_bytes)]
+            self._fixed |= {id(block): [] for block in group} | {id(group[0]): units}
         sizes = [self._bytes_of_unit(unit) for units in self._fixed.values() for unit in units]
         return self.cut(self._root, max(sizes, default=0) if unit_bytes is None else unit_bytes)
+
+    def _grouped(self, lists: Sequence[Sequence[nn.Module]], count: int) -> Iterator[list[nn.Module]]:
+        """Take `count` consecutive blocks at a time: of a list, or, where times are known, of all lists as they run."""
+        times = self.times
+        if times is not None:
+            lists = [sorted((block for blocks in lists for block in blocks), key=lambda block: times.first([block]))]
+        for blocks in lists:
+            group: list[nn.Module] = []
+            for block in blocks:
+                if group and (len(group) == count or not self._go_together(self.unit(*group), self.unit(block))):
+                    yield group
+                    group = []
+                group.append(block)
+            if group:
+                yield group
 
     def cut(self, module: nn.Module, target_bytes: int) -> list[Unit]:
         """Descend until a subtree fits `target_bytes` or cannot be divided; join small neighbours up to it."""
@@ -218,33 +294,48 @@ class _Cutter:
         if not size:
             return []
         is_divided = any(id(part) in self._fixed for part in module.modules())
-        if not is_divided and _is_called(module) and (size <= target_bytes or self._is_whole(module)):
+        can_be_whole = not is_divided and _is_called(module) and (size <= target_bytes or self._is_whole(module))
+        if can_be_whole and (self.times is None or self._is_whole(module)):
             return [self.unit(module)]
         pieces = [unit for child in self._children(module) for unit in self.cut(child, target_bytes)]
-        return self._joined(pieces, target_bytes)
+        pieces = self._joined(pieces, target_bytes)
+        return [self.unit(module)] if can_be_whole and self._go_together(*pieces) else pieces
 
     def _children(self, module: nn.Module) -> list[nn.Module]:
-        return [child for child in module.children() if id(child) not in self.left_out]
+        return [child for child in module.children() if id(child) not in self._left_out]
 
     def _is_whole(self, module: nn.Module) -> bool:
         """Whether `module` must travel as one: its class says so, or its forward needs most of the parameters itself."""
-        if getattr(module, "offload_unit", False) or isinstance(module, _WHOLE):
+        if getattr(module, "offload_unit", False) or isinstance(module, _WHOLE) or _reads_below(module):
             return True
         called = [child for child in self._children(module) if any(True for _ in self._entries(child))]
         below = sum(self._bytes(child) for child in called)
         return self._bytes(module) - below > below
 
     def _joined(self, units: Sequence[Unit], target_bytes: int) -> list[Unit]:
+        times = self.times
+        if times is not None:
+            units = sorted(units, key=lambda unit: times.first(unit.entries))
         fixed = {id(unit) for units in self._fixed.values() for unit in units}
         joined: list[Unit] = []
         for unit in units:
             last = joined[-1] if joined and not {id(joined[-1]), id(unit)} & fixed else None
-            if last and self._bytes_of_unit(last) + self._bytes_of_unit(unit) <= target_bytes:
+            fits = last is not None and self._bytes_of_unit(last) + self._bytes_of_unit(unit) <= target_bytes
+            if last and fits and self._go_together(last, unit):
                 joined[-1] = Unit(last.name, last.entries + unit.entries, last.holders + unit.holders)
             else:
                 joined.append(unit)
         return joined
 
+    def _go_together(self, *units: Unit) -> bool:
+        """Whether these units move no more bytes as one, by the times at which they are used."""
+        if self.times is None:
+            return True
+        whole = self.times.runs(entry for unit in units for entry in unit.entries)
+        return whole * sum(map(self._bytes_of_unit, units)) <= sum(
+            self.times.runs(unit.entries) * self._bytes_of_unit(unit) for unit in units
+        )
+
 
 def _own_bytes(module: nn.Module) -> int:
-    return sum(tensor_bytes(parameter) for parameter in module.parameters(recurse=False))
+    return sum(tensor_bytes(parameter) for parameter in _own_parameters(module))

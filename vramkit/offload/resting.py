@@ -6,30 +6,48 @@ unit, and the original memory is let go before the next unit.
 
 from __future__ import annotations
 
+import functools
+import gc
+import os
+import secrets
 import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from vramkit import tensors
 from vramkit.errors import ConfigError, StoreError
-from vramkit.memory import available_ram_bytes, format_bytes
+from vramkit.memory import format_bytes
 from vramkit.offload.backend import Backend
-from vramkit.offload.checkpoint import read_checkpoint, write_checkpoint
 from vramkit.offload.config import OffloadConfig
-from vramkit.offload.disk import FileReader, MappedFile, forget_span, span_of
+from vramkit.offload.disk import (
+    FileReader,
+    FileSpan,
+    ForeignViews,
+    MappedFile,
+    SpillFile,
+    check_files_of,
+    file_of,
+    forget_span,
+    read_workers,
+    remove_rubbish,
+    span_of,
+)
 from vramkit.offload.inventory import Inventory, Item
 from vramkit.offload.layout import BufferLayout
-from vramkit.offload.pinning import Pins, has_own_pages, own_pages
-from vramkit.offload.stores import DiskStore, PageableStore, PinnedStore, Staging, Store
+from vramkit.offload.memory_map import MemoryMap, give_free_memory_back, own_pages
+from vramkit.offload.pinning import PinBudget, Pins
+from vramkit.offload.stores import DiskStore, PageableStore, PartedStore, PeerStore, PinnedStore, Staging, Store
+from vramkit.offload.workers import Workers
 
-__all__ = ["RestingPlace"]
+__all__ = ["RestingPlace", "is_loose", "loose_leaves", "move_loose"]
 
-_RAM_SHARE = 0.9  # of what is free, for page-locking files that are not in RAM yet
+_MANY_PLACES = 8  # modules that are offloaded: an application has fewer
+_STAGING_SHARE = 4  # a budget of less than this many times the staging is left to weights
 
 
 class RestingPlace:
@@ -39,13 +57,21 @@ class RestingPlace:
         self._config = config
         self._backend = backend
         self._on_cpu = backend.device.type == "cpu"
-        budget = config.pin_budget_bytes
-        self._pins = Pins(backend.device, int(available_ram_bytes() * _RAM_SHARE) if budget is None else budget)
-        self._staging = Staging(backend)
+        budget = config.pin_budget if isinstance(config.pin_budget, PinBudget) else PinBudget(config.pin_budget)
+        self._budget = budget
+        self._pins, self._staging_pins = Pins(backend.device, budget), Pins(backend.device, budget)
+        is_cuda = backend.device.type == "cuda"
+        self._staging = Staging(backend, self._staging_pins.keep_own if is_cuda else None)
+        self._known = MemoryMap(())
+        self._views = ForeignViews()
         self._readers: dict[MappedFile, FileReader] = {}
+        self._read_workers: Workers | None = None  # that all readers share
         self._spilled: dict[Item, None] = {}
+        self._came_from: dict[Item, torch.device] = {}
         self._folder: Path | None = None
-        self._spills: list[MappedFile] = []
+        self._process = os.getpid()
+        self._files: tuple[MappedFile, ...] = ()
+        self._spills: list[SpillFile] = []
         self._spill_count = 0
         self._is_checked = False
         self.copied_to_host_bytes = 0
@@ -53,7 +79,7 @@ class RestingPlace:
     @property
     def pinned_bytes(self) -> int:
         """Page-locked bytes: weights, files and staging."""
-        return self._pins.pinned_bytes + self._staging.size_bytes
+        return self._pins.pinned_bytes + self._staging_pins.pinned_bytes
 
     def check(self, leaves: Iterable[torch.Tensor]) -> None:
         """Refuse a store that cannot serve `leaves`, before anything is changed.
@@ -77,51 +103,91 @@ class RestingPlace:
                 )
         self._is_checked = True
 
-    def forget_changed(self, inventory: Inventory) -> None:
-        """Take tensors of files that were written through ``.data``, which leaves no other trace, for ordinary memory."""
-        may_be_written: dict[MappedFile, bool] = {}
-        for leaf in (leaf for item in inventory for leaf in tensors.leaves(item.tensor)):
+    def survey(self, inventory: Inventory) -> None:
+        """Learn what the memory of every tensor is, which are views of files, and which of those were written to since.
+
+        Versions do not tell: that of a Parameter counts its initialisation, and writes through ``.data`` are not counted.
+
+        Raises:
+            StoreError: a file is no longer what it was when it was mapped.
+        """
+        _living().add(self)
+        self._known = MemoryMap.of_process()
+        leaves = [leaf for item in inventory for leaf in item.leaves()]
+        self._views.note(leaves, self._known)
+        check_files_of(leaves)
+        for leaf in leaves:
             span = span_of(leaf)
-            if span is None:
-                continue
-            if span.file not in may_be_written:
-                may_be_written[span.file] = span.file.may_be_written()
-            if may_be_written[span.file] and not span.holds(leaf):
+            if span is not None and span.may_differ(leaf):
                 forget_span(leaf)
 
-    def settle(self, items: Sequence[Item], inventory: Inventory) -> None:
-        """Bring the tensors of one unit to where they rest from now on: in host memory, dense, in few pieces, or on disk."""
+    def forget(self, changed: Iterable[torch.Tensor]) -> None:
+        """Take these tensors for ordinary memory from now on: they are no longer what a file holds."""
+        for leaf in changed:
+            forget_span(leaf)
+
+    def is_changed(self, leaf: torch.Tensor) -> bool:
+        """Tell whether the bytes of `leaf` differ from those in the file that they are read from."""
+        span = span_of(leaf)
+        return span is not None and span.may_differ(leaf)
+
+    def check_files(self) -> None:
+        """Look at the files that weights rest in; a microsecond each.
+
+        Raises:
+            StoreError: one is no longer what it was when it was mapped.
+        """
+        for file in self._files:
+            file.check()
+
+    def settle(self, units: Sequence[Sequence[Item]], inventory: Inventory) -> None:
+        """Bring the tensors of units to where they rest from now on: in host memory, dense, in few pieces, or on disk."""
+        for item in {item: None for items in units for item in items}:
+            devices = {leaf.device for leaf in item.leaves()} - {torch.device("cpu")}
+            if devices:
+                self._came_from[item] = devices.pop()
         if self._config.disk_folder is not None:
-            self._spill([item for item in items if _is_loose(item)])
+            self._spill(units)
             return
         to_ram = self._config.store == "registered"  # asked for: files are read into RAM once
-        loose = [item for item in items if to_ram or _is_loose(item)]
-        self._gather(
-            [item for item in loose if any(self._must_move(leaf, inventory) for leaf in tensors.leaves(item.tensor))]
-        )
+        for items in units:
+            loose = [item for item in items if to_ram or is_loose(item)]
+            self._gather([item for item in loose if any(self._must_move(leaf, inventory) for leaf in item.leaves())])
+
+    def end_applying(self, *, is_applied: bool) -> None:
+        """Forget what came from a device; where applying failed, first move it back, for the module shall be as it was."""
+        for item, device in () if is_applied else self._came_from.items():
+            item.move_to([leaf.to(device) for leaf in item.leaves()])
+        self._came_from.clear()
 
     def tidy(self, inventory: Inventory) -> None:
         """Forget what was written to disk for tensors that are gone or changed since (`Offload.edit`), and its files."""
         present = {id(item.tensor) for item in inventory}
         self._spilled = {item: None for item in self._spilled if id(item.tensor) in present}
-        spans = (span_of(leaf) for item in inventory for leaf in tensors.leaves(item.tensor))
-        used = {id(span.file) for span in spans if span is not None}
+        files = (file_of(leaf) for item in inventory for leaf in item.leaves())
+        used = {id(file): file for file in files if file is not None}
+        self._files = tuple(used.values())
         for file in [file for file in self._spills if id(file) not in used]:
             self._spills.remove(file)
             if file in self._readers:
                 self._readers.pop(file).close()
             file.path.unlink(missing_ok=True)
+        if self._spilled:
+            give_free_memory_back()  # small weights lay in between others, and their memory would stay with the process
 
     def lock(self, units: Sequence[Sequence[torch.Tensor]]) -> None:
         """Page-lock what travels, within the budget; warn once about what could not be."""
         store = self._config.store
-        if self._on_cpu or store in ("pageable", "disk"):
+        if self._on_cpu or store in ("pageable", "disk", "peer"):
             return
         leaves = [leaf for unit in units for leaf in unit]
         spans = [span_of(leaf) for leaf in leaves]
         memories = [tensors.byte_view(leaf) for leaf, span in zip(leaves, spans, strict=True) if span is None]
         files = {id(span.file): span.file for span in spans if span is not None}
-        self._pins.keep(memories, files.values())
+        wanted = sum(memory.nbytes for memory in memories) + sum(file.shared().nbytes for file in files.values())
+        if wanted - self._pins.pinned_bytes > self._budget.left_bytes > _STAGING_SHARE * self._staging.size_bytes:
+            self._staging.prepare()  # first: all that does not fit passes through it
+        self._pins.keep(memories, files.values(), self._known)
         if self._pins.refused_bytes:
             warnings.warn(
                 f"vramkit could not page-lock {format_bytes(self._pins.refused_bytes)} of weights; they are staged, at a "
@@ -130,11 +196,14 @@ class RestingPlace:
                 stacklevel=2,
             )
 
-    def stores(self, layout: BufferLayout, leaves: Sequence[torch.Tensor]) -> list[tuple[int, int, Store]]:
-        """Choose stores for the travelling `leaves` of one unit: (offset in the slot, bytes, store).
+    def stores(self, name: str, layout: BufferLayout, leaves: Sequence[torch.Tensor]) -> list[tuple[int, int, Store]]:
+        """Choose stores for the travelling `leaves` of the unit called `name`: (offset in the slot, bytes, store).
 
         Leaves that lie in memory as they will lie in the slot travel as one.
         """
+        if self._config.peer_device is not None:
+            pairs = zip(layout.leaves, leaves, strict=True)
+            return [(spec.offset, spec.size_bytes, self._peer_store(leaf)) for spec, leaf in pairs]
         pieces: list[tuple[int, int, torch.Tensor]] = []
         for spec, leaf in zip(layout.leaves, leaves, strict=True):
             if pieces:
@@ -144,18 +213,26 @@ class RestingPlace:
                     pieces[-1] = (offset, spec.offset + spec.size_bytes - offset, first)
                     continue
             pieces.append((spec.offset, spec.size_bytes, leaf))
-        return [(offset, size, self.store(leaf, size)) for offset, size, leaf in pieces]
+        stores = [(offset, size, self.store(leaf, size)) for offset, size, leaf in pieces]
+        if self._config.mesh is None:
+            return [*stores]
+        return [(0, layout.size_bytes, self._config.mesh.shared(name, stores, layout.size_bytes))]
 
-    def store(self, leaf: torch.Tensor, size_bytes: int | None = None) -> Store:
+    def store(self, leaf: torch.Tensor, size_bytes: int | None = None) -> PartedStore:
         """Choose where the bytes of `leaf` (and what lies behind it, up to `size_bytes`) are read from."""
-        span, kind = span_of(leaf), self._config.store
+        span, kind = _span(leaf, size_bytes), self._config.store
         if span is not None and (kind == "disk" or (kind is None and self._on_cpu)):
             return DiskStore(span, self._reader(span.file), self._staging)
         memory = tensors.byte_view(leaf, size_bytes) if span is None else span.shared()
         if self._pins.covers(memory):
             return PinnedStore(memory, "registered" if span is None else "mapped")
         # Not the shared mapping of a file: the one that the tensor has shows what is written to the tensor later.
-        return PageableStore(tensors.byte_view(leaf, size_bytes), self._staging)
+        return PageableStore(tensors.byte_view(leaf, size_bytes), self._staging, file_of(leaf))
+
+    def _peer_store(self, leaf: torch.Tensor) -> Store:
+        with torch.inference_mode(False):
+            memory = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._config.peer_device)
+        return PeerStore(memory, tensors.byte_view(leaf), partial(tensors.version, leaf))
 
     def pinned_memory(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """Return the page-locked bytes of `leaf`, which the device can read by address, or None."""
@@ -165,102 +242,182 @@ class RestingPlace:
 
     def to_device(self, leaf: torch.Tensor) -> torch.Tensor:
         """Return a copy of `leaf` on the device, or `leaf` itself where it is ordinary memory of that device."""
+        if leaf.layout != torch.strided:
+            return leaf.to(self._backend.device)
         if leaf.device == self._backend.device and span_of(leaf) is None:
             return leaf
         (spec,), size_bytes = (layout := BufferLayout.of([leaf])).leaves, layout.size_bytes
         memory = self._backend.memory(size_bytes)
         store = self.store(leaf) if leaf.device.type == "cpu" and tensors.is_dense(leaf) else None
-        if store is None or store.kind == "pageable":  # no staging for what travels once: it would stay page-locked
-            spec.view(memory).copy_(leaf)
-        else:
+        if store is not None and store.kind != "pageable":
             store.fill(memory[: spec.size_bytes])
+        else:  # no staging for what travels once: it would stay page-locked
+            is_risky = store is not None and self._pins.touches(tensors.byte_view(leaf))
+            spec.view(memory).copy_(leaf.clone() if is_risky else leaf)
         return spec.view(memory)
 
     def close(self) -> None:
-        """Bring spilled weights back to RAM, unlock, and close and remove files. No copy may be in flight."""
+        """Bring spilled weights back to RAM, unlock, and close and remove files. No copy may be in flight.
+
+        Raises:
+            StoreError: a file that weights rest in is no longer what it was, so they are lost. All the rest was done.
+        """
+        files, lost = self._files, None
         for item in self._spilled:
-            item.move_to([leaf.clone() for leaf in tensors.leaves(item.tensor)])
+            try:
+                check_files_of(item.leaves())
+            except StoreError as error:
+                lost = error
+                continue
+            with torch.inference_mode(False):  # the weights shall not become inference tensors by that
+                item.move_to([leaf.clone() if file_of(leaf) in self._spills else leaf for leaf in item.leaves()])
         self._spilled.clear()
         self._pins.close()
+        self._staging.close()
+        self._staging_pins.close()
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        if self._read_workers is not None:
+            self._read_workers.close()
+            self._read_workers = None
         self._spills.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove(self._folder, self._process)
             self._folder = None
+        self._files = ()
+        _living().discard(self)
+        if lost is not None:
+            raise lost
+        for file in files:
+            file.check()
 
     def _must_move(self, leaf: torch.Tensor, inventory: Inventory) -> bool:
-        """Whether a leaf cannot be read where it lies: on the device, with holes, (asked for in RAM) in a file, or small.
+        """Whether a leaf cannot be read where it lies.
 
-        Small leaves share pages with other memory, so they cannot be page-locked, and alone would not travel at the speed
-        of the link. Those that share a storage with others of the module stay, lest a tie is cut.
+        It is on the device, or its values are not one span of bytes, or (asked for in RAM) in a file. Or it is to be locked,
+        and shares pages with other memory; but what lies in one storage with other tensors of the module stays, lest a tie
+        is cut, and what other processes see stays too.
         """
-        if leaf.device.type != "cpu" or not tensors.is_dense(leaf) or span_of(leaf) is not None:
+        if span_of(leaf) is not None:
+            return self._config.store == "registered"
+        if leaf.device.type != "cpu" or not tensors.is_dense(leaf):
             return True
-        is_locked = not self._on_cpu and self._config.store != "pageable"
-        return is_locked and not has_own_pages(leaf) and not inventory.shares_memory(leaf)
+        if self._on_cpu or self._config.store in ("pageable", "peer") or inventory.shares_memory(leaf):
+            return False
+        memory = self._known.classify(leaf)
+        return memory.pages is None and not memory.is_seen_by_others and not self._pins.covers(tensors.byte_view(leaf))
+
+    def _is_seen_by_others(self, item: Item) -> bool:
+        return any(self._known.classify(leaf).is_seen_by_others for leaf in item.leaves())
 
     def _gather(self, items: Sequence[Item]) -> None:
         """Copy leaves into one piece of host memory with pages of its own, laid out as in a slot."""
         if not items:
             return
-        leaves = [leaf for item in items for leaf in tensors.leaves(item.tensor)]
+        to_ram = self._config.store == "registered"  # else the part of a tensor that is a view of a file stays
+        leaves = [leaf for item in items for leaf in item.leaves()] if to_ram else loose_leaves(items)
         layout = BufferLayout.of(leaves)
         memory = own_pages(layout.size_bytes)
         views = [spec.view(memory) for spec in layout.leaves]
         for view, leaf in zip(views, leaves, strict=True):
             view.copy_(leaf)
             self.copied_to_host_bytes += 0 if leaf.device.type == "cpu" else leaf.nbytes
-        remaining = iter(views)
-        for item in items:
-            item.move_to([next(remaining) for _ in tensors.leaves(item.tensor)])
+        move_loose(items, views, in_files=to_ram)
 
-    def _spill(self, items: Sequence[Item]) -> None:
-        """Write tensors to a new file in a folder of this module alone, and let them be views of that file.
+    def _spill(self, units: Sequence[Sequence[Item]]) -> None:
+        """Write tensors to a new file in a folder of this module alone, unit by unit, and let them be views of that file.
 
         A folder is never read by another module or a later run, so nothing stale is ever served.
         """
-        if not items:
+        loose = [[item for item in items if is_loose(item) and not self._is_seen_by_others(item)] for items in units]
+        leaves = loose_leaves({item: None for items in loose for item in items})
+        if not leaves:
             return
         if self._folder is None:
-            self._folder = _own_folder(self._config.disk_folder)
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        named = [(f"{item.name}#{at}", x) for item in items for at, x in enumerate(tensors.leaves(item.tensor))]
-        leaves = dict(sorted(named, key=lambda pair: -pair[1].element_size()))  # wide ones first: all are aligned then
-        path = self._folder / f"{self._spill_count:05d}.safetensors"
+            assert self._config.disk_folder is not None
+            folder = self._config.disk_folder / f"vramkit-{secrets.token_hex(8)}"
+            weakref.finalize(self, _remove, folder, self._process)
+            remove_rubbish(self._config.disk_folder.glob("vramkit-" + "[0-9a-f]" * 16))
+            self._folder = folder  # known before it is made, so that `close` finds it whatever comes between
+            _make(folder)
+        file = SpillFile(self._folder / f"{self._spill_count:05d}.bin", leaves)
+        del leaves  # they are let go of unit by unit
         self._spill_count += 1
-        write_checkpoint(path, {name: _bytes_in_memory_order(leaf) for name, leaf in leaves.items()})
-        entries = read_checkpoint(path)
-        self._spills.append(next(iter(entries.values())).file)
-        for item in items:
-            old = enumerate(tensors.leaves(item.tensor))
-            flat = [(entries[f"{item.name}#{at}"].tensor().view(leaf.dtype), leaf) for at, leaf in old]
-            item.move_to([new.as_strided(leaf.shape, tensors.dense_like(leaf)) for new, leaf in flat])
-            self._spilled[item] = None
+        self._spills.append(file)
+        for items in loose:
+            new = [item for item in items if item not in self._spilled]  # tied ones are in several units
+            views = file.add(loose_leaves(new))
+            self._spilled |= dict.fromkeys(new)  # first: what is moved comes back when this is closed
+            move_loose(new, views)
 
     def _reader(self, file: MappedFile) -> FileReader:
+        self._read_workers = self._read_workers or read_workers()
         if file not in self._readers:
-            self._readers[file] = FileReader(file, direct=self._config.direct_io)
+            self._readers[file] = FileReader(file, direct=self._config.direct_io, workers=self._read_workers)
         return self._readers[file]
 
 
-def _is_loose(item: Item) -> bool:
+def _span(leaf: torch.Tensor, size_bytes: int | None) -> FileSpan | None:
+    """Return the span of `leaf` and what lies behind it in its storage, up to `size_bytes`."""
+    span = span_of(leaf)
+    return span if span is None or size_bytes is None else span.part(0, size_bytes)
+
+
+def loose_leaves(items: Iterable[Item]) -> list[torch.Tensor]:
+    """Return the leaves of `items` that are not views of a file."""
+    return [leaf for item in items for leaf in item.leaves() if span_of(leaf) is None]
+
+
+def move_loose(items: Iterable[Item], views: Iterable[torch.Tensor], *, in_files: bool = False) -> None:
+    """Put `views` in the place of the `loose_leaves` of `items`, and of those `in_files` as well."""
+    remaining = iter(views)
+    for item in items:
+        item.move_to([next(remaining) if in_files or span_of(leaf) is None else leaf for leaf in item.leaves()])
+
+
+def is_loose(item: Item) -> bool:
     """Whether a tensor, or a part of it, is not a view of a file."""
-    return any(span_of(leaf) is None for leaf in tensors.leaves(item.tensor))
+    return bool(loose_leaves([item]))
 
 
-def _bytes_in_memory_order(leaf: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of `leaf` on the host, so that a file keeps any dtype, and transposed weights transposed."""
-    return tensors.byte_view(leaf.cpu() if tensors.is_dense(leaf) else leaf.cpu().contiguous())
+def _remove(folder: Path, process: int) -> None:
+    """Remove a folder of spilled weights, if this is the process that made it, and not one that was forked from that."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _own_folder(parent: Path | None) -> Path:
-    assert parent is not None
+class _Living:
+    """The resting places that there are. Those of modules that go without `remove` are garbage in a circle.
+
+    Python collects it by how many objects there are, and knows nothing of the descriptors and threads that it holds.
+    """
+
+    def __init__(self) -> None:
+        self._places: weakref.WeakSet[RestingPlace] = weakref.WeakSet()
+        self._limit = _MANY_PLACES
+
+    def add(self, place: RestingPlace) -> None:
+        """Note one; look for garbage first, where there are twice as many as were left the last time."""
+        if place not in self._places and len(self._places) >= self._limit:
+            gc.collect()
+            self._limit = max(_MANY_PLACES, 2 * len(self._places))
+        self._places.add(place)
+
+    def discard(self, place: RestingPlace) -> None:
+        """Forget one that was closed."""
+        self._places.discard(place)
+
+
+@functools.cache
+def _living() -> _Living:
+    return _Living()
+
+
+def _make(folder: Path) -> None:
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="vramkit-", dir=parent))
+        folder.mkdir(mode=0o700, parents=True)
     except OSError as error:
         raise StoreError(
-            f"offload_to_disk_path={str(parent)!r} cannot be written: {error.strerror or error}"
+            f"offload_to_disk_path={str(folder.parent)!r} cannot be written: {error.strerror or error}"
         ) from error

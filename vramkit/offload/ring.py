@@ -1,10 +1,13 @@
-"""A ring of device slots, allocated once. A group takes as many adjacent slots as it needs."""
+"""A ring of device slots in one allocation. A group takes as many adjacent slots as it needs."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from vramkit.offload.backend import Backend, Fence
 
@@ -22,42 +25,63 @@ class Region:
     free: tuple[Fence, ...]
     first: int = 0
     count: int = 0
+    is_given_up: bool = False
+    """Whether nobody wants any more what would be copied there: a copy that has not begun need not."""
 
 
 class SlotRing:
-    """`slots` pieces of `slot_bytes`, one behind the other in one allocation, handed out in turn.
+    """`slots` pieces of `slot_bytes`, one behind the other in one allocation, handed out in turn, while it is open.
 
     Handing out in turn keeps addresses the same in every pass when the slots divide the groups, and lets the first groups of
     the next pass load while the last ones of this pass compute.
     """
 
     def __init__(self, backend: Backend, slots: int, slot_bytes: int) -> None:
+        """Plan a ring; it has memory from `open` on."""
         self.slots = slots if slot_bytes else 0
         self.slot_bytes = slot_bytes
+        self.is_open = False
         self._backend = backend
-        self._memory = backend.memory(self.slots * slot_bytes)
-        self._fences: list[Fence] = [backend.fence()] * self.slots
+        self._memory: torch.Tensor | None = None
+        self._views: dict[tuple[int, int], torch.Tensor] = {}  # by first slot and count
+        self._pieces: dict[tuple[int, int], torch.Tensor] = {}  # the beginnings of those, by first slot and bytes
+        self._fences: list[Fence] = []
         self._taken = [False] * self.slots
         self._next = 0
 
     @property
     def size_bytes(self) -> int:
-        """Device memory of all slots."""
+        """Device memory of all slots, while it is open."""
         return self.slots * self.slot_bytes
+
+    def open(self) -> None:
+        """Have memory; open already: nothing to do.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it.
+        """
+        if not self.is_open:
+            self._memory = self._backend.memory(self.size_bytes)
+            self._fences = [self._backend.fence()] * self.slots  # after whoever had this memory before
+            self.is_open = True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can be had from it now, however small."""
+        return not self.is_open or all(self._taken)
 
     def take(self, size_bytes: int) -> Region | None:
         """Reserve adjacent free slots for `size_bytes`, or return None where there are none."""
-        count = max(1, -(-size_bytes // self.slot_bytes)) if self.slots else 1
+        if self.is_full:
+            return None
+        count = max(1, -(-size_bytes // self.slot_bytes))
         for step in range(self.slots):
             first = (self._next + step) % self.slots
-            wanted = range(first, first + count)
-            if wanted.stop <= self.slots and not any(self._taken[slot] for slot in wanted):
-                for slot in wanted:
-                    self._taken[slot] = True
-                self._next = wanted.stop % self.slots
-                start = first * self.slot_bytes
-                free = tuple(self._fences[slot] for slot in wanted)
-                return Region(self._memory[start : start + size_bytes], free, first, count)
+            stop = first + count
+            if stop <= self.slots and True not in self._taken[first:stop]:
+                self._taken[first:stop] = [True] * count
+                self._next = stop % self.slots
+                return Region(self._piece(first, count, size_bytes), tuple(self._fences[first:stop]), first, count)
         return None
 
     def make(self, size_bytes: int) -> Region:
@@ -68,11 +92,57 @@ class SlotRing:
         """Take a region back; `free` says when its last reader is done (None: nothing has read it)."""
         for slot in range(region.first, region.first + region.count):
             self._taken[slot] = False
-            if free is not None:
+            if free is not None and self.is_open:
                 self._fences[slot] = free
+
+    def _piece(self, first: int, count: int, size_bytes: int) -> torch.Tensor:
+        """Return the beginning of adjacent slots, one and the same for all groups of that size."""
+        piece = self._pieces.get((first, size_bytes))
+        if piece is None:
+            piece = self._pieces[first, size_bytes] = self._slots(first, count)[:size_bytes]
+        return piece
+
+    def _slots(self, first: int, count: int) -> torch.Tensor:
+        """Return adjacent slots as a tensor with a storage of its own, by which it is told who refers to their bytes."""
+        if (first, count) not in self._views:
+            assert self._memory is not None
+            slots = self._memory[first * self.slot_bytes : (first + count) * self.slot_bytes]
+            with torch.inference_mode(False):
+                self._views[first, count] = from_dlpack(torch._C._to_dlpack(slots))  # noqa: SLF001 (see torch.utils.dlpack)
+        return self._views[first, count]
+
+    def renew(self, lost: Sequence[Region]) -> None:
+        """Leave the memory of `lost` regions to others, and hand out new memory from now on.
+
+        Regions that are out stay where they are until they are given back.
+        """
+        self._memory = None
+        self._views.clear()
+        self._pieces.clear()
+        self.is_open = False
+        with contextlib.suppress(
+            torch.OutOfMemoryError
+        ):  # then it stays closed until the next pass, which may do with less
+            self.open()
+        for region in lost:
+            self.give(region, None)
+
+    def close(self) -> None:
+        """Let the memory go, also while something refers to the ring. What reads it must have been issued by now."""
+        fences, self._fences = self._fences, []
+        try:
+            for fence in fences:  # it may be handed to others who do not compute on the same stream
+                fence.synchronize()
+        finally:
+            self._memory = None
+            self._views.clear()
+            self._pieces.clear()
+            self.is_open = False
+            self._taken = [False] * self.slots
+            self._next = 0
 
     def reset(self) -> None:
         """Take everything back, whoever had it, after the computation issued so far."""
         self._taken = [False] * self.slots
-        self._fences = [self._backend.fence()] * self.slots
+        self._fences = [self._backend.fence()] * self.slots if self.is_open else []
         self._next = 0

@@ -7,22 +7,37 @@ registered     RAM, page-locked where it lies              by one asynchronous c
 mapped         the page cache of a file, page-locked       by one asynchronous copy                 no
 pageable       RAM                                         through page-locked staging              yes
 disk           a file                                      read by threads, then through staging    yes
+peer           another device                              by one asynchronous copy between them    no
 =============  ==========================================  =======================================  ============
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from vramkit.offload.backend import Backend, Fence
-from vramkit.offload.disk import FileReader, FileSpan
+from vramkit.offload.disk import FileReader, FileSpan, MappedFile
+from vramkit.offload.memory_map import own_pages
 
-__all__ = ["DiskStore", "PageableStore", "PinnedStore", "Staging", "Store", "StoreKind"]
+__all__ = [
+    "DiskStore",
+    "JointStore",
+    "PageableStore",
+    "PartedStore",
+    "PeerStore",
+    "PinnedStore",
+    "Sharing",
+    "Staging",
+    "Store",
+    "StoreKind",
+]
 
-StoreKind = Literal["registered", "mapped", "pageable", "disk"]
+StoreKind = Literal["registered", "mapped", "pageable", "disk", "peer"]
 
 _STAGE_BYTES = 32 * 2**20  # each of two: long enough for full link speed, short enough to start early
 
@@ -41,6 +56,31 @@ class Store(Protocol):
         """
 
 
+class PartedStore(Store, Protocol):
+    """One of which ranks can read a part each."""
+
+    def part(self, start: int, stop: int) -> Store:
+        """Return a store of the bytes from `start` to `stop` of this one."""
+
+
+@runtime_checkable
+class JointStore(Protocol):
+    """A store for each of whose fills other ranks wait."""
+
+    def reserve(self) -> None:
+        """Take a place for the next fill, in the order in which this is called among all such stores."""
+
+
+class Sharing(Protocol):
+    """Ranks that read a part of each group and give it to one another; `vramkit.distributed.Mesh` is one."""
+
+    def prepare(self, module: nn.Module, options: dict[str, Any], disk_folder: Path | None) -> None:
+        """Refuse `options` and weights that are not the same on all ranks, and have weights once on each host."""
+
+    def shared(self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int) -> Store:
+        """Return the store of a group; this rank reads a part of it by `stores`, (offset in the slot, bytes, store)."""
+
+
 class PinnedStore:
     """Page-locked host memory: a registered tensor, or a read-only mapping of a file."""
 
@@ -54,27 +94,49 @@ class PinnedStore:
         """Issue one asynchronous copy."""
         target.copy_(self._memory, non_blocking=True)
 
+    def part(self, start: int, stop: int) -> PinnedStore:
+        """Return one of a part of the same memory."""
+        return PinnedStore(self._memory[start:stop], self.kind)
+
 
 class Staging:
     """Two page-locked buffers through which other bytes pass: one is filled by the host while the other one travels."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, lock: Callable[[torch.Tensor], bool] | None = None) -> None:
+        """Take what locks memory from `own_pages`, and tells if it could; None: torch's allocator does."""
         self._backend = backend
-        self._buffers: list[torch.Tensor] | None = None
+        self._lock = lock
+        self._buffers: list[torch.Tensor] = []
         self._sent: list[Fence | None] = [None, None]
 
     @property
     def size_bytes(self) -> int:
-        """Page-locked bytes held (0 until the first use)."""
-        return sum(buffer.numel() for buffer in self._buffers or ())
+        """Bytes of all buffers, when it has them."""
+        return _STAGE_BYTES * len(self._sent)
+
+    def prepare(self) -> None:
+        """Have the buffers."""
+        while len(self._buffers) < len(self._sent):
+            self._buffers.append(self._buffer())
+
+    def close(self) -> None:
+        """Let the buffers go, which nothing reads any more."""
+        self._buffers.clear()
+        self._sent = [None, None]
+
+    def _buffer(self) -> torch.Tensor:
+        if self._lock is None:
+            return _page_locked(_STAGE_BYTES)
+        buffer = own_pages(_STAGE_BYTES)
+        self._lock(buffer)  # where that is not possible, copies from it are right too, only slower
+        return buffer
 
     def send(self, target: torch.Tensor, produce: Callable[[int, torch.Tensor], None]) -> None:
         """Fill `target`: ``produce(offset, host)`` is called for each piece and writes ``len(host)`` bytes of it."""
         if self._backend.device.type == "cpu":
             produce(0, target)
             return
-        if self._buffers is None:
-            self._buffers = [_page_locked(_STAGE_BYTES) for _ in range(2)]
+        self.prepare()
         for turn, offset in enumerate(range(0, target.numel(), _STAGE_BYTES)):
             piece, which = target[offset : offset + _STAGE_BYTES], turn % 2
             sent = self._sent[which]
@@ -89,9 +151,9 @@ class Staging:
 def _page_locked(size_bytes: int) -> torch.Tensor:
     with torch.inference_mode(False):
         try:
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError:  # no memory may be locked here: copies from ordinary memory are right too, only slower
-            return torch.empty(size_bytes, dtype=torch.uint8)
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
 class PageableStore:
@@ -100,13 +162,21 @@ class PageableStore:
     kind: StoreKind = "pageable"
     needs_thread = True
 
-    def __init__(self, memory: torch.Tensor, staging: Staging) -> None:
+    def __init__(self, memory: torch.Tensor, staging: Staging, file: MappedFile | None = None) -> None:
+        """Read `memory`, whose pages may be those of `file`."""
         self._memory = memory
         self._staging = staging
+        self._file = file
 
     def fill(self, target: torch.Tensor) -> None:
         """Copy piece by piece through staging; on the CPU in one go."""
+        if self._file is not None:
+            self._file.check()  # where it was cut there are no pages
         self._staging.send(target, self._copy)
+
+    def part(self, start: int, stop: int) -> PageableStore:
+        """Return one of a part of the same memory."""
+        return PageableStore(self._memory[start:stop], self._staging, self._file)
 
     def _copy(self, offset: int, host: torch.Tensor) -> None:
         host.copy_(self._memory[offset : offset + host.numel()])
@@ -126,3 +196,29 @@ class DiskStore:
     def fill(self, target: torch.Tensor) -> None:
         """Read piece by piece through staging; on the CPU straight into the slot."""
         self._staging.send(target, lambda offset, host: self._reader.read(self._span.offset + offset, host))
+
+    def part(self, start: int, stop: int) -> DiskStore:
+        """Return one of a part of the span."""
+        return DiskStore(self._span.part(start, stop - start), self._reader, self._staging)
+
+
+class PeerStore:
+    """Memory of another device with a copy of what rests on the host: cards send to one another faster than hosts do."""
+
+    kind: StoreKind = "peer"
+    needs_thread = False
+
+    def __init__(self, memory: torch.Tensor, rest: torch.Tensor, version: Callable[[], int]) -> None:
+        """Keep a copy of `rest` in `memory` of the other device (both 1-D uint8), as it is at each new `version`."""
+        self._memory = memory
+        self._rest = rest
+        self._version = version
+        self._copied: int | None = None
+
+    def fill(self, target: torch.Tensor) -> None:
+        """Issue one copy between the devices; before the first, and after the tensor was written to, one from the host."""
+        version = self._version()
+        if version != self._copied:
+            self._memory.copy_(self._rest)
+            self._copied = version
+        target.copy_(self._memory, non_blocking=True)

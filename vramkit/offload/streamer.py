@@ -1,27 +1,53 @@
 """Weights through the ring in the order in which they are used.
 
 `Streamer.acquire` alone is always right: it finds the group on its way, or loads it now. Everything else is a guess that it
-may correct: the order of the last pass says what to load next, wrapping around to the next pass, and a pass that differs
-costs time and never a wrong byte.
+may correct: `Orders` says what to load next, across the end of the pass, and a pass that differs costs time and never a
+wrong byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import functools
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
+from torch._functorch import pyfunctorch
 from torch.profiler import record_function
 
 from vramkit.offload.backend import Backend, Fence
 from vramkit.offload.group import ModuleGroup
+from vramkit.offload.orders import Orders
 from vramkit.offload.ring import Region, SlotRing
 
-__all__ = ["Counters", "Streamer"]
+if TYPE_CHECKING:
+    from vramkit.tracing.recorder import Track
+
+__all__ = ["Counters", "Streamer", "outside_transforms"]
 
 _NO_SPAN = nullcontext()
+_OUTDATED = -1  # the version of a load of what is no longer at rest
+
+
+_Self = TypeVar("_Self")
+_Args = ParamSpec("_Args")
+
+
+def outside_transforms(step: Callable[Concatenate[_Self, _Args], None]) -> Callable[Concatenate[_Self, _Args], None]:
+    """Take a step outside a transform of ``torch.func`` that runs, which would take tensors of bytes for its own."""
+
+    @functools.wraps(step)
+    def run(self: _Self, *args: _Args.args, **kwargs: _Args.kwargs) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is None:  # noqa: SLF001 (torch has no public reader)
+            step(self, *args, **kwargs)
+            return
+        with pyfunctorch.temporarily_clear_interpreter_stack():
+            step(self, *args, **kwargs)
+
+    return cast("Callable[Concatenate[_Self, _Args], None]", run)
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,67 +64,103 @@ class Counters:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Load:
-    """A group on its way into a region, or there. `place` is its position in the expected order."""
+    """A group on its way into a region, or there."""
 
     group: ModuleGroup
     region: Region
     ready: Fence
     version: int
-    place: int
 
 
 class Streamer:
-    """Owns the copy queue and the expected order of one offloaded module. Used by one thread at a time."""
+    """Owns the copy queue and the orders of one offloaded module. Used by one thread at a time."""
 
-    def __init__(self, groups: Sequence[ModuleGroup], ring: SlotRing, backend: Backend, counters: Counters) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ModuleGroup],
+        ring: SlotRing,
+        backend: Backend,
+        counters: Counters,
+        *,
+        unordered: Sequence[ModuleGroup] = (),
+    ) -> None:
+        """Stream `groups`, at first in this order, and on demand those of `unordered`."""
         self._backend = backend
         self._ring = ring
         self._counters = counters
-        self._queue = backend.queue(threaded=any(group.needs_thread for group in groups))
-        self._groups = tuple(groups)
-        self._order = list(groups)  # of the last whole pass; until there is one, the order of definition
-        self._seen: list[ModuleGroup] = []  # this pass so far
-        self._previous = self._order  # the last pass, whole or not
-        self._ahead: deque[_Load] = deque()  # loading or loaded, not yet used
+        self._groups = (*groups, *unordered)
+        self._queue = backend.queue(threaded=any(group.needs_thread for group in self._groups))
+        self._orders = Orders(groups)
+        self._ahead: list[_Load] = []  # loading or loaded, not yet used; in the order in which they are expected
         self._held: dict[ModuleGroup, _Load] = {}
-        self._cursor = 0  # place in the order that is expected next
+        self._escaped: list[_Load] = []  # let go of, but somebody has a view of their memory
+        self._settled: dict[ModuleGroup, _Load] = {}  # the same after a pass: their memory is theirs for good
+        self.track: Track | None = None
+        """Where a trace notes what happens."""
+        self._began: dict[ModuleGroup, Any] = {}  # when the computation of groups that are held did
+        self._is_torn = False  # a step before was cut short by an exception, and steps came after it
         self._midway = False  # inside acquire, release or prefetch: true elsewhere only after a KeyboardInterrupt
 
     @property
     def is_clean(self) -> bool:
         """Whether no group is held and no step was cut short."""
-        return not self._held and not self._midway
+        return not self._held and not self.was_cut_short
 
-    def acquire(self, group: ModuleGroup, *, in_pass: bool = True) -> None:
-        """Make `group` ready for computation issued from now on, then load what comes next.
+    @property
+    def was_cut_short(self) -> bool:
+        """Whether an interrupt or an error came in the middle of a step, which only `reset` mends."""
+        return self._midway or self._is_torn
 
-        What is acquired outside a pass (a part of the module called by itself) does not count for the order.
+    @outside_transforms
+    def begin_pass(self, entry_point: str) -> None:
+        """Load what is expected of a pass that begins at `entry_point`.
+
+        What is acquired outside a pass (a part of the module called by itself) is followed, but not learned.
         """
-        held = self._held.get(group)
-        if held is not None:
-            if held.version == group.version():
-                return
-            self.release(group)  # written to while it was kept on the device: load it again
-        self._midway = True
-        with _span("acquire", group):
-            load = self._take(group)
-            self._counters.stall_s += load.ready.wait()
-            group.show_device(load.region.memory, remember=load.region.count > 0)
-            self._held[group] = load
-            if in_pass:
-                self._seen.append(group)
+        self._begin_step()
+        self._orders.begin(entry_point)
+        self._keep_expected()
         self._prefetch()
         self._midway = False
 
+    @outside_transforms
+    def acquire(self, group: ModuleGroup) -> None:
+        """Make `group` ready for computation issued from now on, then load what comes next."""
+        held = self._held.get(group)
+        if held is not None:
+            if held.version == group.version():
+                if not group.is_on_show:  # a state dict was taken meanwhile
+                    group.show_device(held.region.memory, remember=held.region.count > 0)
+                return
+            self.release(group)  # written to while it was kept on the device: load it again
+        group.refuse_replaced()
+        self._begin_step()
+        with _span("acquire", group):
+            load = self._still_there(group)
+            if held is None and load is None and not self._orders.use(group):
+                self._keep_expected(group)
+            load = load or self._take(group)
+            self._wait_for(load)
+            self._held[group] = load  # before it is shown: where that fails, what was shown is put away
+            group.show_device(load.region.memory, remember=load.region.count > 0)
+        self._prefetch()
+        self._midway = False
+
+    @outside_transforms
     def release(self, group: ModuleGroup) -> None:
         """Let the memory of `group` be reused after the computation issued so far. Not held: nothing to do."""
-        load = self._held.pop(group, None)
-        if load is None:
+        if group not in self._held:
             return
-        self._midway = True
+        self._begin_step()
+        load = self._held.pop(group)
+        if self._began and self.track is not None and group in self._began:
+            self.track.note("compute", group.name, self._began.pop(group), self._backend.moment())
         with _span("release", group):
-            group.show_rest()
-            self._ring.give(load.region, self._backend.fence())
+            if self._put_away(load):
+                self._escaped.append(load)
+            elif group not in self._settled:
+                self._give(load)
+            self._give_escaped()
         self._prefetch()
         self._midway = False
 
@@ -107,58 +169,190 @@ class Streamer:
         for group in list(self._held):
             self.release(group)
 
+    def drop_loads_of(self, groups: Sequence[ModuleGroup]) -> None:
+        """Forget what was loaded of `groups`: their bytes were changed at rest."""
+        for load in [load for load in self._ahead if load.group in groups]:
+            self._drop(load)
+        for group in groups:
+            if group in self._settled:
+                self._settled[group].version = _OUTDATED
+            self.release(group)
+            group.refresh(all_of_it=True)
+
+    @outside_transforms
     def show_rest(self) -> None:
-        """Let the owners of groups that are held have their tensors at rest."""
-        for group in self._held:
-            group.show_rest()
+        """Let the owners of groups that are held have their tensors at rest, with what was written to them."""
+        for load in self._held.values():
+            self._put_away(load)
+        self.keep_late_writes()
 
+    def keep_late_writes(self) -> None:
+        """Keep what was written to groups through views that somebody has, after they were released."""
+        for load in (*self._escaped, *self._settled.values()):
+            if load.group not in self._held:
+                self._keep_late_writes(load)
+
+    @outside_transforms
     def end_pass(self) -> None:
-        """Learn the order of the pass that ends, and load what the next one starts with.
-
-        A pass that stopped midway (an exception) does not count, unless the next one stops at the same place.
-        """
-        seen, self._seen = self._seen, []
-        if not seen:
-            return
-        self._counters.passes += 1
-        was_cut_short = len(seen) < len(self._order) and seen == self._order[: len(seen)] and seen != self._previous
-        self._previous = seen
-        if not was_cut_short:
-            self._order = seen
-        self._turn_to(0)
+        """Learn the shape of the pass that ends, and load what the next one starts with."""
+        self._begin_step()
+        self._counters.passes += self._orders.is_midway
+        self.keep_late_writes()
+        lost = self._settle()
+        if any(region.count for region in lost):
+            self._ring.renew(lost)
+        self._orders.end()
+        self._keep_expected()
         self._prefetch()
+        self._midway = False
+
+    @outside_transforms
+    def rest(self) -> None:
+        """Let go of all device memory, between passes: what is on its way, what is held, the slots.
+
+        What somebody has a view of stays theirs. The next pass goes on as if it were the first, with what was learned.
+        """
+        self._begin_step()
+        for load in list(self._ahead):
+            self._drop(load)
+        for group in list(self._held):
+            load = self._held.pop(group)
+            if self._put_away(load):
+                self._escaped.append(load)
+            elif group not in self._settled:
+                self._give(load)
+        self._settle()
+        self._queue.drain()  # nothing may be written any more when the memory goes
+        for group in self._groups:
+            group.close(but=self._settled[group].region.memory if group in self._settled else None)
+        self._ring.close()
+        self._midway = False
 
     def reset(self) -> None:
-        """Forget what is on its way and held; owners hold their tensors at rest afterwards. The order stays known."""
+        """Forget what is on its way and held; owners hold their tensors at rest afterwards. Orders stay known."""
+        self._begin_step()
         self._queue.drain()  # nothing may be written any more when regions are given up
         for group in self._groups:
             group.show_rest()  # all, because a step that was cut short may have shown half of any
         self._counters.dropped_loads += len(self._ahead)
         self._ahead.clear()
         self._held.clear()
-        self._seen.clear()
-        self._cursor = 0
+        self._began.clear()
+        self._escaped.clear()
+        self._orders.reset()
         self._ring.reset()
-        self._midway = False
+        self._midway = self._is_torn = False
 
     def prefill(self) -> None:
         """Load what the next pass starts with."""
-        if self._order:
-            self._prefetch()
+        self._begin_step()
+        self._prefetch()
+        self._midway = False
+
+    @property
+    def kept_bytes(self) -> int:
+        """Device memory of groups that stay there, because somebody keeps a view of them."""
+        return sum(group.size_bytes for group in self._settled)
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory of slots, and of groups that are held outside them."""
+        outside = sum(load.group.size_bytes for load in self._held.values() if not load.region.count)
+        return outside + (self._ring.size_bytes if self._ring.is_open else 0)
 
     def close(self) -> None:
-        """Reset, and end the copy queue."""
-        self.reset()
-        self._queue.close()
+        """Reset, and end the copy queue. It may be called again, also after a call that was interrupted."""
+        try:
+            self.reset()
+            self._settled.clear()
+        finally:
+            self._queue.close()
+
+    def _begin_step(self) -> None:
+        self._is_torn |= self._midway
+        self._midway = True
+
+    def _wait_for(self, load: _Load) -> None:
+        if self.track is None:
+            self._counters.stall_s += load.ready.wait()
+            return
+        asked = self._backend.moment()
+        self._counters.stall_s += load.ready.wait()
+        self._began[load.group] = began = self._backend.moment()
+        self.track.note("stall", load.group.name, asked, began)
+
+    def _give(self, load: _Load) -> None:
+        """Let the memory of a load be reused after the computation issued so far."""
+        self._ring.give(load.region, self._backend.fence())
+        if not load.region.count:
+            load.group.forget(load.region.memory)
+
+    def _give_escaped(self) -> None:
+        """Take back what nobody has a view of any more."""
+        if not self._escaped:
+            return
+        escaped, self._escaped = self._escaped, []
+        for load in escaped:
+            self._keep_late_writes(load)
+            if load.group.is_held_by_others(load.region.memory):
+                self._escaped.append(load)
+            elif self._settled.get(load.group) is not load:
+                self._give(load)
+
+    def _settle(self) -> list[Region]:
+        """Leave the memory of what is still in use after a pass to whoever has it, and serve the group from there.
+
+        Returns what is newly lost so.
+        """
+        self._give_escaped()
+        if any(load.group not in self._settled for load in self._escaped):
+            gc.collect()  # what refers to it may be garbage
+            self._give_escaped()
+        lost = [load for load in self._escaped if load.group not in self._settled]
+        self._settled |= {load.group: load for load in lost}
+        self._escaped.clear()
+        return [load.region for load in lost]
+
+    def _still_there(self, group: ModuleGroup) -> _Load | None:
+        """Return the load of a group that was let go of and never left the device, if it is what rests now."""
+        if not self._settled and not self._escaped:
+            return None
+        load = self._settled.get(group) or next((load for load in self._escaped if load.group is group), None)
+        if load is None:
+            return None
+        self._keep_late_writes(load)
+        if group.is_replaced(load.region.memory):
+            self._settled.pop(group, None)
+            return None
+        self._escaped = [other for other in self._escaped if other is not load]
+        if load.version != group.version():  # written at rest: whoever has a view sees that, as everywhere
+            load.region.free = (self._backend.fence(),)
+            new = self._load(group, load.region)
+            load.ready, load.version = new.ready, new.version
+        return load
+
+    def _put_away(self, load: _Load) -> bool:
+        """Let owners have their tensors at rest; tell if somebody else has still what is in the memory of the load."""
+        is_held = load.group.put_away()
+        self._note_writes(load)
+        return is_held
+
+    def _keep_late_writes(self, load: _Load) -> None:
+        load.group.keep_late_writes(load.region.memory)
+        self._note_writes(load)
+
+    def _note_writes(self, load: _Load) -> None:
+        """Where what rests was given the values of the load, let the load be of it."""
+        kept = load.group.take_kept_writes()
+        if kept is not None:
+            load.version = kept[1] if load.version == kept[0] else _OUTDATED
 
     def _take(self, group: ModuleGroup) -> _Load:
-        """Find `group` among what is on its way, dropping what was loaded for groups that the pass has skipped."""
-        skipped = next((at for at, load in enumerate(self._ahead) if load.group is group), None)
-        if skipped is None:
+        """Find `group` among what is on its way, or load it."""
+        at = next((at for at, load in enumerate(self._ahead) if load.group is group), None)
+        if at is None:
             return self._load_now(group)
-        self._drop(skipped)
-        load = self._ahead.popleft()
-        self._cursor = (load.place + 1) % len(self._order)
+        load = self._ahead.pop(at)
         if load.version != group.version():
             self._ring.give(load.region, self._backend.fence())
             return self._load_now(group)
@@ -166,62 +360,54 @@ class Streamer:
 
     def _load_now(self, group: ModuleGroup) -> _Load:
         self._counters.demand_loads += 1
-        place = self._find(group)
-        if place is not None:  # what was expected before it is skipped, or comes later
-            self._drop(len(self._ahead))
-            self._cursor = (place + 1) % len(self._order)
         region = self._ring.take(group.size_bytes)
         while region is None and self._ahead:
-            self._drop_last()
+            self._drop(self._ahead[-1])
             region = self._ring.take(group.size_bytes)
-        return self._load(group, region or self._ring.make(group.size_bytes), self._cursor - 1)
+        return self._load(group, region or self._ring.make(group.size_bytes))
 
-    def _find(self, group: ModuleGroup) -> int | None:
-        count = len(self._order)
-        places = ((self._cursor + step) % count for step in range(count))
-        return next((place for place in places if self._order[place] is group), None)
+    def _keep_expected(self, used: ModuleGroup | None = None) -> None:
+        """Drop what is on its way and not expected soon, after the plan has changed; `used` is taken next."""
+        coming = self._orders.ahead(self._ring.slots)
+        order = {group: at for at, group in reversed(list(enumerate(coming, 1)))} | ({used: 0} if used else {})
+        for load in list(self._ahead):
+            if load.group not in order:
+                self._drop(load)
+        self._ahead.sort(key=lambda load: order[load.group])
 
     def _prefetch(self) -> None:
         """Fill free slots with what is expected next."""
-        while len(self._ahead) < self._ring.slots:
-            place = (self._ahead[-1].place + 1 if self._ahead else self._cursor) % len(self._order)
-            group = self._order[place]
+        if self._ring.is_full:
+            return
+        for at, group in enumerate(self._orders.ahead(self._ring.slots)):
+            if at < len(self._ahead) and self._ahead[at].group is group:
+                continue
             if group in self._held or any(load.group is group for load in self._ahead):
                 return
             region = self._ring.take(group.size_bytes)
             if region is None:
                 return
-            self._ahead.append(self._load(group, region, place))
+            self._ahead.insert(at, self._load(group, region))
 
-    def _load(self, group: ModuleGroup, region: Region, place: int) -> _Load:
+    def _load(self, group: ModuleGroup, region: Region) -> _Load:
         with _span("load", group):
+            after = (*region.free, self._backend.fence()) if group.refresh() else region.free
             version = group.version()
-            ready = self._queue.submit(_filling(group, region), region.free)
+            group.reserve()
+            fill = _filling(group, region)
+            if self.track is not None:
+                fill = self.track.copying(group.name, group.size_bytes, region.first if region.count else None, fill)
+            ready = self._queue.submit(fill, after)
         self._counters.loads += 1
         self._counters.loaded_bytes += group.size_bytes
-        return _Load(group, region, ready, version, place)
+        return _Load(group, region, ready, version)
 
-    def _drop(self, count: int) -> None:
-        """Give back the next `count` loads unused. Their copies end before later ones begin: the queue is in order."""
-        for _ in range(count):
-            self._ring.give(self._ahead.popleft().region, None)
-            self._counters.dropped_loads += 1
-
-    def _drop_last(self) -> None:
-        self._ring.give(self._ahead.pop().region, None)
+    def _drop(self, load: _Load) -> None:
+        """Give a load back unused. Its copy ends before later ones begin: the queue is in order."""
+        self._ahead.remove(load)
+        load.region.is_given_up = True
+        self._ring.give(load.region, None)
         self._counters.dropped_loads += 1
-
-    def _turn_to(self, place: int) -> None:
-        """Expect `place` next; keep what is on its way only if it is what comes next."""
-        self._cursor = place
-        kept = 0
-        for step, load in enumerate(self._ahead):
-            expected = (place + step) % len(self._order)
-            if load.group is not self._order[expected]:
-                break
-            load.place, kept = expected, kept + 1
-        while len(self._ahead) > kept:
-            self._drop_last()
 
 
 def _span(step: str, group: ModuleGroup) -> AbstractContextManager[object]:
@@ -232,4 +418,8 @@ def _span(step: str, group: ModuleGroup) -> AbstractContextManager[object]:
 
 
 def _filling(group: ModuleGroup, region: Region) -> Callable[[], None]:
-    return lambda: group.fill(region.memory)
+    def fill() -> None:
+        if not region.is_given_up or group.is_joint:  # other ranks, who may have begun it, would wait
+            group.fill(region.memory)
+
+    return fill

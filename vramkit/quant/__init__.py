@@ -1,10 +1,12 @@
 """Weights in fewer bits: which, how, under every way of offloading, and how much that costs."""
 
-from vramkit.quant.api import Quantization, adopt, dequantize, quantization_of, quantize, skip_modules_of
+from vramkit.casting.coverage import Coverage, CoverageWarning, LeftWeight
+from vramkit.quant.api import Quantization, adopt, coverage, dequantize, quantization_of, quantize, skip_modules_of
 from vramkit.quant.config import (
     BitsAndBytes4bitConfig,
     BitsAndBytes8bitConfig,
     Fp8Config,
+    GgufConfig,
     QuantConfig,
     QuantoConfig,
 )
@@ -16,13 +18,18 @@ from vramkit.quant.report import QuantizationReport, report
 __all__ = [
     "BitsAndBytes4bitConfig",
     "BitsAndBytes8bitConfig",
+    "Coverage",
+    "CoverageWarning",
     "Fp8Config",
+    "GgufConfig",
+    "LeftWeight",
     "PipelineQuantizationConfig",
     "QuantConfig",
     "Quantization",
     "QuantizationReport",
     "QuantoConfig",
     "adopt",
+    "coverage",
     "dequantize",
     "load_quantized",
     "quantization_of",

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from vramkit.casting.api import DEFAULT_SKIP_PATTERNS
+from vramkit.casting.coverage import Coverage, count, warn_if_little
+from vramkit.casting.narrow import SCALED_DTYPES
+from vramkit.casting.weights import Reason, Role, Skips, Weight, owner_of, reasons_to_leave, weights_of
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload.backend import accelerator_for
@@ -22,11 +25,13 @@ from vramkit.quant.config import QuantConfig
 from vramkit.quant.handler import Handler
 from vramkit.quant.registry import as_config, handler_for
 from vramkit.tensors import is_plain
+from vramkit.wrapper import WrapperTensor
 
 __all__ = [
     "Quantization",
     "Quantizer",
     "adopt",
+    "coverage",
     "dequantize",
     "note_quantization",
     "quantization_of",
@@ -43,6 +48,7 @@ _BITSANDBYTES_LAYERS = MappingProxyType(
         "Linear8bitLt": "vramkit.quant.bitsandbytes_8bit",
     }
 )
+_REASONS = MappingProxyType({Role.VECTOR: Reason.VECTOR, Role.TABLE: Reason.TABLE, Role.OTHER: Reason.KIND})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,24 +58,28 @@ class Quantization:
     config: QuantConfig
     """As it was used: its `skip_modules` are the patterns that held."""
     quantized: tuple[str, ...]
-    """Names of the layers whose weights are quantized."""
+    """Names of the layers whose weights are quantized, and of parameters that are no layer's ``weight`` (fused experts)."""
     skipped: tuple[str, ...]
-    """Names of the layers of the same classes that stay as they were."""
+    """Names of the layers and parameters of the same kinds that stay as they were."""
     original_bytes: int
     """The quantized weights before, in the dtype that they compute in."""
     quantized_bytes: int
     """And after."""
+    coverage: Coverage
+    """How much of the module that is, and what was left, by name, size and reason."""
 
     def __str__(self) -> str:
         return (
             f"{self.config.backend}: {len(self.quantized)} weights, {format_bytes(self.original_bytes)} -> "
-            f"{format_bytes(self.quantized_bytes)}; {len(self.skipped)} layers as they were"
+            f"{format_bytes(self.quantized_bytes)}; {len(self.skipped)} layers as they were\n{self.coverage}"
         )
 
 
 def quantize(module: nn.Module, config: Any, *, skip_modules: Sequence[str] | None = None) -> Quantization:
-    """Quantize the weights of the linear layers of `module`, one by one, where they rest.
+    """Quantize the weights of the linear layers and fused experts of `module`, one by one, where they rest.
 
+    Linear layers are ``nn.Linear``, ``Conv1D`` of transformers, and the parallel linear classes of other libraries, by name.
+    Fused experts are parameters ``[n, rows, columns]`` of modules that are none of torch's; each matrix is quantized alone.
     The layers stay what they are (but for fp8 that multiplies in fp8); only their weights are of another kind. A weight in
     host memory, or mapped from a file, is quantized on the accelerator if there is one, and comes back.
 
@@ -80,7 +90,8 @@ def quantize(module: nn.Module, config: Any, *, skip_modules: Sequence[str] | No
             None: what the config says, else the model's own list (`skip_modules_of`).
 
     Returns:
-        What was done; `quantization_of(module)` returns it later.
+        What was done, and in its ``coverage`` how much of the module that is; `quantization_of(module)` returns it later. A
+        `CoverageWarning` is given where more than half of the module was left because its weights are of other kinds.
 
     Raises:
         ConfigError: the config cannot be used, its package is missing, weights are on the meta device, or nothing is left
@@ -91,18 +102,20 @@ def quantize(module: nn.Module, config: Any, *, skip_modules: Sequence[str] | No
     for name, part in module.named_modules():
         refuse_foreign_hooks(name or type(module).__name__, part)
     refuse_part_of_offloaded(module)
-    for name, layer in quantizer.layers.items():
-        if layer.weight.device.type == "meta":
-            raise ConfigError(f"{name}.weight is on the meta device, so it has no values to quantize; load the weights")
+    for name, weight in quantizer.weights.items():
+        if weight.parameter.device.type == "meta":
+            raise ConfigError(f"{name} is on the meta device, so it has no values to quantize; load the weights")
     with editable(module):
         done: dict[int, nn.Parameter] = {}  # tied weights stay tied
-        for layer in quantizer.layers.values():
-            weight = layer.weight
-            if id(weight) not in done:
-                done[id(weight)] = nn.Parameter(quantizer.quantized(weight), requires_grad=False)
-            layer.weight = done[id(weight)]
-            del weight  # the original goes before the next one is quantized
-        return quantizer.finish()
+        for weight in quantizer.weights.values():
+            wide = weight.parameter
+            if id(wide) not in done:
+                done[id(wide)] = nn.Parameter(quantizer.quantized(wide, weight.role), requires_grad=False)
+            setattr(weight.owner, weight.key, done[id(wide)])
+            del wide  # the original goes before the next one is quantized
+        finished = quantizer.finish()
+    warn_if_little(module, finished.coverage, stacklevel=2)
+    return finished
 
 
 def dequantize(module: nn.Module) -> None:
@@ -114,12 +127,11 @@ def dequantize(module: nn.Module) -> None:
     with editable(module):
         done: dict[int, nn.Parameter] = {}
         for name in found.quantized:
-            layer = module.get_submodule(name)
-            weight = layer.weight
-            assert isinstance(weight, torch.Tensor)
+            owner, key = owner_of(module, name)
+            weight = getattr(owner, key)
             if id(weight) not in done:
                 done[id(weight)] = nn.Parameter(handler.dequantize(weight), requires_grad=False)
-            layer.weight = done[id(weight)]
+            setattr(owner, key, done[id(weight)])
     delattr(module, _ATTRIBUTE)
 
 
@@ -159,6 +171,19 @@ def quantization_of(module: nn.Module) -> Quantization | None:
     return getattr(module, _ATTRIBUTE, None)
 
 
+def coverage(module: nn.Module) -> Coverage:
+    """Count what of `module` is stored in fewer bits now, by whomever, and name what is not, with sizes and reasons.
+
+    Works for any module, also on the meta device, before and after `quantize`, casting and loading. What no `quantize` of
+    this very module chose counts as skipped where the module's own list has its name (`skip_modules_of`).
+    """
+    found = quantization_of(module)
+    patterns = skip_modules_of(module) if found is None else found.config.skip_modules or ()
+    handler = None if found is None else handler_for(found.config)
+    weights = list(weights_of(module, Skips.of("skip_modules", patterns)))
+    return count(weights, _reasons(weights, handler))
+
+
 def skip_modules_of(module: nn.Module) -> tuple[str, ...]:
     """The patterns of layers that `quantize` leaves alone by default.
 
@@ -182,83 +207,80 @@ class Quantizer:
         self.config = dataclasses.replace(config, skip_modules=skip_modules_of(module) if given is None else given)
         self.handler: Handler = handler_for(self.config)
         self._module = module
-        chosen, self._skipped = _chosen(module, self.handler, self.config.skip_modules or ())
-        self.layers = chosen
-        if not chosen:
+        weights = list(weights_of(module, Skips.of("skip_modules", self.config.skip_modules or ())))
+        reasons = _reasons(weights, self.handler)
+        self.weights = {weight.name: weight for weight in weights if reasons[weight.name] is None}
+        """Parameter name -> what is quantized."""
+        if not self.weights:
             raise ConfigError(f"{type(module).__name__} has no layer to quantize: all are skipped or of other classes")
-        for name, layer in chosen.items():
-            if not is_plain(layer.weight):
+        for name, weight in self.weights.items():
+            if not is_plain(weight.parameter):
                 raise ConflictError(
-                    f"{name}.weight is a {type(layer.weight).__name__} already; dequantize it, or remove() the casting"
+                    f"{name} is a {type(weight.parameter).__name__} already; dequantize it, or remove() the casting"
                 )
-        self.handler.check(next(iter(chosen.values())).weight.device)
+            if weight.parameter.dtype in SCALED_DTYPES:
+                raise ConfigError(
+                    f"{name} is {weight.parameter.dtype} already; use apply_layerwise_casting, which takes it as it is, or "
+                    "widen it"
+                )
+        self.handler.check(next(iter(self.weights.values())).parameter.device)
 
-    def quantized(self, weight: torch.Tensor) -> torch.Tensor:
+    def quantized(self, weight: torch.Tensor, role: Role) -> torch.Tensor:
         """Quantize one weight on the accelerator, or where it is; the result is where the weight was."""
-        return self.handler.quantize(weight.detach().to(accelerator_for(weight.device))).to(weight.device)
+        return self.handler.stored(weight.detach().to(accelerator_for(weight.device)), role).to(weight.device)
 
     def converted(self, names: Sequence[str], weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
         """Quantize a tensor that is being loaded (see `load_mapped`), if all its owners are to be quantized."""
-        if not {name.removesuffix(".weight") for name in names} <= self.layers.keys():
-            return None
-        if not all(name.endswith(".weight") for name in names):
+        if not set(names) <= self.weights.keys():
             return None
         worker = accelerator_for(weight.device)
-        wide = weight.to(worker).to(dtype or weight.dtype)  # as the file has it over the link, which is narrower mostly
-        return self.handler.quantize(wide).to(weight.device)
+        wide = weight.to(worker)  # as the file has it over the link, which is narrower mostly
+        wide = wide.dequantize() if isinstance(wide, WrapperTensor) else wide.to(dtype or wide.dtype)
+        return self.handler.stored(wide, self.weights[names[0]].role).to(weight.device)
 
     def finish(self) -> Quantization:
         """Let layers stand that the handler wants in the place of those it was given, and note what was done."""
-        return note_quantization(self._module, self.config, self.handler, list(self.layers), tuple(self._skipped))
+        return note_quantization(
+            self._module, self.config, self.handler, [weight.label for weight in self.weights.values()]
+        )
 
 
-def note_quantization(
-    module: nn.Module, config: QuantConfig, handler: Handler, names: Sequence[str], skipped: tuple[str, ...]
-) -> Quantization:
-    """Finish layers `names` that came with quantized weights, and note what was done."""
+def note_quantization(module: nn.Module, config: QuantConfig, handler: Handler, names: Sequence[str]) -> Quantization:
+    """Finish layers `names` (labels of weights) that came with quantized weights, and note what was done."""
     for name in names:
-        layer = module.get_submodule(name)
-        finished = handler.finished(layer)
+        layer, key = owner_of(module, name)
+        finished = handler.finished(layer) if key == "weight" else layer
         if finished is not layer:
             module.set_submodule(name, finished)
-    layers: list[Any] = [module.get_submodule(name) for name in names]
-    weights = {id(layer.weight): layer.weight for layer in layers}
+    weights = list(weights_of(module, Skips.of("skip_modules", config.skip_modules or ())))
+    reasons = _reasons(weights, handler)
+    parameters = {id(weight): weight for weight in (getattr(*owner_of(module, name)) for name in names)}
     done = Quantization(
         config,
         tuple(names),
-        skipped,
-        sum(weight.numel() * weight.dtype.itemsize for weight in weights.values()),
-        sum(map(tensor_bytes, weights.values())),
+        tuple(
+            weight.label
+            for weight in weights
+            if weight.role in handler.roles and reasons[weight.name] not in (None, Reason.ADAPTER)
+        ),
+        sum(weight.numel() * weight.dtype.itemsize for weight in parameters.values()),
+        sum(map(tensor_bytes, parameters.values())),
+        count(weights, reasons),
     )
     setattr(module, _ATTRIBUTE, done)
     return done
 
 
-def _chosen(module: nn.Module, handler: Handler, patterns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Walk the layers; a skipped module is left alone with all that is below it, and so are the adapters of PEFT."""
-    try:
-        skips = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise ConfigError(f"skip_modules={list(patterns)!r}: not a regular expression: {error}") from error
-    chosen: dict[str, Any] = {}
-    skipped: list[str] = []
+def _reasons(weights: Sequence[Weight], handler: Handler | None) -> dict[str, Reason | None]:
+    """Say by name why parameters are not quantized; None if they are, or would be by some handler."""
 
-    seen: set[nn.Module] = set()  # a layer that stands in two places is one
+    def reason(weight: Weight) -> Reason | None:
+        if weight.left is not None or weight.role in _REASONS:
+            return weight.left or _REASONS[weight.role]
+        if handler is None:
+            return None
+        shape = weight.parameter.shape
+        takes = weight.role in handler.roles and handler.accepts(shape[-1 if weight.role is Role.TURNED else -2])
+        return None if takes else Reason.BACKEND
 
-    def walk(part: nn.Module, name: str, is_skipped: bool) -> None:
-        if part in seen:
-            return
-        seen.add(part)
-        is_skipped = is_skipped or any(name and skip.search(name) for skip in skips)
-        if isinstance(part, handler.layers):
-            if is_skipped or not handler.accepts(part):
-                skipped.append(name)
-            else:
-                chosen[name] = part
-        for child_name, child in part.named_children():
-            if hasattr(part, "base_layer") and child_name != "base_layer":
-                continue  # the adapters of PEFT beside it
-            walk(child, f"{name}.{child_name}" if name else child_name, is_skipped)
-
-    walk(module, "", is_skipped=False)
-    return chosen, skipped
+    return reasons_to_leave(weights, reason)

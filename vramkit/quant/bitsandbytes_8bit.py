@@ -6,6 +6,7 @@ whose forward rewrites its weight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import bitsandbytes
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from vramkit.errors import ConfigError
 from vramkit.quant.config import BitsAndBytes8bitConfig
 from vramkit.quant.handler import Handler as BaseHandler
+from vramkit.quant.parts import Part, dtype_name, noted_dtype
 from vramkit.quant.tensor import QuantizedTensor
 
 __all__ = ["Bits8Tensor", "Handler"]
@@ -46,13 +48,13 @@ class Bits8Tensor(QuantizedTensor):
     """int8 weights and the largest magnitude of each row; notes: (outlier threshold,)."""
 
     inner_names: ClassVar[tuple[str, ...]] = ("stored", "absmax")
-    stored: torch.Tensor  # [out, in] int8
+    stored: torch.Tensor  # [out, in] int8; both in a stack have its dimension before
     absmax: torch.Tensor  # [out] fp32
 
     def dequantize(self) -> torch.Tensor:
         """Return the values as an ordinary tensor of the compute dtype."""
         wide = self.stored.to(self.dtype) if self.dtype == torch.float32 else self.stored.to(torch.float32)
-        return wide.mul_(self.absmax[:, None] / 127).to(self.dtype)
+        return wide.mul_(self.absmax[..., None] / 127).to(self.dtype)
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply in int8."""
@@ -95,11 +97,15 @@ class Handler(BaseHandler):
     def pack(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Only the dtype is not in the parts."""
         assert isinstance(weight, Bits8Tensor)
-        return weight.parts(), {"dtype": str(weight.dtype).removeprefix("torch.")}
+        return weight.parts(), {"dtype": dtype_name(weight.dtype)}
 
-    def unpack(self, parts: dict[str, torch.Tensor], notes: dict[str, Any]) -> Bits8Tensor:
+    def layout(self, shape: tuple[int, ...], notes: Mapping[str, Any]) -> dict[str, Part]:
+        """A byte per weight and a number per row."""
+        return {"stored": Part(shape, torch.int8), "absmax": Part(shape[:-1], torch.float32)}
+
+    def unpack(self, parts: dict[str, torch.Tensor], notes: Mapping[str, Any], shape: tuple[int, ...]) -> Bits8Tensor:
         """Put the tensor together again."""
-        return self._tensor(parts, getattr(torch, notes["dtype"]))
+        return self._tensor(parts, noted_dtype(notes))
 
     def _tensor(self, parts: dict[str, torch.Tensor], dtype: torch.dtype) -> Bits8Tensor:
         return Bits8Tensor(parts, parts["stored"].shape, dtype, (self.config.threshold,))

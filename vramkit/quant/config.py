@@ -13,9 +13,17 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
+from vramkit.casting.weights import Skips
 from vramkit.errors import ConfigError
 
-__all__ = ["BitsAndBytes4bitConfig", "BitsAndBytes8bitConfig", "Fp8Config", "QuantConfig", "QuantoConfig"]
+__all__ = [
+    "BitsAndBytes4bitConfig",
+    "BitsAndBytes8bitConfig",
+    "Fp8Config",
+    "GgufConfig",
+    "QuantConfig",
+    "QuantoConfig",
+]
 
 _BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 _COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +44,9 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if self.skip_modules is not None:
             patterns = [self.skip_modules] if isinstance(self.skip_modules, str) else self.skip_modules
+            if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
+                raise ConfigError(f"{self.backend}: skip_modules={patterns!r}; expected regular expressions")
+            Skips.of(f"{self.backend}: skip_modules", patterns)  # refuses what are none
             object.__setattr__(self, "skip_modules", tuple(patterns))
 
     @classmethod
@@ -145,7 +156,7 @@ class BitsAndBytes8bitConfig(QuantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or self.threshold < 0:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not self.threshold >= 0:
             raise ConfigError(f"{self.backend}: threshold={self.threshold!r}; expected a number >= 0")
         object.__setattr__(self, "threshold", float(self.threshold))
 
@@ -191,3 +202,27 @@ class Fp8Config(QuantConfig):
             raise ConfigError(
                 f"compute='scaled_mm' multiplies in float8_e4m3fn, but dtype={self.dtype!r} was given; leave out one"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GgufConfig(QuantConfig):
+    """Weights of a ``.gguf`` file in its own block formats. Nothing is quantized by it: what a file holds stays so."""
+
+    backend: ClassVar[str] = "gguf"
+    peer_names: ClassVar[Mapping[str, str | None]] = MappingProxyType(
+        {"pre_quantized": None, "modules_to_not_convert": None}
+    )
+
+    compute_dtype: str | torch.dtype | None = None
+    """float32, bfloat16 or float16, where a call gives no ``torch_dtype``; None is the dtype of the file's biases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.compute_dtype
+        object.__setattr__(self, "compute_dtype", None if given is None else str(given).removeprefix("torch."))
+        self._choose("compute_dtype", (None, *_COMPUTE_DTYPES))
+
+    @property
+    def torch_compute_dtype(self) -> torch.dtype | None:
+        """The compute dtype as torch knows it."""
+        return None if self.compute_dtype is None else _COMPUTE_DTYPES[str(self.compute_dtype)]

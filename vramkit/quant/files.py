@@ -11,15 +11,22 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from vramkit.casting.coverage import warn_if_little
+from vramkit.casting.narrow import NarrowTensor
+from vramkit.casting.weights import label_of
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import load_mapped
-from vramkit.offload.checkpoint import TensorEntry, read_checkpoint
-from vramkit.quant.api import Quantization, Quantizer, note_quantization, quantization_of
+from vramkit.offload.checkpoint import TensorEntry, read_checkpoint, write_weights
+from vramkit.offload.disk import staged_folder
+from vramkit.offload.handle import editable
+from vramkit.quant.api import Quantizer, note_quantization, quantization_of
+from vramkit.quant.config import Fp8Config, GgufConfig, QuantConfig
+from vramkit.quant.handler import Handler
 from vramkit.quant.registry import as_config, handler_for
 from vramkit.quant.tensor import QuantizedTensor
 from vramkit.tensors import is_plain
 
-__all__ = ["CONFIG_KEY", "load_quantized", "load_quantizing", "save_quantized"]
+__all__ = ["CONFIG_KEY", "load_quantized", "load_quantizing", "note_stored", "save_quantized"]
 
 CONFIG_KEY = "quantization_config"
 _METHOD = "vramkit"
@@ -27,7 +34,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
-    """Write a quantized model, or a pipeline with quantized models, so that it loads without the original weights.
+    """Write a quantized or cast model, or a pipeline with such models, so that it loads without the original weights.
 
     ``from_pretrained`` of the folder finds out by itself. Only safetensors and JSON are written.
 
@@ -39,23 +46,20 @@ def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str
     Raises:
         ConfigError: the module is not quantized.
     """
-    folder = Path(folder)
     if not isinstance(module, nn.Module):
         module.save_pretrained(folder)  # a pipeline asks for each of its models
         return
     found = quantization_of(module)
-    if found is None:
+    config_used = _stored_as(module) if found is None else found.config
+    if config_used is None:
         raise ConfigError(f"{type(module).__name__} is not quantized; quantize it first, or use save_pretrained")
-    from huggingface_hub import save_torch_state_dict  # noqa: PLC0415
-
-    tensors, notes = _packed(module, found)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem, config = _published(module)
-    config[CONFIG_KEY] = {"quant_method": _METHOD, **found.config.to_dict(), "skipped": found.skipped, "tensors": notes}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_torch_state_dict(
-        tensors, folder, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
-    )
+    with editable(module), staged_folder(folder) as stage:
+        tensors, notes = _packed(module, handler_for(config_used))
+        stem, config = _published(module)
+        more = {**config_used.to_dict(), "skipped": found.skipped if found else (), "tensors": notes}
+        config[CONFIG_KEY] = {"quant_method": _METHOD, **more}
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_weights(stage, tensors, stem=stem, max_shard_size=max_shard_size)
 
 
 def load_quantized(
@@ -81,27 +85,29 @@ def load_quantized(
         CheckpointError: it was not written by `save_quantized`, or does not fit the module.
         ConfigError: the backend's package is missing.
     """
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"{CONFIG_KEY} of config.json is {saved!r}, expected an object; it is damaged")
     if saved.get("quant_method") != _METHOD:
         raise CheckpointError(
             f"the weights were quantized by {saved.get('quant_method')!r}, whose files are not read here; load the original "
             "checkpoint with quantization_config=..., and save_quantized() it"
         )
-    options = {key: value for key, value in saved.items() if key not in ("tensors", "skipped", "quant_method")}
-    config, notes = as_config(options), saved["tensors"]
+    config, notes = _saved_config(saved), _saved_notes(saved)
     handler = handler_for(config)
     entries = read_checkpoint(files)
     owned = {name: _owner(module, name) for name in notes}
     parts = {name: _parts_of(name, entries) for name in notes}
     names: list[str] = []
     for name, (layer, key) in owned.items():
-        weight = handler.unpack({part: entry.tensor() for part, entry in parts[name].items()}, notes[name])
-        old = getattr(layer, key)
-        if weight.shape != old.shape:
-            raise CheckpointError(f"{name} has shape {list(weight.shape)}, the module expects {list(old.shape)}")
+        try:
+            tensors = {part: entry.tensor() for part, entry in parts[name].items()}
+            weight = handler.put_together(tensors, notes[name], tuple(getattr(layer, key).shape))
+        except CheckpointError as error:
+            raise CheckpointError(f"{_files_of(parts[name])}: {name}: {error}") from error
         if dtype is not None and dtype != weight.dtype:
-            weight = weight.rebuilt(weight.parts(), dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
+            weight = weight.rebuilt(weight.parts(), dtype)
         setattr(layer, key, nn.Parameter(weight, requires_grad=False))
-        names.append(name.rpartition(".")[0])
+        names.append(label_of(name))
     taken = {f"{name}.{part}" for name, found in parts.items() for part in found}
 
     def rest(name: str) -> str | None:
@@ -110,7 +116,7 @@ def load_quantized(
         return name if key_map is None else key_map(name)
 
     load_mapped(module, files, dtype=dtype, keep_fp32=keep_fp32, key_map=rest, loaded=list(notes))
-    note_quantization(module, config, handler, names, tuple(saved.get("skipped", ())))
+    note_quantization(module, config, handler, names)
     return module
 
 
@@ -131,20 +137,39 @@ def load_quantizing(module: ModuleT, files: Any, config: Any, **options: Any) ->
     """
     quantizer = Quantizer(module, config)
     load_mapped(module, files, convert=quantizer.converted, **options)
-    quantizer.finish()
+    warn_if_little(module, quantizer.finish().coverage, stacklevel=2)
     return module
 
 
-def _packed(module: nn.Module, found: Quantization) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def note_stored(module: nn.Module) -> None:
+    """Note that weights of `module` came from files in fewer bits, so that they are saved and dequantized as ours are."""
+    config = _stored_as(module)
+    if config is not None:
+        names = [label_of(name) for name, parameter in module.named_parameters() if not is_plain(parameter)]
+        note_quantization(module, config, handler_for(config), names)
+
+
+def _stored_as(module: nn.Module) -> QuantConfig | None:
+    """Return the config of the format that weights of `module` are stored in, which nobody quantized; None if none is."""
+    stored: list[torch.Tensor] = [parameter for parameter in module.parameters() if not is_plain(parameter)]
+    if stored and all(isinstance(weight, NarrowTensor) for weight in stored):
+        return Fp8Config()
+    if stored and all(
+        isinstance(weight, QuantizedTensor) and type(weight).__name__ == "GgufTensor" for weight in stored
+    ):
+        return GgufConfig()
+    return None
+
+
+def _packed(module: nn.Module, handler: Handler) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return all tensors of the module, quantized ones in parts, and the notes of those by name."""
-    handler = handler_for(found.config)
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     for name, tensor in module.state_dict().items():
         if is_plain(tensor):
             tensors[name] = tensor
             continue
-        parts, notes[name] = handler.pack(tensor)
+        parts, notes[name] = handler.take_apart(tensor)
         tensors |= {f"{name}.{part}": value.detach() for part, value in parts.items()}
     return tensors, notes
 
@@ -163,10 +188,38 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, key = name.rpartition(".")
     try:
         layer = module.get_submodule(path)
-        getattr(layer, key)
-    except AttributeError as error:
-        raise CheckpointError(f"the module has no {name}, which the config lists as quantized") from error
+    except AttributeError:
+        layer = nn.Module()
+    if key not in dict(layer.named_parameters(recurse=False)):
+        raise CheckpointError(f"the module has no {name}, which the config lists as quantized")
     return layer, key
+
+
+def _saved_config(saved: Mapping[str, Any]) -> QuantConfig:
+    """The config that weights were saved with, whole: a default in place of a lost option would mean other numbers."""
+    options = {key: value for key, value in saved.items() if key not in ("tensors", "skipped", "quant_method")}
+    try:
+        config = as_config(options)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{CONFIG_KEY} of config.json is damaged: {error}") from error
+    if lost := sorted(config.to_dict().keys() - options.keys()):
+        raise CheckpointError(
+            f"{CONFIG_KEY} of config.json lacks {', '.join(lost)}; it is damaged: save the model again"
+        )
+    return config
+
+
+def _saved_notes(saved: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    notes = saved.get("tensors")
+    if not isinstance(notes, Mapping) or not all(isinstance(each, Mapping) for each in notes.values()):
+        raise CheckpointError(
+            f'{CONFIG_KEY} of config.json has no "tensors" with what each is stored as; it is damaged'
+        )
+    return notes
+
+
+def _files_of(entries: Mapping[str, TensorEntry]) -> str:
+    return ", ".join(sorted({str(entry.file.path) for entry in entries.values()}))
 
 
 def _parts_of(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from vramkit.casting.narrow import NarrowTensor, narrowed
-from vramkit.errors import ConfigError
+from vramkit.casting.narrow import STORAGE_DTYPES, NarrowTensor, narrowed
+from vramkit.casting.weights import Role, shared_dims
+from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload.backend import accelerator_for
 from vramkit.quant.config import Fp8Config
 from vramkit.quant.handler import Handler as BaseHandler
+from vramkit.quant.parts import Part, dtype_name, noted, noted_dtype, noted_shape
 from vramkit.quant.scaled_linear import MULTIPLE, ScaledLinear, scaled_mm_problem
 
 __all__ = ["Handler"]
@@ -41,7 +44,14 @@ class Handler(BaseHandler):
         Raises:
             ConfigError: it holds infinities or NaN.
         """
-        stored = narrowed(weight, getattr(torch, self.config.dtype), weight.dtype)
+        return self._narrowed(weight, None)
+
+    def stored(self, weight: torch.Tensor, role: Role) -> torch.Tensor:
+        """Store a weight of any role; see `quantize`."""
+        return self._narrowed(weight, shared_dims(role, weight.ndim))
+
+    def _narrowed(self, weight: torch.Tensor, over: Sequence[int] | None) -> NarrowTensor:
+        stored = narrowed(weight, getattr(torch, self.config.dtype), weight.dtype, over=over)
         if stored.scale is not None and not stored.scale.isfinite().all():
             raise ConfigError(
                 f"a weight of shape {list(weight.shape)} holds infinities or NaN, which fp8 with scales cannot store; name "
@@ -64,14 +74,25 @@ class Handler(BaseHandler):
     def pack(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The fp8 values and their scales, and the dtype they compute as."""
         assert isinstance(weight, NarrowTensor)
-        parts = {"stored": weight.stored}
-        if weight.scale is not None:
-            parts["scale"] = weight.scale
-        return parts, {"dtype": str(weight.dtype).removeprefix("torch.")}
+        notes: dict[str, Any] = {"dtype": dtype_name(weight.dtype), "stored": dtype_name(weight.stored.dtype)}
+        notes["is_given"] = weight.is_given
+        notes["scale"] = None if weight.scale is None else list(weight.scale.shape)
+        return weight.parts(), notes
 
-    def unpack(self, parts: dict[str, torch.Tensor], notes: dict[str, Any]) -> NarrowTensor:
+    def layout(self, shape: tuple[int, ...], notes: Mapping[str, Any]) -> dict[str, Part]:
+        """A byte per weight; what scales there are, the notes say, for files of others have them in several ways."""
+        parts = {"stored": Part(shape, noted_dtype(notes, "stored", STORAGE_DTYPES))}
+        if "scale" in notes and notes["scale"] is None:
+            return parts
+        scale = noted_shape(notes, "scale")
+        if len(scale) != len(shape) or any(size not in (1, whole) for size, whole in zip(scale, shape, strict=True)):
+            raise CheckpointError(f"its notes say scale={list(scale)}, which no weight of {list(shape)} has")
+        return {**parts, "scale": Part(scale, torch.float32)}
+
+    def unpack(self, parts: dict[str, torch.Tensor], notes: Mapping[str, Any], shape: tuple[int, ...]) -> NarrowTensor:
         """The weight of its parts."""
-        return NarrowTensor(parts["stored"], parts.get("scale"), getattr(torch, notes["dtype"]))
+        is_given = noted(notes, "is_given", bool)
+        return NarrowTensor(parts["stored"], parts.get("scale"), noted_dtype(notes), is_given=is_given)
 
 
 def _able_device(rests_on: torch.device) -> str:

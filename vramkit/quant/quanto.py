@@ -7,6 +7,7 @@ everywhere, so that streamed and resident results are the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from optimum import quanto
 
 from vramkit.quant.config import QuantoConfig
 from vramkit.quant.handler import Handler as BaseHandler
+from vramkit.quant.parts import Part, dtype_name, noted_dtype, stacked
 from vramkit.quant.tensor import QuantizedTensor
 
 __all__ = ["Handler", "QuantoTensor"]
@@ -27,7 +29,10 @@ _GROUP_STEP = 32
 
 
 class QuantoTensor(QuantizedTensor):
-    """Rows of int8 or fp8 with a scale each, or packed groups of 4 or 2 bits with scale and shift; notes: (bits,)."""
+    """Rows of int8 or fp8 with a scale each, or packed groups of 4 or 2 bits with scale and shift; notes: (bits,).
+
+    All inner tensors of a stack have its dimension before.
+    """
 
     inner_names: ClassVar[tuple[str, ...]] = ("stored", "scale", "shift")
     stored: torch.Tensor  # [out, in] int8 or fp8, or packed uint8
@@ -35,13 +40,17 @@ class QuantoTensor(QuantizedTensor):
     shift: torch.Tensor | None  # [groups, 1]
 
     def dequantize(self) -> torch.Tensor:
-        """Return the values as an ordinary tensor of the compute dtype."""
-        scale = self.scale.to(self.dtype)
-        if self.shift is None:
-            return self.stored.to(self.dtype).mul_(scale)
-        values = torch.ops.quanto.unpack(self.stored, self.notes[0])[: len(scale)]  # packing may add rows
-        wide: torch.Tensor = (scale * values).sub_(self.shift.to(self.dtype)).view(self.shape)
-        return wide
+        """Return the values as an ordinary tensor of the compute dtype; below 8 bits matrix by matrix."""
+        if self.shift is None:  # as the scales are, so that another compute dtype rounds the values and not the scales
+            return self.stored.to(self.scale.dtype).mul_(self.scale).to(self.dtype)
+        return super().dequantize()
+
+    def widened(self) -> torch.Tensor:
+        """Return the values of a packed matrix as an ordinary tensor of the compute dtype."""
+        assert self.shift is not None
+        values = torch.ops.quanto.unpack(self.stored, self.notes[0])[: len(self.scale)]  # packing may add rows
+        wide: torch.Tensor = (self.scale * values).sub_(self.shift).view(self.shape)
+        return wide.to(self.dtype)
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply by quanto's kernels where it has one for the device and the kind, else by the dequantized weight."""
@@ -59,9 +68,9 @@ class Handler(BaseHandler):
 
     config: QuantoConfig
 
-    def accepts(self, layer: Any) -> bool:
+    def accepts(self, rows: int) -> bool:
         """A single row has no axis that quanto could keep."""
-        return super().accepts(layer) and bool(layer.weight.shape[0] > 1)
+        return rows > 1
 
     def quantize(self, weight: torch.Tensor) -> QuantoTensor:
         """Quantize rows (8 bits) or groups of a row (fewer)."""
@@ -81,13 +90,25 @@ class Handler(BaseHandler):
         return self._tensor({"stored": stored, "scale": scale, "shift": shift}, weight.shape)
 
     def pack(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The shape of packed weights is not in the parts."""
+        """The shape of packed weights is not in the parts; the dtype is that of the scales."""
         assert isinstance(weight, QuantoTensor)
-        return weight.parts(), {"shape": list(weight.shape)}
+        return weight.parts(), {"shape": list(weight.shape), "dtype": dtype_name(weight.scale.dtype)}
 
-    def unpack(self, parts: dict[str, torch.Tensor], notes: dict[str, Any]) -> QuantoTensor:
+    def layout(self, shape: tuple[int, ...], notes: Mapping[str, Any]) -> dict[str, Part]:
+        """Rows with a scale each, or packed groups of columns with scale and shift: several rows of them in one."""
+        *ahead, rows, columns = shape
+        qtype, dtype = quanto.qtypes[_QTYPES[self.config.weights]], noted_dtype(notes)
+        if qtype.bits == 8:
+            return stacked(ahead, {"stored": Part((rows, columns), qtype.dtype), "scale": Part((rows, 1), dtype)})
+        size = _group_size(columns) or columns
+        groups = rows * columns // size
+        numbers = Part((groups, 1), dtype)
+        packed = Part((-(-groups * qtype.bits // 8), size), torch.uint8)
+        return stacked(ahead, {"stored": packed, "scale": numbers, "shift": numbers})
+
+    def unpack(self, parts: dict[str, torch.Tensor], notes: Mapping[str, Any], shape: tuple[int, ...]) -> QuantoTensor:
         """Put the tensor together again."""
-        return self._tensor(parts, notes["shape"])
+        return self._tensor(parts, shape)
 
     def _tensor(self, parts: dict[str, torch.Tensor], shape: Any) -> QuantoTensor:
         bits = quanto.qtypes[_QTYPES[self.config.weights]].bits

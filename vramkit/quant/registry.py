@@ -11,10 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from vramkit.errors import ConfigError
+from vramkit.extras import extra
 from vramkit.quant.config import (
     BitsAndBytes4bitConfig,
     BitsAndBytes8bitConfig,
     Fp8Config,
+    GgufConfig,
     QuantConfig,
     QuantoConfig,
 )
@@ -29,10 +31,13 @@ _HANDLERS: Mapping[type[QuantConfig], str] = MappingProxyType(
         BitsAndBytes8bitConfig: "vramkit.quant.bitsandbytes_8bit",
         QuantoConfig: "vramkit.quant.quanto",
         Fp8Config: "vramkit.quant.fp8",
+        GgufConfig: "vramkit.quant.gguf",
     }
 )
-BACKENDS: Mapping[str, type[QuantConfig]] = MappingProxyType({kind.backend: kind for kind in _HANDLERS})
-"""Backend name -> config class."""
+BACKENDS: Mapping[str, type[QuantConfig]] = MappingProxyType(
+    {kind.backend: kind for kind in _HANDLERS if kind is not GgufConfig}
+)
+"""Name of a backend that quantizes -> config class."""
 
 
 def config_class(backend: str) -> type[QuantConfig]:
@@ -63,7 +68,7 @@ def as_config(config: Any) -> QuantConfig:
     backend = options.get("backend") or _peer_backend(options)
     private = ("backend", "quant_method")
     given = {key: value for key, value in options.items() if key not in private and not key.startswith("_")}
-    return config_class(backend).from_options(given)
+    return (GgufConfig if backend == GgufConfig.backend else config_class(backend)).from_options(given)
 
 
 def handler_for(config: QuantConfig) -> Handler:
@@ -72,13 +77,8 @@ def handler_for(config: QuantConfig) -> Handler:
     Raises:
         ConfigError: the backend's package is not installed; names the extra that brings it.
     """
-    try:
+    with extra("quant", needed_for=config.backend):
         module = importlib.import_module(_HANDLERS[type(config)])
-    except ImportError as error:
-        raise ConfigError(
-            f"{config.backend} needs the package {error.name}, which cannot be imported ({error}): "
-            'pip install "vramkit[quant]"'
-        ) from error
     handler: Handler = module.Handler(config)
     return handler
 

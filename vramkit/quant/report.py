@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from vramkit import tensors
 from vramkit.casting.narrow import NarrowTensor
+from vramkit.casting.weights import Role
 from vramkit.errors import ConfigError
 from vramkit.memory import format_bytes, module_bytes
 from vramkit.offload import apply_group_offloading, offload_of
@@ -146,14 +147,19 @@ def _measured(module: nn.Module, reference: nn.Module, args: Any, kwargs: Any) -
 def _predicted(module: nn.Module, config: Any, args: Any, kwargs: Any) -> QuantizationReport:
     """Run the original, then once more with each layer's output replaced by that of a quantized copy of this one layer."""
     quantizer = Quantizer(module, config)
-    layers = {name: layer for name, layer in module.named_modules() if name in quantizer.layers}  # shared ones once
+    roles: dict[nn.Module, dict[str, Role]] = {}
+    for weight in quantizer.weights.values():
+        roles.setdefault(weight.owner, {})[weight.key] = weight.role
+    layers = {name: layer for name, layer in module.named_modules() if layer in roles}  # shared ones once
     probes = {name: _Probe(name) for name in layers}
 
     def instead(name: str) -> _Hook:
         def replace(layer: nn.Module, given: Any, options: Any, output: Any) -> Any:
             device = _tensors_of(output)[0].device
             quantized: Any = _bare(layer, device)
-            quantized.weight = nn.Parameter(quantizer.quantized(quantized.weight), requires_grad=False)
+            for key, role in roles[layer].items():
+                stored = quantizer.quantized(getattr(quantized, key), role)
+                setattr(quantized, key, nn.Parameter(stored, requires_grad=False))
             quantized = quantizer.handler.finished(quantized)
             if not probes[name].calls:
                 probes[name].weights_of(_bare(layer, device), quantized)

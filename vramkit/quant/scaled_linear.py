@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.casting.narrow import NarrowTensor, row_scales
+from vramkit.quant.tensor import autocast_dtype
 
 __all__ = ["ScaledLinear", "narrow_rows", "scaled_mm_problem"]
 
@@ -47,12 +48,13 @@ class ScaledLinear(nn.Linear):
         return _sharing(nn.Linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [..., K], bf16, fp16 or fp32 -> [..., N] of the same dtype."""
+        """Tokens [..., K], bf16, fp16 or fp32 -> [..., N] of the same dtype, or of autocast's."""
         weight = self.weight
         if not isinstance(weight, NarrowTensor) or weight.scale is None:
             return F.linear(x, weight, self.bias)
         if x.device.type != self.multiplies_on or not x.numel():
             return F.linear(x, weight, self.bias)
+        x = x.to(autocast_dtype(x) or x.dtype)  # autocast does not know fp8 products
         stored, scale = narrow_rows(x.reshape(-1, self.in_features))
         fused_bias = self.bias if x.dtype == torch.bfloat16 else None
         out = torch._scaled_mm(  # noqa: SLF001 (torch has no public name for it in the versions that are declared)

@@ -1,4 +1,4 @@
-"""The base of our quantized weights: which inner tensors they have, what else makes them, and how they are multiplied."""
+"""The bases of our quantized weights: which inner tensors they have, what else makes them, and how they are multiplied."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing_extensions import Self
 
 from vramkit.wrapper import WrapperTensor
 
-__all__ = ["QuantizedTensor"]
+__all__ = ["QuantizedTensor", "TurnedTensor", "autocast_dtype"]
 
 
 class QuantizedTensor(WrapperTensor):
-    """A weight [out, in] with kernels of its own.
+    """A weight [out, in] with kernels of its own, or a stack [n, out, in] of such.
 
     A subclass lists its inner tensors and what else makes it (`notes`, hashable: compiled code is for one value), and says
-    how it is dequantized and multiplied.
+    how a matrix is dequantized and multiplied. A stack has the inner tensors of its matrices, stacked: indexing it by the
+    first dimension gives what the same matrices were if they were quantized alone.
     """
 
     inner_names: ClassVar[tuple[str, ...]]
@@ -44,6 +45,29 @@ class QuantizedTensor(WrapperTensor):
             setattr(self, name, inner.get(name))
         self.notes = notes
 
+    @classmethod
+    def stacked(cls, matrices: Sequence[Self]) -> Self:
+        """Return a stack of matrices that were quantized alike."""
+        first = matrices[0]
+        parts = {name: torch.stack([matrix.parts()[name] for matrix in matrices]) for name in first.parts()}
+        return cls(parts, (len(matrices), *first.shape), first.dtype, first.notes)
+
+    def widened(self) -> torch.Tensor:
+        """Return the values of a matrix as an ordinary tensor of the compute dtype."""
+        raise NotImplementedError
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the values as an ordinary tensor of the compute dtype; a stack is widened matrix by matrix."""
+        if self.ndim == 2:
+            return self.widened()
+        matrices = [self.taken({name: part[i] for name, part in self.parts().items()}) for i in range(self.shape[0])]
+        if torch.compiler.is_compiling():  # which orders the work itself, and copies what is written piece by piece
+            return torch.stack([matrix.widened() for matrix in matrices])
+        wide = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for target, matrix in zip(wide, matrices, strict=True):
+            target.copy_(matrix.widened())
+        return wide
+
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply inputs [..., in] by this weight: [..., out] in the dtype of `inputs`."""
         return F.linear(inputs, self.dequantize(), bias)
@@ -55,6 +79,12 @@ class QuantizedTensor(WrapperTensor):
     def rebuilt(self, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> Self:
         """Return the same kind of tensor around other inner ones."""
         return type(self)(parts, self.shape, dtype or self.dtype, self.notes)
+
+    def taken(self, parts: dict[str, torch.Tensor]) -> Self:
+        """Return a matrix or a shorter stack, by what indexing left of the first dimension of the first inner tensor."""
+        first = self.inner_names[0]
+        left = parts[first].shape[: parts[first].ndim - getattr(self, first).ndim + 1]
+        return type(self)(parts, (*left, *self.shape[1:]), self.dtype, self.notes)
 
     def assign(self, source: torch.Tensor) -> bool:
         """Copy the inner tensors of a `source` of the same kind."""
@@ -94,13 +124,86 @@ class QuantizedTensor(WrapperTensor):
     ) -> Any:
         """Multiply by the kernels of the kind; everything else is taken apart by torch first."""
         if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (torch's extension point)
-            return func(*args, **(kwargs or {}))
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (reading attributes would come here, one by one)
+                return _linear(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class TurnedTensor(WrapperTensor):
+    """The transpose [in, out] of a quantized weight [out, in], for layers that keep theirs so (Conv1D of transformers)."""
+
+    base: WrapperTensor
+
+    @staticmethod
+    def __new__(cls: type[TurnedTensor], base: WrapperTensor) -> TurnedTensor:
+        """Wrap `base`."""
+        return cls._shell((base.shape[1], base.shape[0]), base.dtype, base.device)
+
+    def __init__(self, base: WrapperTensor) -> None:
+        self.base = base
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the values as an ordinary tensor of the compute dtype."""
+        return self.base.dequantize().t()
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return the only inner tensor."""
+        return {"base": self.base}
+
+    def rebuilt(self, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> TurnedTensor:
+        """Return the same kind of tensor around another `base`."""
+        base = parts["base"]
+        assert isinstance(base, WrapperTensor)
+        return TurnedTensor(base if dtype in (None, base.dtype) else base.rebuilt(base.parts(), dtype))
+
+    def assign(self, source: torch.Tensor) -> bool:
+        """Take the values of another turned tensor over."""
+        return isinstance(source, TurnedTensor) and self.base.assign(source.base)
+
+    def refusal(self) -> str:
+        """Say what an operation would write to, why it may not, and what to do instead."""
+        return self.base.refusal()
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Name the inner tensor (an interface of torch)."""
+        return ["base"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Any], context: None, size: Any, stride: Any) -> TurnedTensor:
+        """Wrap another inner tensor (an interface of torch)."""
+        return TurnedTensor(inner["base"])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"TurnedTensor({self.base!r})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Multiply ``addmm(bias, x, weight)`` by the kernels of the kind; everything else is taken apart by torch first."""
+        if func is torch.addmm and not kwargs and isinstance(args[2], TurnedTensor) and args[0].ndim == 1:
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (as above)
+                return _linear(args[1], args[2].base, args[0])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """Return what autocast makes of a floating `tensor` before it is multiplied, or None where it leaves it as it is."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind) if tensor.is_floating_point() else None
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:  # noqa: A002 (torch's name for it)
-    plain = [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (input, bias)]
-    if isinstance(weight, QuantizedTensor):
+    plain = [t.dequantize() if isinstance(t, WrapperTensor) else t for t in (input, bias)]
+    if not isinstance(weight, QuantizedTensor) or weight.ndim != 2:
+        return F.linear(plain[0], weight.dequantize() if isinstance(weight, WrapperTensor) else weight, plain[1])
+    dtype = autocast_dtype(plain[0])
+    if dtype is None:
         return weight.linear(*plain)
-    return F.linear(plain[0], weight, plain[1])
+    # The kernels of the kinds are unknown to autocast, and what they are made of is cast by it to one dtype or the other.
+    plain = [None if t is None else t.to(dtype) for t in plain]
+    cast = weight if weight.dtype == dtype else weight.rebuilt(weight.parts(), dtype)
+    with torch.autocast(plain[0].device.type, enabled=False):
+        return cast.linear(*plain)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vramkit.pipelines.layers import rotary_grid
-from vramkit.pipelines.video_transformer import Grid
+from vramkit.pipelines.networks.layers import rotary_grid
+from vramkit.pipelines.networks.video_transformer import Grid
 
 __all__ = ["add_sinusoids_", "rotary_table"]
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.cogvideox.vae_layers import (
     CausalConv3d,
     DownBlock,
@@ -34,8 +33,10 @@ from vramkit.pipelines.cogvideox.vae_layers import (
     shrunk,
     stretched,
 )
-from vramkit.pipelines.tiling import Box, Tiling, fill_clip, magnified, reduced
-from vramkit.pipelines.video_autoencoder import VideoAutoencoder
+from vramkit.pipelines.loading.options import Config
+from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.tiling import Box, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
 
 __all__ = ["AutoencoderKLCogVideoX", "AutoencoderKLCogVideoXConfig"]
 
@@ -44,7 +45,7 @@ FRAMES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AutoencoderKLCogVideoXConfig:
+class AutoencoderKLCogVideoXConfig(Config):
     """The keys of the published `vae/config.json`.
 
     Tiles are half of `sample_height` x `sample_width` pixels unless `enable_tiling` says otherwise. `scaling_factor` is the
@@ -200,6 +201,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoder):
         Raises:
             ConfigError: sizes that are no such multiples, or factors outside 0 to 1.
         """
+        self._refuse_striping()
         factors = (
             self._overlap_factors[0] if tile_overlap_factor_height is None else tile_overlap_factor_height,
             self._overlap_factors[1] if tile_overlap_factor_width is None else tile_overlap_factor_width,
@@ -228,7 +230,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoder):
         parameters = x.new_empty(x.shape[0], 2 * self.config.latent_channels, frames, *latents)
         tiling = self.tiling.scaled_down(ratio) if self._tiles_pictures(x) else None
         for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
-            fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=None)
+            fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=None, ranks=self.tile_ranks)
         return EncoderOutput(LatentDistribution(parameters))
 
     @torch.no_grad()
@@ -247,7 +249,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoder):
         sample = z.new_empty(z.shape[0], self.config.out_channels, frames, z.shape[3] * ratio, z.shape[4] * ratio)
         tiling = self.tiling if self._tiles_pictures(sample) else None
         for item, out in zip(self._slices(z), self._slices(sample), strict=True):
-            fill_clip(out, partial(self._decode_tile, item), tiling=tiling, frame_tiling=None)
+            fill_clip(out, partial(self._decode_tile, item), tiling=tiling, frame_tiling=None, ranks=self.tile_ranks)
         return DecoderOutput(sample)
 
     def _encode_tile(self, x: Tensor, box: Box) -> Tensor:

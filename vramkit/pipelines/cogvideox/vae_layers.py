@@ -11,12 +11,15 @@ Shapes: B batch, C channels, F frames, H rows, W columns; T, h, w the same of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vramkit.pipelines.networks.workspace import compact, halves
 
 __all__ = [
     "CausalConv3d",
@@ -182,16 +185,25 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1))
 
     def forward(
-        self, x: Tensor, cache: FrameCache, *, activation: Affine | None = None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: FrameCache,
+        *,
+        activation: Affine | None = None,
+        out: Tensor | None = None,
+        on_read: Callable[[slice], object] | None = None,
     ) -> Tensor:
         """Convolve `x` [B, C, F, H, W], or silu(activation(x)), and return the result [B, C', F, H, W].
 
         `out` may be what the result is written to, `x` itself for one: a part of it has been read when it is written.
+        `on_read` is told so, with the frames of the part, when it may write to them too.
         """
         past = cache.take(self)
         for part in frame_parts(x):
             window = self._window(x[:, :, part], part, past, activation)
             past = window[:, :, -self.past_frames :].clone()
+            if on_read is not None:
+                on_read(part)
             y = self.conv(window)
             del window
             if out is None:
@@ -282,13 +294,33 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, cache: FrameCache, z: Tensor | None = None) -> Tensor:
-        """[B, C, F, H, W] -> [B, C', F, H, W]; `z` are latents [B, Z, T, h, w]."""
-        h: Tensor = self.conv1(x, cache, activation=self.norm1(x, z))
+    def forward(
+        self, x: Tensor, cache: FrameCache, z: Tensor | None = None, spare: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, C, F, H, W], which is overwritten -> [B, C', F, H, W], and memory of that size that is free now, or None.
+
+        `z` are latents [B, Z, T, h, w]; `spare` is such memory, for the result.
+        """
+        activation, parts = self.norm1(x, z), None
+        if isinstance(self.conv_shortcut, nn.Identity):
+            h = self.conv1(x, cache, activation=activation, out=spare)
+        elif (parts := halves(x, self.conv1.conv.out_channels)) is not None:
+            shortcut = self.conv_shortcut
+            h = self.conv1(
+                x,
+                cache,
+                activation=activation,
+                out=parts[0],
+                on_read=lambda part: parts[1][:, :, part].copy_(shortcut(x[:, :, part])),
+            )
+        else:
+            h = self.conv1(x, cache, activation=activation)
         h = self.conv2(h, cache, activation=self.norm2(h, z), out=h)
+        if parts is not None:
+            return h.add_(parts[1]), parts[1]
         for part in frame_parts(x):
             h[:, :, part] += self.conv_shortcut(x[:, :, part])
-        return h
+        return h, x if x.shape == h.shape else None
 
 
 def residual_blocks(
@@ -313,9 +345,9 @@ class MidBlock(nn.Module):
 
     def forward(self, clip: list[Tensor], cache: FrameCache, z: Tensor | None = None) -> Tensor:
         """[[B, C, F, H, W]] -> [B, C', F, H, W]; `z` are latents [B, Z, T, h, w]."""
-        x = clip.pop()
+        x, spare = clip.pop(), None
         for resnet in self.resnets:
-            x = resnet(x, cache, z)
+            x, spare = resnet(x, cache, z, spare)
         return x
 
 
@@ -345,5 +377,6 @@ class UpBlock(MidBlock):
         """[[B, C, F, H, W]] -> [B, C', F or 2 F, H or 2 H, W or 2 W]."""
         x = super().forward(clip, cache, z)
         for upsample in self.upsamplers:
+            x = compact(x)
             x = upsample(x)
         return x

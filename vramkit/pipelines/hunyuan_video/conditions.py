@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.attention import attention
-from vramkit.pipelines.layers import TimestepEmbedding, sinusoidal_embedding
-from vramkit.pipelines.text_masks import first_tokens, text_lengths
+from vramkit.pipelines.networks.attention import attention
+from vramkit.pipelines.networks.layers import TimestepEmbedding, sinusoidal_embedding
+from vramkit.pipelines.networks.text_masks import first_tokens, text_lengths
 
 __all__ = ["ConditionEmbedder", "TextLengths", "TokenRefiner"]
 
@@ -97,16 +98,17 @@ class TextLengths:
 class TimeTextEmbedder(nn.Module):
     """The sum of a timestep's embedding and a pooled text's."""
 
+    offload_unit: ClassVar[bool] = True
+
     def __init__(self, text_channels: int, channels: int) -> None:
         super().__init__()
         self.timestep_embedder = TimestepEmbedding(TIME_FEATURES, channels)
         self.text_embedder = TimestepEmbedding(text_channels, channels)  # the same two layers
 
-    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """Timestep [B] and pooled text [B, text_channels] -> [B, C]."""
+    def forward(self, timestep: Tensor, *pooled: Tensor) -> tuple[Tensor, ...]:
+        """Timestep [B] and pooled texts [B, text_channels] -> [B, C] for each text."""
         time: Tensor = self.timestep_embedder(sinusoidal_embedding(timestep, TIME_FEATURES))
-        text: Tensor = self.text_embedder(pooled)
-        return time + text
+        return tuple(time + self.text_embedder(each) for each in pooled)
 
 
 class ConditionEmbedder(TimeTextEmbedder):
@@ -116,13 +118,13 @@ class ConditionEmbedder(TimeTextEmbedder):
         super().__init__(text_channels, channels)
         self.guidance_embedder = TimestepEmbedding(TIME_FEATURES, channels) if guidance else None
 
-    def forward(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Timestep [B], pooled text [B, text_channels] and guidance [B] -> [B, C]."""
-        condition = super().forward(timestep, pooled)
+    def forward(self, timestep: Tensor, *pooled: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Timestep [B], pooled texts [B, text_channels] and guidance [B] -> [B, C] for each text."""
+        conditions = super().forward(timestep, *pooled)
         if self.guidance_embedder is None or guidance is None:
-            return condition
+            return conditions
         embedded: Tensor = self.guidance_embedder(sinusoidal_embedding(guidance, TIME_FEATURES))
-        return condition + embedded
+        return tuple(condition + embedded for condition in conditions)
 
 
 class _Silu(nn.Module):
@@ -170,7 +172,9 @@ class _Gates(nn.Module):
 
 
 class _RefinerBlock(nn.Module):
-    """Attention and feed-forward over text, their results gated by the timestep."""
+    """Attention and feed-forward over texts, their results gated by the timestep."""
+
+    offload_unit: ClassVar[bool] = True
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -182,8 +186,13 @@ class _RefinerBlock(nn.Module):
         self.ff = nn.ModuleDict({"net": feed_forward})
         self.norm_out = _Gates(channels)
 
-    def forward(self, x: Tensor, condition: Tensor, lengths: TextLengths) -> Tensor:
-        """[B, T, C] -> the same."""
+    def forward(
+        self, texts: Sequence[Tensor], conditions: Sequence[Tensor], lengths: Sequence[TextLengths]
+    ) -> tuple[Tensor, ...]:
+        """[B, T, C] each -> the same, one after the other."""
+        return tuple(self._refined(*each) for each in zip(texts, conditions, lengths, strict=True))
+
+    def _refined(self, x: Tensor, condition: Tensor, lengths: TextLengths) -> Tensor:
         gate1, gate2 = self.norm_out(condition)
         x = x + self.attn(self.norm1(x), lengths) * gate1
         out: Tensor = x + self.ff["net"](self.norm2(x)) * gate2
@@ -200,10 +209,11 @@ class TokenRefiner(nn.Module):
         blocks = nn.ModuleList([_RefinerBlock(channels, heads) for _ in range(layers)])
         self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
 
-    def forward(self, text: Tensor, timestep: Tensor, lengths: TextLengths) -> Tensor:
-        """Text [B, T, text_channels] and timestep [B] -> [B, T, C]."""
-        condition = self.time_text_embed(timestep, lengths.mean(text).to(text.dtype))
-        x: Tensor = self.proj_in(text)
+    def forward(self, texts: Sequence[Tensor], timestep: Tensor, lengths: Sequence[TextLengths]) -> tuple[Tensor, ...]:
+        """Texts [B, T, text_channels], of these lengths, and timestep [B] -> [B, T, C] each."""
+        means = [each.mean(text).to(text.dtype) for text, each in zip(texts, lengths, strict=True)]
+        conditions = self.time_text_embed(timestep, *means)
+        refined = tuple(map(self.proj_in, texts))
         for block in self.token_refiner["refiner_blocks"].children():
-            x = block(x, condition, lengths)
-        return x
+            refined = block(refined, conditions, lengths)
+        return refined

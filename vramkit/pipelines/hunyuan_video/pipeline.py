@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.hunyuan_video.prompts import PROMPT_TEMPLATE, check_template, encode_clip, encode_llama
-from vramkit.pipelines.inputs import (
+from vramkit.pipelines.calling.calls import pipeline_call
+from vramkit.pipelines.calling.inputs import (
     Generators,
     Prompt,
     check_finite,
@@ -28,15 +28,16 @@ from vramkit.pipelines.inputs import (
     make_noise,
     whole_latent_frames,
 )
-from vramkit.pipelines.pipeline import execution_device
-from vramkit.pipelines.text_masks import text_lengths
-from vramkit.pipelines.text_to_video import (
+from vramkit.pipelines.calling.pipeline import execution_device
+from vramkit.pipelines.calling.text_to_video import (
     Conditions,
     StepCallback,
     TextToVideoPipeline,
     VideoOutput,
     wanted_tensors,
 )
+from vramkit.pipelines.hunyuan_video.prompts import PROMPT_TEMPLATE, check_template, encode_clip, encode_llama
+from vramkit.pipelines.networks.text_masks import text_lengths
 
 __all__ = ["HunyuanVideoPipeline"]
 
@@ -78,10 +79,10 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         "vae",
     )
     fps: ClassVar[float] = 24.0
+    schedule_arguments: ClassVar[tuple[str, ...]] = ("sigmas",)
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the order of the published one
         self,
-        *,
         text_encoder: Any,
         tokenizer: Any,
         transformer: Any,
@@ -107,7 +108,7 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         """Whether the call in progress runs the transformer on the negative prompt too."""
         return self._true_cfg_scale > 1.0
 
-    @torch.no_grad()  # not inference_mode: the slots that weights stream through are ordinary tensors
+    @pipeline_call
     def __call__(  # noqa: PLR0917 - the order of the published one
         self,
         prompt: Prompt = None,
@@ -118,7 +119,6 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         width: int = 1280,
         num_frames: int = 129,
         num_inference_steps: int = 50,
-        *,
         sigmas: Sequence[float] | None = None,
         true_cfg_scale: float = 1.0,
         guidance_scale: float = 6.0,
@@ -212,6 +212,7 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         self.scheduler.set_timesteps(sigmas=levels, device=self.device)
         self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._true_cfg_scale = true_cfg_scale if len(texts) > 1 else 1.0
+        self._enter("encode", **self._sizes)
         conditions = self._encode(texts, prompts, num_videos_per_prompt, prompt_template, max_sequence_length)
         if latents is None:
             latents = make_noise(shape, generator, device=self.device)
@@ -220,28 +221,36 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         return self._finish(latents, output_type)
 
     @torch.no_grad()
-    def encode_prompt(
+    def encode_prompt(  # noqa: PLR0917 - the order of the published one
         self,
         prompt: Prompt = None,
-        *,
+        prompt_2: Prompt = None,
         prompt_template: Mapping[str, Any] = PROMPT_TEMPLATE,
         num_videos_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         max_sequence_length: int = 256,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return states [B, S, C], pooled embeddings [B, C], both in the transformer's dtype, and a mask [B, S].
+        """Return states [B, S, C], pooled embeddings [B, C] and a mask [B, S].
 
-        What is given passes through. Each prompt stands ``num_videos_per_prompt`` times in a row.
+        What is given passes through; ``prompt_2`` is not used, as in a call. Each prompt stands ``num_videos_per_prompt``
+        times in a row. Results are on ``device``, where the pipeline computes unless it is given, states in ``dtype``, by
+        default that of the text encoder.
         """
         check_template(prompt_template)
         prompts = check_prompts(prompt, None, prompt_embeds, None)
+        _warn_of_second_prompts(prompt_2=(prompt_2, prompt))
         text = _Text(prompt, prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         self._check_text("", text, prompts)
-        embeds, mask = self._states(text, prompts, prompt_template, max_sequence_length)
-        repeat = partial(torch.repeat_interleave, repeats=num_videos_per_prompt, dim=0)
-        return repeat(embeds), repeat(self._pooled(text, prompts)), repeat(mask)
+        embeds, mask = self._states(text, prompts, prompt_template, int(max_sequence_length), dtype)
+        results = (embeds, self._pooled(text, prompts), mask)
+        embeds, pooled, mask = (
+            each.to(device or self.device).repeat_interleave(int(num_videos_per_prompt), dim=0) for each in results
+        )
+        return embeds, pooled, mask
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode latents [B, c, f, h, w] of unit variance into video [B, 3, F, H, W] around -1 .. 1."""
@@ -262,20 +271,24 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         scale = torch.full((prompts * copies,), self._guidance_scale, dtype=self.dtype, device=self.device)
         told = [
             {
-                "encoder_hidden_states": repeat(embeds),
+                "encoder_hidden_states": repeat(embeds).to(self.dtype),
                 # Lengths are read here, once: in the transformer a mask would be waited for at every step.
                 "encoder_attention_mask": text_lengths(repeat(mask)) or repeat(mask),
-                "pooled_projections": repeat(vector),
-                "guidance": scale * 1000.0,
+                "pooled_projections": repeat(vector).to(self.dtype),
             }
             for (embeds, mask), vector in zip(states, pooled, strict=True)
         ]
-        return Conditions(*told)
+        return Conditions(*told, shared={"guidance": scale * 1000.0})
 
     def _states(
-        self, text: _Text, prompts: int, template: Mapping[str, Any], max_sequence_length: int
+        self,
+        text: _Text,
+        prompts: int,
+        template: Mapping[str, Any],
+        max_sequence_length: int,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """States [B, S, C] in the transformer's dtype and a mask [B, S], on its device."""
+        """States [B, S, C], new ones in the text encoder's dtype, and a mask [B, S], where the pipeline computes."""
         embeds, mask = text.embeds, text.mask
         if embeds is None:
             embeds, mask = encode_llama(
@@ -285,16 +298,17 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
                 template=template,
                 max_sequence_length=max_sequence_length,
             )
+            embeds = embeds.to(dtype or self.text_encoder.dtype)
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
-        return embeds.to(self.device, self.dtype), mask.to(self.device)
+        return embeds.to(self.device), mask.to(self.device)
 
     def _pooled(self, text: _Text, prompts: int) -> Tensor:
-        """Pooled embeddings [B, C] in the transformer's dtype, on its device."""
+        """Pooled embeddings [B, C], where the pipeline computes."""
         pooled = text.pooled
         if pooled is None:
             pooled = encode_clip(text.prompts(prompts), tokenizer=self.tokenizer_2, text_encoder=self.text_encoder_2)
-        return pooled.to(self.device, self.dtype)
+        return pooled.to(self.device)
 
     def _predict_noise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         # After the first step latents have the dtype of the model, and the published pipeline rounds timesteps to it too.
@@ -302,6 +316,9 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
 
     def _guided(self, positive: Tensor, negative: Tensor, timestep: Tensor) -> Tensor:
         return negative + self._true_cfg_scale * (positive - negative)
+
+    def _guidance_note(self) -> str | None:
+        return "a HunyuanVideo call keeps the scales that it was given, as published"
 
     def _pixels_per_patch(self) -> int:
         """What height and width are multiples of: 16 at the least, as the published pipeline asks for."""

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.pipeline import execution_device
+from vramkit.pipelines.calling.pipeline import execution_device
+from vramkit.pipelines.calling.texts import remembered
 
 __all__ = ["PROMPT_TEMPLATE", "check_template", "encode_clip", "encode_llama"]
 
@@ -52,6 +53,7 @@ def check_template(template: Mapping[str, Any]) -> None:
         )
 
 
+@remembered
 def encode_llama(
     prompts: Sequence[str],
     *,
@@ -88,6 +90,7 @@ def encode_llama(
     return states[-(SKIPPED_LAYERS + 1)][:, start:], mask[:, start:]
 
 
+@remembered
 def encode_clip(prompts: Sequence[str], *, tokenizer: Any, text_encoder: nn.Module) -> Tensor:
     """Encode prompts to one vector each, [B, C], on the device where the encoder computes; longer prompts are cut."""
     tokens = tokenizer(

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.attention import AttentionLayers, Projections, Stream, self_attention_
 from vramkit.pipelines.hunyuan_video.conditions import ConditionEmbedder, TextLengths, TokenRefiner
-from vramkit.pipelines.layers import FeedForward, Modulated, PatchEmbedding, TokenOps
-from vramkit.pipelines.video_transformer import TransformerOutput, VideoTransformer
+from vramkit.pipelines.loading.options import Config
+from vramkit.pipelines.networks.attention import AttentionLayers, Projections, Stream, self_attention_
+from vramkit.pipelines.networks.layers import FeedForward, Modulated, PatchEmbedding, TokenOps
+from vramkit.pipelines.networks.video_transformer import TransformerOutput, VideoTransformer
 
 __all__ = ["HunyuanVideoTransformer3DModel", "HunyuanVideoTransformerConfig"]
 
@@ -35,7 +36,7 @@ EPS = 1e-6  # of all norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HunyuanVideoTransformerConfig:
+class HunyuanVideoTransformerConfig(Config):
     """The keys of a published config.json, with diffusers' defaults (those of the 13B model)."""
 
     in_channels: int = 16
@@ -87,34 +88,45 @@ class HunyuanVideoTransformerConfig:
 class Modulation(nn.Module):
     """Shifts, scales and gates of a block, from the embedding of what the model is conditioned on."""
 
+    offload_unit: ClassVar[bool] = True
+
     def __init__(self, channels: int, parts: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, parts * channels)
         self.parts = parts
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """[B, C] -> as many tensors [B, C] fp32 as there are parts."""
-        modulation: Tensor = self.linear(F.silu(condition))
-        return modulation.float().chunk(self.parts, dim=-1)
+    def forward(self, *conditions: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """[B, C] -> as many tensors [B, C] fp32 as there are parts, for each condition."""
+        return tuple(self.linear(F.silu(each)).float().chunk(self.parts, dim=-1) for each in conditions)
 
 
 class Context(NamedTuple):
-    """What all blocks of a forward are given."""
+    """What all blocks of a forward are given; the first two have an entry for each text, as the streams have."""
 
-    condition: Tensor  # [B, C], of timestep, guidance and pooled text
-    lengths: TextLengths
+    conditions: tuple[Tensor, ...]  # [B, C], of timestep, guidance and pooled text
+    lengths: tuple[TextLengths, ...]
     rotary: Tensor  # [S, P, 2] fp32
     ops: TokenOps
 
+    def modulated(self, streams: Sequence[Tensor], modulations: Sequence[Sequence[Tensor]]) -> list[Modulated]:
+        """Streams with shift, scale and gate of each."""
+        pairs = zip(streams, modulations, strict=True)
+        return [Modulated(x, self.ops.layer_norm, EPS, shift, scale, gate) for x, (shift, scale, gate) in pairs]
+
 
 def _joint_attention_(
-    video: Modulated, text: Modulated, context: Context, make_streams: Callable[..., tuple[Stream, Stream]]
-) -> None:
+    videos: Sequence[Modulated],
+    texts: Sequence[Modulated],
+    context: Context,
+    make_streams: Callable[..., tuple[Stream, Stream]],
+) -> tuple[list[Tensor], list[Tensor]]:
     """Let video and text of each sample attend to one another; `make_streams` is given both samples' tokens, norm, gate."""
-    pairs = zip(video.samples(), text.samples(), strict=True)
-    for b, (of_video, (tokens, norm, gate)) in enumerate(pairs):
-        streams = make_streams(of_video, (context.lengths.cut(tokens, b), norm, gate))
-        self_attention_(streams, ops=context.ops, mask=context.lengths.joint_mask(b, streams[0].tokens.shape[0]))
+    for video, text, lengths in zip(videos, texts, context.lengths, strict=True):
+        pairs = zip(video.samples(), text.samples(), strict=True)
+        for b, (of_video, (tokens, norm, gate)) in enumerate(pairs):
+            streams = make_streams(of_video, (lengths.cut(tokens, b), norm, gate))
+            self_attention_(streams, ops=context.ops, mask=lengths.joint_mask(b, streams[0].tokens.shape[0]))
+    return [video.tokens for video in videos], [text.tokens for text in texts]
 
 
 class DoubleAttention(AttentionLayers):
@@ -130,8 +142,10 @@ class DoubleAttention(AttentionLayers):
         self.norm_added_q = norm()
         self.norm_added_k = norm()
 
-    def forward(self, video: Modulated, text: Modulated, context: Context) -> tuple[Tensor, Tensor]:
-        """Update the tokens [B, S, C] and [B, T, C] in place and return them."""
+    def forward(
+        self, videos: Sequence[Modulated], texts: Sequence[Modulated], context: Context
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Update the tokens of videos [B, S, C] and texts [B, T, C] in place and return them."""
         ops = context.ops
         added = Projections(
             self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k, self.heads
@@ -145,11 +159,10 @@ class DoubleAttention(AttentionLayers):
 
             return (
                 Stream(tokens, norm, self.projections, self.adder(ops, gate), context.rotary),
-                Stream(text_tokens, text_norm, added, add),
+                Stream(text_tokens, text_norm, added, add, is_everywhere=True),
             )
 
-        _joint_attention_(video, text, context, make_streams)
-        return video.tokens, text.tokens
+        return _joint_attention_(videos, texts, context, make_streams)
 
 
 class HunyuanVideoTransformerBlock(nn.Module):
@@ -167,14 +180,22 @@ class HunyuanVideoTransformerBlock(nn.Module):
         self.ff = FeedForward(channels, inner_channels)
         self.ff_context = FeedForward(channels, inner_channels)
 
-    def forward(self, x: Tensor, text: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Update the tokens x [B, S, C] and text [B, T, C] in place and return them."""
-        norm, ops = context.ops.layer_norm, context.ops
-        of_video, of_text = self.norm1(context.condition), self.norm1_context(context.condition)  # six [B, C] each
-        x, text = self.attn(Modulated(x, norm, EPS, *of_video[:3]), Modulated(text, norm, EPS, *of_text[:3]), context)
-        (x,) = self.ff(Modulated(x, norm, EPS, *of_video[3:]), ops=ops)
-        (text,) = self.ff_context(Modulated(text, norm, EPS, *of_text[3:]), ops=ops)
-        return x, text
+    def forward(
+        self, videos: Sequence[Tensor], texts: Sequence[Tensor], context: Context
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Update the tokens of videos [B, S, C] and texts [B, T, C] in place and return them."""
+        of_videos, of_texts = (
+            self.norm1(*context.conditions),
+            self.norm1_context(*context.conditions),
+        )  # six [B, C] each
+        videos, texts = self.attn(
+            context.modulated(videos, [each[:3] for each in of_videos]),
+            context.modulated(texts, [each[:3] for each in of_texts]),
+            context,
+        )
+        videos = self.ff(*context.modulated(videos, [each[3:] for each in of_videos]), ops=context.ops)
+        texts = self.ff_context(*context.modulated(texts, [each[3:] for each in of_texts]), ops=context.ops)
+        return videos, texts
 
 
 class SingleAttention(AttentionLayers):
@@ -201,10 +222,11 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         self.proj_mlp = nn.Linear(channels, inner_channels)
         self.proj_out = nn.Linear(channels + inner_channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Update the tokens x [B, S, C] and text [B, T, C] in place and return them."""
-        modulation = self.norm(context.condition)
-        video, words = (Modulated(tokens, context.ops.layer_norm, EPS, *modulation) for tokens in (x, text))
+    def forward(
+        self, videos: Sequence[Tensor], texts: Sequence[Tensor], context: Context
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Update the tokens of videos [B, S, C] and texts [B, T, C] in place and return them."""
+        modulations = self.norm(*context.conditions)
 
         def make_streams(of_video: Sequence[Any], of_text: Sequence[Any]) -> tuple[Stream, Stream]:
             (tokens, norm, gate), (text_tokens, _, _) = of_video, of_text
@@ -212,11 +234,12 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
             projections = self.attn.projections
             return (
                 Stream(tokens, norm, projections, add, context.rotary),
-                Stream(text_tokens, norm, projections, add),
+                Stream(text_tokens, norm, projections, add, is_everywhere=True),
             )
 
-        _joint_attention_(video, words, context, make_streams)
-        return x, text
+        return _joint_attention_(
+            context.modulated(videos, modulations), context.modulated(texts, modulations), context, make_streams
+        )
 
     def _add(
         self, norm: Callable[[Tensor], Tensor], gate: Tensor, ops: TokenOps, tokens: Tensor, attended: Tensor
@@ -268,9 +291,10 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
         pooled_projections: Tensor,
         guidance: Tensor | None = None,
         *,
+        others: Sequence[Mapping[str, Any]] = (),
         attention_kwargs: Mapping[str, Any] | None = None,
         return_dict: bool = True,
-    ) -> TransformerOutput | tuple[Tensor]:
+    ) -> TransformerOutput | tuple[Tensor, ...]:
         """One prediction.
 
         Args:
@@ -282,11 +306,13 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
                 it becomes a mask of the attention, since lengths are not known there.
             pooled_projections: pooled text [B, pooled_projection_dim].
             guidance: [B], 1000 times the guidance scale; a model without guidance_embeds does not look at it.
+            others: more texts for the same latents, timestep and guidance: encoder_hidden_states, encoder_attention_mask
+                and pooled_projections, by these names, in each.
             attention_kwargs: None; here because callers of the published model pass it.
-            return_dict: False for a plain tuple.
+            return_dict: False for a plain tuple of the sample and the others.
 
         Returns:
-            `.sample` [B, out_channels, frames, height, width].
+            `.sample` [B, out_channels, frames, height, width], and `.others` alike, one for each of the other texts.
 
         Raises:
             ConfigError: sizes that the patches do not divide, a text without a token, guidance missing, or attention_kwargs.
@@ -296,16 +322,29 @@ class HunyuanVideoTransformer3DModel(VideoTransformer):
         if config.guidance_embeds and guidance is None:
             raise ConfigError(f"guidance: got none, expected [{batch}], since this model was trained with it")
         grid = self._grid(hidden_states, config.patch)
-        lengths = TextLengths.of(encoder_attention_mask, encoder_hidden_states)
-        rotary = self._rotary_table(grid, config.rope_axes_dim, device, theta=config.rope_theta)
+        text = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "pooled_projections": pooled_projections,
+        }
+        told = self._texts(text, others)
+        states = [each["encoder_hidden_states"] for each in told]
+        lengths = tuple(TextLengths.of(each["encoder_attention_mask"], each["encoder_hidden_states"]) for each in told)
+        ops = self._ops_for(math.prod(grid))
+        rotary = self._rotary_table(grid, config.rope_axes_dim, device, theta=config.rope_theta)[ops.own]
         timestep = timestep.expand(batch)
-        condition = self.time_text_embed(timestep, pooled_projections, guidance)
-        text = self.context_embedder(encoder_hidden_states[:, : lengths.longest], timestep, lengths)
-        x = self.x_embedder["proj"](hidden_states)  # [B, S, C]
-        context = Context(condition, lengths, rotary, self._ops)
+        cut = [each[:, : of_text.longest] for each, of_text in zip(states, lengths, strict=True)]
+        texts = self.context_embedder(cut, timestep, lengths)
+        pooled = [each["pooled_projections"] for each in told]
+        conditions = self.time_text_embed(timestep, *pooled, guidance=guidance)
+        videos = self._streams(self.x_embedder["proj"](hidden_states), len(texts), ops)  # [B, S, C] each
+        context = Context(conditions, lengths, rotary, ops)
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            x, text = block(x, text, context)
-        scale, shift = self.norm_out(condition)
-        patches = self._head(x, partial(self._ops.layer_norm, eps=EPS), scale, shift, self.proj_out)
-        sample = self._unpatchify(patches, grid, config.patch, channels_first=True)
-        return TransformerOutput(sample) if return_dict else (sample,)
+            videos, texts = block(videos, texts, context)
+        norm = partial(ops.layer_norm, eps=EPS)
+        samples = []
+        for x, (scale, shift) in zip(videos, self.norm_out(*conditions), strict=True):
+            patches = self._head(x, norm, scale, shift, self.proj_out, ops=ops)
+            samples.append(self._unpatchify(patches, grid, config.patch, channels_first=True))
+            del patches
+        return self._output(samples, return_dict)

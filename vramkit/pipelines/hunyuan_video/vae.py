@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.hunyuan_video.vae_layers import CausalConv3d, DownBlock, GroupNorm, MidBlock, UpBlock
-from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
-from vramkit.pipelines.video_autoencoder import FramewiseAutoencoder
+from vramkit.pipelines.loading.options import Config
+from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.networks.video_autoencoder import FramewiseAutoencoder
 
 __all__ = ["AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideoConfig"]
 
@@ -32,7 +33,7 @@ DOWN_BLOCK, UP_BLOCK = "HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AutoencoderKLHunyuanVideoConfig:
+class AutoencoderKLHunyuanVideoConfig(Config):
     """The keys of the published `vae/config.json`.
 
     Raises:
@@ -178,7 +179,9 @@ class AutoencoderKLHunyuanVideo(FramewiseAutoencoder):
         in_time = self.use_framewise_encoding and self.frame_tiling.is_needed(x.shape[2])
         frame_tiling = self.frame_tiling.scaled_down(rate) if in_time else None
         for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
-            fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=frame_tiling)
+            fill_clip(
+                out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=frame_tiling, ranks=self.tile_ranks
+            )
         return EncoderOutput(LatentDistribution(parameters))
 
     @torch.no_grad()
@@ -199,7 +202,9 @@ class AutoencoderKLHunyuanVideo(FramewiseAutoencoder):
         in_time = self.use_framewise_decoding and self.frame_tiling.is_needed(frames)
         frame_tiling = self.frame_tiling if in_time else None
         for item, out in zip(self._slices(z), self._slices(sample), strict=True):
-            fill_clip(out, partial(self._decode_tile, item), tiling=tiling, frame_tiling=frame_tiling)
+            fill_clip(
+                out, partial(self._decode_tile, item), tiling=tiling, frame_tiling=frame_tiling, ranks=self.tile_ranks
+            )
         return DecoderOutput(sample)
 
     def _encode_tile(self, x: Tensor, box: Box) -> Tensor:

@@ -10,6 +10,7 @@ Shapes: B batch, C channels, F frames, H rows, W columns, G groups of channels, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import ClassVar, TypeAlias
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vramkit.pipelines.layers import token_chunks
+from vramkit.pipelines.networks.layers import token_chunks
+from vramkit.pipelines.networks.workspace import compact, halves
 
 __all__ = ["CausalConv3d", "DownBlock", "GroupNorm", "MidBlock", "UpBlock"]
 
@@ -63,6 +65,7 @@ class CausalConv3d(nn.Module):
         rates: Rates = (1, 1, 1),
         out: Tensor | None = None,
         accumulate: bool = False,
+        on_read: Callable[[slice], object] | None = None,
     ) -> Tensor:
         """Convolve `x` [B, C, F, H, W], a few frames at a time, from the last to the first.
 
@@ -72,6 +75,7 @@ class CausalConv3d(nn.Module):
             rates: how often frames, rows and columns are repeated before; the first frame is not repeated in time.
             out: where the result goes, a new tensor without it; may be `x` itself where the sizes are the same.
             accumulate: add to `out`.
+            on_read: told which frames of the result come next, when what they are made of has been read.
 
         Returns:
             `out` [B, C', F', H', W'].
@@ -84,7 +88,11 @@ class CausalConv3d(nn.Module):
         pixels = x.shape[0] * step * enlarged[1] * enlarged[2]  # for each frame of the result
         for part in reversed(token_chunks(out.shape[2], max(1, _PART_PIXELS // pixels))):
             first, last = part.start * step - (self.kernel_size - 1), (part.stop - 1) * step
-            y = self.conv(self._window(x, range(first, last + 1), affine, rates))
+            window = self._window(x, range(first, last + 1), affine, rates)
+            if on_read is not None:
+                on_read(part)
+            y = self.conv(window)
+            del window
             out[:, :, part].add_(y) if accumulate else out[:, :, part].copy_(y)
             del y  # before the next window is made
         return out
@@ -130,6 +138,8 @@ def _repeat_edges(window: Tensor, border: int) -> None:
 class ResidualBlock(nn.Module):
     """Two causal convolutions, each behind a norm and SiLU, and a shortcut."""
 
+    offload_unit: ClassVar[bool] = True  # the shortcut takes turns with the first convolution
+
     def __init__(self, in_channels: int, out_channels: int, *, groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps=1e-6)
@@ -138,14 +148,30 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, C', F, H, W]."""
-        h = self.conv1(x, affine=self.norm1(x))
+    def forward(self, x: Tensor, spare: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """[B, C, F, H, W], which is overwritten -> [B, C', F, H, W], and memory of that size that is free now, or None.
+
+        `spare` is such memory, for the result.
+        """
+        affine, parts = self.norm1(x), None
+        if self.conv_shortcut is None:
+            h = self.conv1(x, affine=affine, out=spare)
+        elif (parts := halves(x, self.conv1.conv.out_channels)) is not None:
+            shortcut = self.conv_shortcut  # of one frame and pixel, so frames may be given to it singly
+            h = self.conv1(
+                x,
+                affine=affine,
+                out=parts[0],
+                on_read=lambda part: parts[1][:, :, part].copy_(shortcut(x[:, :, part])),
+            )
+        else:
+            h = self.conv1(x, affine=affine)
         h = self.conv2(h, affine=self.norm2(h), out=h)
         if self.conv_shortcut is None:
-            return torch.add(h, x, out=h)
-        out: Tensor = self.conv_shortcut(x, out=h, accumulate=True)
-        return out
+            return h.add_(x), x
+        if parts is None:
+            return self.conv_shortcut(x, out=h, accumulate=True), None
+        return h.add_(parts[1]), parts[1]
 
 
 class AttentionBlock(nn.Module):
@@ -183,10 +209,13 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels, groups=groups) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> the same."""
-        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = layer(x)
-        return x
+        """[B, C, F, H, W], which is overwritten -> the same."""
+        x, spare = self.resnets[0](x)
+        for attention in self.attentions:
+            spare = None  # attention needs more
+            x = attention(x)
+        result: Tensor = self.resnets[1](x, spare)[0]
+        return result
 
 
 class _Resample(nn.Module):
@@ -215,8 +244,12 @@ class _Block(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(a, b, groups=groups) for a, b in pairwise(channels))
 
     def _run(self, clip: list[Tensor], resample: nn.ModuleList | None) -> Tensor:
-        x = clip.pop()
-        for layer in (*self.resnets, *(resample or ())):
+        x, spare = clip.pop(), None
+        for resnet in self.resnets:
+            x, spare = resnet(x, spare)
+        for layer in resample or ():
+            spare = None
+            x = compact(x)
             x = layer(x)
         return x
 

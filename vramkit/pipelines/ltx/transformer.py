@@ -1,4 +1,4 @@
-"""The LTX-Video text-to-video transformer.
+"""The LTX-Video transformer.
 
 Parameter names and config keys are those of the published diffusers checkpoint (Lightricks/LTX-Video); the architecture is
 that of LTX-Video (arXiv:2501.00103): latents are tokens as they are, and rotary positions, in seconds and pixels, turn all
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.attention import AttentionLayers, Stream, cross_attention_, self_attention_
-from vramkit.pipelines.layers import (
+from vramkit.pipelines.loading.options import Config
+from vramkit.pipelines.networks.attention import AttentionLayers, Stream, cross_attention_, self_attention_
+from vramkit.pipelines.networks.layers import (
     FeedForward,
     Modulated,
     TextProjection,
@@ -30,8 +31,8 @@ from vramkit.pipelines.layers import (
     TokenOps,
     sinusoidal_embedding,
 )
-from vramkit.pipelines.text_masks import text_lengths
-from vramkit.pipelines.video_transformer import Grid, TransformerOutput, VideoTransformer
+from vramkit.pipelines.networks.text_masks import text_lengths
+from vramkit.pipelines.networks.video_transformer import Grid, TransformerOutput, VideoTransformer
 
 __all__ = ["LTXVideoTransformer3DModel", "LTXVideoTransformerBlock", "LTXVideoTransformerConfig"]
 
@@ -46,7 +47,7 @@ _FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LTXVideoTransformerConfig:
+class LTXVideoTransformerConfig(Config):
     """The keys of a published config.json, with diffusers' defaults (those of the 2B model).
 
     Raises:
@@ -173,22 +174,29 @@ class Texts:
 class LTXSelfAttention(AttentionLayers):
     """x += gate * attention(norm(x)), in place."""
 
-    def forward(self, x: Modulated, *, rotary: Tensor, ops: TokenOps) -> Tensor:
-        """Update the tokens [B, S, C] in place and return them; rotary is [1 or B, S, H, P, 2] fp32."""
-        for (tokens, norm, gate), table in zip(x.samples(), rotary.expand(len(x.tokens), -1, -1, -1, -1), strict=True):
-            self_attention_([Stream(tokens, norm, self.projections, self.adder(ops, gate), table)], ops=ops)
-        return x.tokens
+    def forward(self, *streams: Modulated, rotary: Tensor, ops: TokenOps) -> tuple[Tensor, ...]:
+        """Update the tokens [B, S, C] of each stream in place and return them; rotary is [1 or B, S, H, P, 2] fp32."""
+        for x in streams:
+            for runs, table in zip(x.runs(), rotary.expand(len(x.tokens), -1, -1, -1, -1), strict=True):
+                joint = [
+                    Stream(run.tokens, run.norm, self.projections, self.adder(ops, run.gate), table[run.span])
+                    for run in runs
+                ]
+                self_attention_(joint, ops=ops)
+        return tuple(x.tokens for x in streams)
 
 
 class LTXCrossAttention(AttentionLayers):
     """x += attention(x, text), in place."""
 
-    def forward(self, x: Tensor, *, texts: list[Tensor], masks: list[Tensor] | None, ops: TokenOps) -> Tensor:
-        """Update the tokens x [B, S, C] in place and return them; texts [T, C] and masks bool [T] are one per sample."""
-        for b, tokens in enumerate(x):
-            stream = Stream(tokens, nn.Identity(), self.projections, self.adder(ops))
-            cross_attention_(stream, texts[b], ops=ops, mask=None if masks is None else masks[b])
-        return x
+    def forward(self, *streams: Tensor, texts: Sequence[Texts], ops: TokenOps) -> tuple[Tensor, ...]:
+        """Update the tokens [B, S, C] of each stream in place and return them; each has the texts of its batch."""
+        for x, of_batch in zip(streams, texts, strict=True):
+            for b, tokens in enumerate(x):
+                stream = Stream(tokens, nn.Identity(), self.projections, self.adder(ops))
+                mask = None if of_batch.masks is None else of_batch.masks[b]
+                cross_attention_(stream, of_batch.states[b], ops=ops, mask=mask)
+        return streams
 
 
 class LTXVideoTransformerBlock(nn.Module):
@@ -213,17 +221,32 @@ class LTXVideoTransformerBlock(nn.Module):
         self.ff = FeedForward(channels, 4 * channels)
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
 
-    def forward(self, x: Tensor, texts: Texts, modulation: Tensor, rotary: Tensor, ops: TokenOps) -> Tensor:
-        """Update the tokens x [B, S, C] in place and return them.
+    def forward(
+        self,
+        streams: Sequence[Tensor],
+        texts: Sequence[Texts],
+        modulation: Tensor,
+        lengths: tuple[int, ...] | None,
+        rotary: Tensor,
+        *,
+        ops: TokenOps,
+    ) -> tuple[Tensor, ...]:
+        """Update the tokens [B, S, C] of each stream in place and return them.
 
-        modulation (of the timestep) is [B, 6, C], rotary [1 or B, S, H, P, 2] fp32.
+        Each stream has texts; modulation (of the timesteps) is [B, N, 6, C] for N runs of so many tokens, rotary
+        [1 or B, S, H, P, 2] fp32.
         """
         table = self.scale_shift_table.float() + modulation.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(dim=1)  # [B, C] each
-        x = self.attn1(Modulated(x, ops.rms_norm, self.eps, shift1, scale1, gate1), rotary=rotary, ops=ops)
-        x = self.attn2(x, texts=texts.states, masks=texts.masks, ops=ops)
-        (x,) = self.ff(Modulated(x, ops.rms_norm, self.eps, shift2, scale2, gate2), ops=ops)
-        return x
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(dim=2)  # [B, N, C] each
+        norm = ops.rms_norm
+        streams = self.attn1(
+            *(Modulated(x, norm, self.eps, shift1, scale1, gate1, lengths) for x in streams), rotary=rotary, ops=ops
+        )
+        streams = self.attn2(*streams, texts=texts, ops=ops)
+        done: tuple[Tensor, ...] = self.ff(
+            *(Modulated(x, norm, self.eps, shift2, scale2, gate2, lengths) for x in streams), ops=ops
+        )
+        return done
 
 
 # -- model -------------------------------------------------------------------------------------------------------------
@@ -250,8 +273,8 @@ class TimeEmbedding(nn.Module):
         self.linear = nn.Linear(channels, 6 * channels)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] -> embedding [B, C], modulation [B, 6, C]."""
-        embedded = self.emb(timestep)
+        """[B, N] -> embedding [B, N, C], modulation [B, N, 6, C]."""
+        embedded = self.emb(timestep.flatten()).view(*timestep.shape, -1)
         return embedded, self.linear(F.silu(embedded)).unflatten(-1, (6, -1))
 
 
@@ -263,10 +286,12 @@ class LTXVideoTransformer3DModel(VideoTransformer):
 
     config: LTXVideoTransformerConfig
     config_class = LTXVideoTransformerConfig
+    takes_timestep_runs: ClassVar[bool] = True
     skip_layerwise_casting: ClassVar[tuple[str, ...]] = ("norm",)
 
     def __init__(self, config: LTXVideoTransformerConfig) -> None:
         super().__init__(config)
+        self._placed: tuple[Tensor, int, Tensor] | None = None  # the last coordinates, their version, and their table
         channels = config.inner_dim
         self.proj_in = nn.Linear(config.in_channels, channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, channels) / channels**0.5)
@@ -289,13 +314,17 @@ class LTXVideoTransformer3DModel(VideoTransformer):
         video_coords: Tensor | None = None,
         attention_kwargs: Mapping[str, Any] | None = None,
         return_dict: bool = True,
-    ) -> TransformerOutput | tuple[Tensor]:
+        *,
+        timestep_tokens: Sequence[int] | None = None,
+        others: Sequence[Mapping[str, Any]] = (),
+    ) -> TransformerOutput | tuple[Tensor, ...]:
         """One prediction.
 
         Args:
             hidden_states: latents as tokens [B, S, in_channels], frame by frame and row by row, in the dtype of the weights.
             encoder_hidden_states: text states [B, T, caption_channels], in the dtype of the weights.
-            timestep: [B] or [1], in the range of the training schedule (0 to 1000).
+            timestep: [B] or [1], in the range of the training schedule (0 to 1000). Or one for each token [B, S], which is
+                waited for, since neighbours with one timestep are computed together; `timestep_tokens` spares that.
             encoder_attention_mask: [B, T], ones for the tokens of a text and zeros for its padding; or, for padding behind
                 the texts, the numbers of their tokens; None for no padding. A mask on a device has to be waited for, and in
                 a compiled forward it becomes a mask of the attention, since lengths are not known there.
@@ -306,16 +335,22 @@ class LTXVideoTransformer3DModel(VideoTransformer):
                 rows and columns of pixels per latent; None counts latents.
             video_coords: in place of the last four, where each token lies [B, 3, S]: seconds, rows and columns of pixels.
             attention_kwargs: None; here because callers of the published model pass it.
-            return_dict: False for a plain tuple.
+            return_dict: False for a plain tuple of the sample and the others.
+            timestep_tokens: how many tokens each of the timesteps [B, N] is for, one behind the other.
+            others: more texts for the same latents and timesteps: encoder_hidden_states and encoder_attention_mask, by these
+                names, in each.
 
         Returns:
-            `.sample` [B, S, out_channels].
+            `.sample` [B, S, out_channels], and `.others` alike, one for each of the other texts.
 
         Raises:
-            ConfigError: sizes that are not those of the tokens, timesteps per token, or attention_kwargs.
+            ConfigError: sizes that are not those of the tokens, timesteps that are not as many as clips or tokens, or
+                attention_kwargs.
         """
-        config, ops = self.config, self._ops
-        self._check_inputs(timestep, hidden_states.shape[0], attention_kwargs)
+        config = self.config
+        self._check_attention_kwargs(attention_kwargs)
+        text = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        told = self._texts(text, others)
         if hidden_states.ndim != 3 or hidden_states.shape[2] != config.in_channels:
             raise ConfigError(
                 f"latents: got shape {tuple(hidden_states.shape)}, expected [batch, tokens, {config.in_channels}]"
@@ -325,14 +360,20 @@ class LTXVideoTransformer3DModel(VideoTransformer):
             rotary = self._grid_table(grid, rope_interpolation_scale, hidden_states.device)[None]
         else:
             rotary = self._coordinates_table(video_coords, hidden_states)
-        time, modulation = self.time_embed(timestep.expand(hidden_states.shape[0]))
-        texts = Texts.of(self.caption_projection(encoder_hidden_states), encoder_attention_mask)
-        x = self.proj_in(hidden_states)  # [B, S, C]
+        timestep, lengths = self._timestep_runs(timestep, timestep_tokens, *hidden_states.shape[:2])
+        ops = self._ops_for(hidden_states.shape[1])
+        rotary, lengths = rotary[:, ops.own], self._own_lengths(lengths, ops)
+        time, modulation = self.time_embed(timestep)
+        states = self.caption_projection(*(each["encoder_hidden_states"] for each in told))
+        masks = [each["encoder_attention_mask"] for each in told]
+        texts = [Texts.of(*each) for each in zip(states, masks, strict=True)]
+        streams = self._streams(self.proj_in(hidden_states), len(texts), ops)  # [B, S, C] each
         for block in self.transformer_blocks:
-            x = block(x, texts, modulation, rotary, ops)
-        shift, scale = (self.scale_shift_table.float() + time.float()[:, None]).unbind(dim=1)  # [B, C] each
-        sample = self._head(x, partial(ops.layer_norm, eps=1e-6), scale, shift, self.proj_out)
-        return TransformerOutput(sample) if return_dict else (sample,)
+            streams = block(streams, texts, modulation, lengths, rotary, ops=ops)
+        shift, scale = (self.scale_shift_table.float() + time.float()[:, :, None]).unbind(dim=2)  # [B, N, C] each
+        norm = partial(ops.layer_norm, eps=1e-6)
+        samples = [self._head(x, norm, scale, shift, self.proj_out, lengths, ops=ops) for x in streams]
+        return self._output(samples, return_dict)
 
     def _token_grid(self, tokens: Tensor, sizes: tuple[int | None, int | None, int | None]) -> Grid:
         frames, rows, columns = sizes
@@ -361,8 +402,17 @@ class LTXVideoTransformer3DModel(VideoTransformer):
             raise ConfigError(
                 f"video_coords: got shape {tuple(coordinates.shape)}, expected ({tokens.shape[0]}, 3, {tokens.shape[1]})"
             )
+        # That of the same tensor is kept, as that of a grid is, where versions are counted.
+        is_counted = not (torch.compiler.is_compiling() or coordinates.is_inference())
+        version = coordinates._version if is_counted else None  # noqa: SLF001 (torch has no public reader)
+        if version is not None and self._placed is not None:
+            placed, placed_version, table = self._placed
+            if placed is coordinates and placed_version == version:
+                return table
         shares = [coordinates[:, axis].float() / size for axis, size in enumerate(BASE_SIZES)]
-        return self._by_heads(rotary_table(shares, self.config.inner_dim))
+        table = self._by_heads(rotary_table(shares, self.config.inner_dim))
+        self._placed = None if version is None else (coordinates, version, table)
+        return table
 
     def _by_heads(self, table: Tensor) -> Tensor:
         return torch.unflatten(table, -2, (self.config.num_attention_heads, -1))

@@ -3,7 +3,8 @@
 Mirrors `AutoencoderKLLTXVideo` of diffusers in parameter names, config keys and numbers (checkpoint:
 Lightricks/LTX-Video, folder `vae`, and its later versions 0.9.1 and 0.9.5, whose decoders take the last denoising step
 and so are told a timestep; arXiv:2501.00103). Pictures are computed in tiles with `enable_tiling`, clips in tiles of frames
-with `use_framewise_decoding`; a tile is blended into the result as soon as it is there.
+with `use_framewise_decoding`; a tile is blended into the result as soon as it is there. With `enable_striping`, pictures are
+computed in stripes of rows where they are largest: from the last enlargement on, up to the first reduction.
 
 Shapes: B batch, Z latent channels, F frames, T latent frames, H x W pixels, h x w latents.
 """
@@ -12,27 +13,28 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.ltx.vae_config import AutoencoderKLLTXVideoConfig
+from vramkit.pipelines.ltx.vae_convolution import VideoConv3d
 from vramkit.pipelines.ltx.vae_layers import (
     DownBlock,
     Modulation,
     ResidualBlocks,
     TimeEmbedder,
     UpBlock,
-    VideoConv3d,
     normalize,
     patchify,
     unpatchify,
 )
-from vramkit.pipelines.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
-from vramkit.pipelines.video_autoencoder import FramewiseAutoencoder
+from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.stripes import Stripe
+from vramkit.pipelines.networks.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.networks.video_autoencoder import FramewiseAutoencoder
 
 __all__ = ["AutoencoderKLLTXVideo"]
 
@@ -45,7 +47,7 @@ class Encoder(nn.Module):
         widths, causal, eps = config.down_widths, config.encoder_causal, config.resnet_norm_eps
         self.patch_size = config.patch_size
         self.conv_in = VideoConv3d(config.in_channels * config.patch_size**2, widths[0], causal=causal)
-        self.down_blocks = nn.ModuleList(
+        self.down_blocks: Any = nn.ModuleList(
             DownBlock(
                 a,
                 b,
@@ -60,13 +62,43 @@ class Encoder(nn.Module):
         self.mid_block = ResidualBlocks(widths[-1], config.layers_per_block[-1], causal=causal, eps=eps)
         self.conv_out = VideoConv3d(widths[-1], config.latent_channels + 1, causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode one tile; one logarithm of the variance counts for all channels of a latent."""
-        clip = [self.conv_in(patchify(x, self.patch_size))]
-        for block in (*self.down_blocks, self.mid_block):
-            clip.append(block(clip))  # each takes out what the one before put in
+    @property
+    def _large(self) -> int:
+        """How many blocks see the pictures in full size or make them smaller first."""
+        return 1 + next((i for i, block in enumerate(self.down_blocks) if block.shrink > 1), -1)
+
+    def forward(self, x: Tensor, stripes: int = 1) -> Tensor:
+        """Encode one tile, up to where pictures are first made smaller in so many stripes.
+
+        One logarithm of the variance counts for all channels of a latent.
+        """
+        clip = [self._shrunk(x, stripes)]
+        for block in (*self.down_blocks[self._large :], self.mid_block):
+            clip.append(block(clip, Stripe()))  # each takes out what the one before put in
         y = self.conv_out(clip.pop(), prepare=normalize)  # [B, Z + 1, T, h, w]
         return torch.cat((y, y[:, -1:].expand(-1, y.shape[1] - 2, -1, -1, -1)), dim=1)
+
+    def _shrunk(self, x: Tensor, stripes: int) -> Tensor:
+        """[B, 3, F, H, W] -> [B, C, F', H', W'] behind the first block that makes pictures smaller."""
+        blocks = self.down_blocks[: self._large]
+        lag, ratio = 1, self.patch_size
+        for block in blocks:
+            lag, ratio = block.lag_behind(lag), ratio * block.shrink
+        height, width = x.shape[3] // ratio, x.shape[4] // ratio
+        result: Tensor | None = None
+        for stripe in Stripe().split(height, width, stripes if blocks else 1, lag=lag, last=0.5):
+            pixels = patchify(x[..., magnified(stripe.taken, ratio), :], self.patch_size)
+            clip = [self.conv_in(stripe.rows(self.conv_in, pixels))]
+            del pixels
+            for block in blocks:
+                clip.append(block(clip, stripe))
+            y: Tensor = clip.pop()
+            if stripe.is_whole:
+                return y
+            result = y.new_empty(*y.shape[:3], height, width) if result is None else result
+            result[..., stripe.give(y.shape[3]), :] = y
+        assert result is not None
+        return result
 
 
 class Decoder(nn.Module):
@@ -81,7 +113,7 @@ class Decoder(nn.Module):
         self.out_channels = config.out_channels
         self.conv_in = VideoConv3d(config.latent_channels, width, causal=causal)
         self.mid_block = ResidualBlocks(width, layers[0], causal=causal, eps=eps, noise=noise[0], timed=timed)
-        self.up_blocks = nn.ModuleList(
+        self.up_blocks: Any = nn.ModuleList(
             UpBlock(
                 a,
                 b,
@@ -102,23 +134,37 @@ class Decoder(nn.Module):
         self.time_embedder = TimeEmbedder(2 * width) if timed else None
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5) if timed else None
 
-    def forward(self, z: Tensor, timestep: Tensor | None) -> Tensor:
-        """Decode one tile; `timestep` [B] from 0 to 1."""
+    @property
+    def _large(self) -> int:
+        """Which block makes the pictures as large as they become."""
+        return max((i for i, block in enumerate(self.up_blocks) if block.upsamplers is not None), default=0)
+
+    def forward(self, z: Tensor, timestep: Tensor | None, out: Tensor, stripes: int = 1) -> Tensor:
+        """Decode one tile into `out`, in so many stripes from the last enlargement on; `timestep` [B] from 0 to 1."""
         if self.timestep_scale_multiplier is not None:
             assert timestep is not None
             timestep = timestep * self.timestep_scale_multiplier
-        clip: list[Tensor] = [self.conv_in(z)]
-        for block in (self.mid_block, *self.up_blocks):
-            clip.append(block(clip, timestep))  # each takes out what the one before put in
-        x = clip.pop()
-        size = self.patch_size
-        frames = x.new_empty(x.shape[0], self.out_channels, x.shape[2], size * x.shape[3], size * x.shape[4])
-        self.conv_out(
-            x,
-            lambda part, y: frames[:, :, part].copy_(unpatchify(y, size)),
-            prepare=partial(normalize, modulation=self._modulation(timestep, x.dtype)),
-        )
-        return frames
+        small: list[Tensor] = [self.conv_in(z)]
+        for block in (self.mid_block, *self.up_blocks[: self._large]):
+            small.append(block(small, Stripe(), timestep))  # each takes out what the one before put in
+        blocks, lag, modulation = self.up_blocks[self._large :], 0, self._modulation(timestep, z.dtype)
+        for block in blocks:
+            lag = block.lag_behind(lag)
+        height, width = small[0].shape[3:]
+        lag = -(-(lag + 1) * self.patch_size * height // out.shape[3])
+        for stripe in Stripe().split(height, width, stripes, lag=lag, last=0.5):
+            clip = [(small.pop() if stripe.is_last else small[0])[..., stripe.taken, :]]
+            for block in blocks:
+                clip.append(block(clip, stripe, timestep))
+            rows = stripe.rows(self.conv_out, clip.pop())
+            place = out[..., stripe.give(self.patch_size * self.conv_out.height(rows)), :]
+            self.conv_out(
+                rows,
+                lambda part, y, place=place: place[:, :, part].copy_(unpatchify(y, self.patch_size)),
+                prepare=partial(normalize, modulation=modulation),
+            )
+            del rows  # before the next stripe is made
+        return out
 
     def _modulation(self, timestep: Tensor | None, dtype: torch.dtype) -> Modulation | None:
         if self.time_embedder is None or self.scale_shift_table is None or timestep is None:
@@ -154,6 +200,11 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latents_std", torch.ones(config.latent_channels))
 
+    @property
+    def stripeless(self) -> None:
+        """Nothing is in the way of stripes."""
+        return
+
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
         """Encode a clip [B, 3, F, H, W], values from -1 to 1, in the dtype of the weights.
@@ -179,7 +230,9 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         in_time = self.use_framewise_encoding or self.use_framewise_decoding
         frame_tiling = self.frame_tiling.scaled_down(rate) if in_time and self._tiles_frames(x) else None
         for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
-            fill_clip(out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=frame_tiling)
+            fill_clip(
+                out, partial(self._encode_tile, item), tiling=tiling, frame_tiling=frame_tiling, ranks=self.tile_ranks
+            )
         return EncoderOutput(LatentDistribution(parameters))
 
     @torch.no_grad()
@@ -198,16 +251,21 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         timesteps = self._timesteps(z, temb)
         ratio, rate = self.spatial_compression_ratio, self.temporal_compression_ratio
         frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
-        sample = z.new_empty(z.shape[0], self.config.out_channels, frames, height, width)
+        sample = self._new_clip(z, self.config.out_channels, frames, height, width)
         tiling = self.tiling if self._tiles_pictures(sample) else None
         frame_tiling = self.frame_tiling if self.use_framewise_decoding and self._tiles_frames(sample) else None
         for item, out, timestep in zip(self._slices(z), self._slices(sample), self._slices(timesteps), strict=True):
+            told = None if temb is None else timestep
+            if tiling is None and frame_tiling is None:
+                self._decode_into(out, item, told)
+                continue
             fill_clip(
                 out,
-                partial(self._decode_tile, item, None if temb is None else timestep),
+                partial(self._decode_tile, item, told),
                 tiling=tiling,
                 frame_tiling=frame_tiling,
                 kept_frames=slice(None, -1),  # of later tiles the last frame goes, as in the published decoder
+                ranks=self.tile_ranks,
             )
         return DecoderOutput(sample)
 
@@ -231,7 +289,7 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         # n latent frames stand for rate * (n - 1) + 1 frames.
         stop = None if frames.stop is None else rate * (frames.stop - 1) + 1
         tile = x[:, :, rate * frames.start : stop, magnified(rows, ratio), magnified(columns, ratio)]
-        parameters: Tensor = self.encoder(tile)
+        parameters: Tensor = self.encoder(tile, self._stripe_count(tile))
         return parameters
 
     def _decode_tile(self, z: Tensor, timestep: Tensor | None, box: Box) -> Tensor:
@@ -240,8 +298,14 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         frames, rows, columns = box
         stop = None if frames.stop is None else (frames.stop - 1) // rate + 1
         tile = z[:, :, frames.start // rate : stop, reduced(rows, ratio), reduced(columns, ratio)]
-        sample: Tensor = self.decoder(tile, timestep)
-        return sample
+        sizes = rate * (tile.shape[2] - 1) + 1, ratio * tile.shape[3], ratio * tile.shape[4]
+        out = z.new_empty(z.shape[0], self.config.out_channels, *sizes, device=self.output_device)
+        return self._decode_into(out, tile, timestep)
+
+    def _decode_into(self, out: Tensor, z: Tensor, timestep: Tensor | None) -> Tensor:
+        """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W] and return it, in stripes where that is asked for."""
+        self.decoder(z, timestep, out, self._stripe_count(out))
+        return out
 
     def _timesteps(self, z: Tensor, temb: Tensor | None) -> Tensor:
         """One timestep for each item of the batch, zeros where none is given and none is needed."""

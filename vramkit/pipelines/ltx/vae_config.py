@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.ltx.vae_layers import Rates
+from vramkit.pipelines.loading.options import Config
+from vramkit.pipelines.ltx.vae_convolution import Rates
 
 __all__ = ["AutoencoderKLLTXVideoConfig"]
 
@@ -26,7 +27,7 @@ RATES: dict[str, Rates] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AutoencoderKLLTXVideoConfig:
+class AutoencoderKLLTXVideoConfig(Config):
     """The keys of the published `vae/config.json`, with the values of version 0.9.0 as defaults.
 
     Lists for the decoder are in the order of the encoder and read from their end.

@@ -1,9 +1,9 @@
-"""Layers of the LTX-Video autoencoder: convolutions over frames, causal or not, with the first and last frame repeated.
+"""Layers of the LTX-Video autoencoder.
 
 Norms look at one position at a time, so everything between two convolutions is done where the second one reads it: a
 convolution takes a few frames, prepares them (norm, modulation, SiLU) in a window, and hands the result over to be
 written, added or spread into a larger clip. A residual block adds to the clip that it is given, its two convolutions taking
-turns. So beside the clip nothing of its size is alive.
+turns. So beside the clip nothing of its size is alive. In stripes of rows that clip is one of the stripe.
 
 Shapes: B batch, C channels, F frames, H rows, W columns.
 """
@@ -11,7 +11,7 @@ Shapes: B batch, C channels, F frames, H rows, W columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, TypeAlias
 
@@ -19,32 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vramkit.pipelines.layers import TimestepEmbedding, sinusoidal_embedding, token_chunks
+from vramkit.pipelines.ltx.vae_convolution import Rates, VideoConv3d, frames_with_ends, put
+from vramkit.pipelines.networks.layers import TimestepEmbedding, sinusoidal_embedding
+from vramkit.pipelines.networks.stripes import Rows, Stripe
 
 __all__ = [
     "DownBlock",
     "Modulation",
-    "Rates",
     "ResidualBlocks",
     "TimeEmbedder",
     "UpBlock",
-    "VideoConv3d",
     "normalize",
     "patchify",
     "unpatchify",
 ]
 
-# Numbers that go into a convolution, or come out of it, at once: five frames of 512 x 768 pixels at 128 channels.
-_PART_NUMBERS = 2**24
-
-# By how much frames, rows and columns become more or fewer.
-Rates: TypeAlias = tuple[int, int, int]
 # Scale and shift of a norm, each [B, C, 1, 1, 1]; the norm is multiplied by 1 + scale.
 Modulation: TypeAlias = tuple[Tensor, Tensor]
-# (frames of a convolution's input, where it reads them): writes what it is to read.
-Prepare: TypeAlias = Callable[[Tensor, Tensor], object]
-# (which frames of a convolution's result, these frames): puts them where they belong.
-Store: TypeAlias = Callable[[slice, Tensor], object]
 
 
 def normalize(x: Tensor, out: Tensor, modulation: Modulation | None = None) -> None:
@@ -83,90 +74,6 @@ def unpatchify(patches: Tensor, size: int) -> Tensor:
     return depth_to_space(patches, (1, size, size))
 
 
-class VideoConv3d(nn.Module):
-    """A convolution over [B, C, F, H, W] a few frames at a time.
-
-    Where the kernel reaches beyond the clip, the first or last frame is repeated (a causal one reaches back only), rows and
-    columns are zero.
-    """
-
-    offload_unit: ClassVar[bool] = True  # runs its weight once for each part of the frames
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, causal: bool, kernel_size: int = 3, stride: Rates = (1, 1, 1)
-    ) -> None:
-        super().__init__()
-        border = kernel_size // 2
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride=stride, padding=(0, border, border))
-        self.frames_before = kernel_size - 1 if causal else border
-        self.frames_after = kernel_size - 1 - self.frames_before
-
-    def forward(
-        self, x: Tensor, store: Store | None = None, *, prepare: Prepare | None = None, lead: int = 0, multiple: int = 1
-    ) -> Tensor:
-        """Convolve `x` [B, C, F, H, W].
-
-        Args:
-            x: the input.
-            store: takes the frames of the result in parts; without it they are put into a new tensor.
-            prepare: makes of frames of `x` what the convolution reads; without it, `x` itself.
-            lead: how often the first frame is repeated before the clip begins.
-            multiple: parts are whole multiples of so many frames, which the result has to be too.
-
-        Returns:
-            The new tensor [B, C', F', H', W'], or `x` with `store`.
-        """
-        result = x
-        if store is None:
-            result = self.new_result(x)
-            store = partial(_put, result)
-        for part in self.parts(x, lead=lead, multiple=multiple):
-            store(part, self.part(x, part, prepare=prepare, lead=lead))
-        return result
-
-    def parts(self, x: Tensor, *, lead: int = 0, multiple: int = 1) -> list[slice]:
-        """Cut the frames of the result of `x` so that a part has not too many numbers."""
-        step = self.conv.stride[0]
-        frames = (lead + x.shape[2] - 1) // step + 1
-        numbers = max(step * self.conv.in_channels, self.conv.out_channels) * x.shape[0] * x.shape[3] * x.shape[4]
-        units = token_chunks(frames // multiple, max(1, _PART_NUMBERS // (multiple * numbers)))
-        return [slice(unit.start * multiple, unit.stop * multiple) for unit in units]
-
-    def part(self, x: Tensor, part: slice, *, prepare: Prepare | None = None, lead: int = 0) -> Tensor:
-        """Frames `part` of the result of `x`; the other arguments are those of `forward`."""
-        step = self.conv.stride[0]
-        first = part.start * step - self.frames_before - lead
-        stop = (part.stop - 1) * step + 1 + self.frames_after - lead
-        y: Tensor = self.conv(frames_with_ends(x, first, stop, prepare))
-        return y
-
-    def new_result(self, x: Tensor) -> Tensor:
-        """Memory for the result of `x` [B, C, F, H, W]: [B, C', F', H', W']."""
-        sizes = ((size - 1) // step + 1 for size, step in zip(x.shape[2:], self.conv.stride, strict=True))
-        return x.new_empty(x.shape[0], self.conv.out_channels, *sizes)
-
-
-def frames_with_ends(x: Tensor, first: int, stop: int, prepare: Prepare | None = None) -> Tensor:
-    """Frames `first` to `stop` of `x` [B, C, F, H, W], prepared; those outside of it are the first or the last one."""
-    before, after = max(0, -first), max(0, stop - x.shape[2])
-    taken = x[:, :, first + before : stop - after]
-    if prepare is None and not (before or after):
-        return taken
-    window = x.new_empty(*x.shape[:2], stop - first, *x.shape[3:])
-    inner = window[:, :, before : stop - first - after]
-    if prepare is None:
-        inner.copy_(taken)
-    else:
-        prepare(taken, inner)
-    window[:, :, :before] = inner[:, :, :1]
-    window[:, :, stop - first - after :] = inner[:, :, -1:]
-    return window
-
-
-def _put(out: Tensor, part: slice, y: Tensor) -> None:
-    out[:, :, part].copy_(y)
-
-
 class _ChannelNorm(nn.LayerNorm):
     """A layer norm over the channels of [B, C, F, H, W], written where it is needed."""
 
@@ -197,30 +104,50 @@ class ResidualBlock(nn.Module):
         table = nn.Parameter(torch.randn(4, in_channels) / in_channels**0.5) if timed else None
         self.scale_shift_table = table
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """[B, C, F, H, W] -> [B, C', F, H, W], which is `x` itself, overwritten, where the channels stay.
+    def forward(self, x: Tensor, stripe: Stripe, time: Tensor | None = None) -> Tensor:
+        """[B, C, F, H, W] -> [B, C', F, H', W], which is `x` itself, overwritten, where the channels stay.
 
-        `time` [B, 4 C] holds two shifts and scales, each shift first.
+        `time` [B, 4 C] holds two shifts and scales, each shift first. The last stripe of a picture gives more rows than `x`
+        has, and so a new tensor.
         """
         before1, before2 = (partial(normalize, modulation=m) for m in self._modulations(time))
-        noise1, noise2 = (self._noise(x, scale) for scale in (self.per_channel_scale1, self.per_channel_scale2))
-        out = x if self.conv_shortcut is None else self.conv_shortcut(x, prepare=self.norm3)
+        rows = stripe.rows(self.conv1, x)
+        height = stripe.given_by(2, x.shape[3])
+        noise1 = self._noise(x, self.per_channel_scale1, stripe, "conv1", self.conv1.height(rows))
+        noise2 = self._noise(x, self.per_channel_scale2, stripe, "conv2", height)
+        out, holds_shortcut = self._begun(rows, stripe, height)
         behind = self.conv1.frames_before  # the second convolution looks as far back, and ahead no further
         done = 0  # frames that are finished
         between: Tensor | None = None  # the last frames of the first convolution
-        for part in self.conv1.parts(x):
-            new = _plus(self.conv1.part(x, part, prepare=before1), noise1)
-            between = new if between is None else torch.cat((between, new), dim=2)
-            del new
+        for part in self.conv1.parts(rows):
+            new = stripe.rows(self.conv2, _plus(self.conv1.part(rows, part, prepare=before1), noise1))
+            between = new.joined() if between is None else torch.cat((between, new.joined()), dim=2)
             start = part.stop - between.shape[2]
             stop = max(done, part.stop if part.stop == x.shape[2] else part.stop - behind)
             if stop > done:
-                y = self.conv2.part(between, slice(done - start, stop - start), prepare=before2)
-                out[:, :, done:stop].add_(_plus(y, noise2))
+                new = replace(new, new=between, above=None)
+                y = _plus(self.conv2.part(new, slice(done - start, stop - start), prepare=before2), noise2)
+                if not holds_shortcut:
+                    for place, piece in rows.pieces(0, height):
+                        y[..., place, :].add_(piece[:, :, done:stop])
+                _ = out[:, :, done:stop].add_(y) if holds_shortcut else out[:, :, done:stop].copy_(y)
                 del y
+            del new
             done = stop
             between = between[:, :, max(0, done - behind - start) :].clone()
         return out
+
+    def _begun(self, rows: Rows, stripe: Stripe, height: int) -> tuple[Tensor, bool]:
+        """Memory for a result of so many rows, and whether it is the shortcut already."""
+        x = rows.new
+        if self.conv_shortcut is not None:
+            out = x.new_empty(x.shape[0], self.conv2.conv.out_channels, x.shape[2], height, x.shape[4])
+            for place, piece in rows.pieces(0, height):
+                self.conv_shortcut(piece, partial(put, out[..., place, :]), prepare=self.norm3)
+            return out, True
+        if stripe.is_last and not stripe.is_whole:
+            return rows.joined(), True
+        return x[..., :height, :], stripe.is_first
 
     def _modulations(self, time: Tensor | None) -> tuple[Modulation | None, Modulation | None]:
         if self.scale_shift_table is None or time is None:
@@ -229,10 +156,16 @@ class ResidualBlock(nn.Module):
         shift1, scale1, shift2, scale2 = table[..., None, None, None].unbind(1)  # [B, C, 1, 1, 1] each
         return (scale1, shift1), (scale2, shift2)
 
-    @staticmethod
-    def _noise(x: Tensor, scale: Tensor | None) -> Tensor | None:
-        """One noisy picture [C, 1, H, W] for all frames, from the device's own generator as in the published decoder."""
-        return None if scale is None else (torch.randn(x.shape[-2:], device=x.device, dtype=x.dtype) * scale)[:, None]
+    def _noise(self, x: Tensor, scale: Tensor | None, stripe: Stripe, name: str, rows: int) -> Tensor | None:
+        """The next `rows` of a noisy picture [C, 1, H, W] for all frames.
+
+        It comes from the device's own generator, as in the published decoder, and all of it at once.
+        """
+        if scale is None:
+            return None
+        size = stripe.height_of_picture(x), x.shape[4]
+        noise = stripe.picture((self, name), lambda: torch.randn(size, device=x.device, dtype=x.dtype), rows)
+        return (noise * scale)[:, None]
 
 
 def _plus(y: Tensor, noise: Tensor | None) -> Tensor:
@@ -268,16 +201,16 @@ class ResidualBlocks(nn.Module):
             ResidualBlock(channels, channels, causal=causal, eps=eps, noise=noise, timed=timed) for _ in range(count)
         )
 
-    def forward(self, clip: list[Tensor], timestep: Tensor | None = None) -> Tensor:
+    def forward(self, clip: list[Tensor], stripe: Stripe, timestep: Tensor | None = None) -> Tensor:
         """Update [B, C, F, H, W], taken out of `clip`, in place and return it; `timestep` [B]."""
-        return self._refine(clip.pop(), timestep)
+        return self._refine(clip.pop(), stripe, timestep)
 
-    def _refine(self, x: Tensor, timestep: Tensor | None) -> Tensor:
+    def _refine(self, x: Tensor, stripe: Stripe, timestep: Tensor | None) -> Tensor:
         embedded = None
         if self.time_embedder is not None and timestep is not None:
             embedded = self.time_embedder(timestep, x.dtype)
         for resnet in self.resnets:
-            x = resnet(x, embedded)
+            x = resnet(x, stripe, embedded)
         return x
 
 
@@ -290,19 +223,23 @@ class _Downsampler(nn.Module):
         self.out_channels = out_channels
         self.conv = VideoConv3d(in_channels, out_channels // math.prod(rates), causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stripe: Stripe) -> Tensor:
         """[B, C, F, H, W] -> [B, C', (F - 1) / rate + 1, H / rate, W / rate]; the first frame stands for `rate` frames."""
         rate = self.rates[0]
         lead = rate - 1
-        sizes = (size // by for size, by in zip((x.shape[2] + lead, *x.shape[3:]), self.rates, strict=True))
+        rows = stripe.rows(self.conv, x, multiple=self.rates[1])
+        height = self.conv.height(rows)
+        sizes = (size // by for size, by in zip((x.shape[2] + lead, height, x.shape[4]), self.rates, strict=True))
         out = x.new_empty(x.shape[0], self.out_channels, *sizes)
+        without_zeros = replace(rows, top=0, bottom=0)
 
         def store(part: slice, y: Tensor) -> None:
-            folded = space_to_depth(frames_with_ends(x, part.start - lead, part.stop - lead), self.rates)
+            added = frames_with_ends(without_zeros, part.start - lead, part.stop - lead)
+            folded = space_to_depth(added[..., rows.middle : rows.middle + height, :], self.rates)
             means = torch.unflatten(folded, 1, (self.out_channels, -1)).mean(dim=2)
             torch.add(space_to_depth(y, self.rates), means, out=out[:, :, part.start // rate : part.stop // rate])
 
-        self.conv(x, store, lead=lead, multiple=rate)
+        self.conv(rows, store, lead=lead, multiple=rate)
         return out
 
 
@@ -330,15 +267,25 @@ class DownBlock(ResidualBlocks):
         elif max(rates) > 1:
             layer = VideoConv3d(in_channels, in_channels, causal=causal, stride=rates)
         self.downsamplers = None if layer is None else nn.ModuleList([layer])
+        self.shrink = rates[1]  # rows of the input for each of the result
         changes = not folded and in_channels != out_channels
         self.conv_out = ResidualBlock(in_channels, out_channels, causal=causal, eps=eps) if changes else None
 
-    def forward(self, clip: list[Tensor], timestep: Tensor | None = None) -> Tensor:
+    def forward(self, clip: list[Tensor], stripe: Stripe, timestep: Tensor | None = None) -> Tensor:
         """[B, C, F, H, W], taken out of `clip` and overwritten -> [B, C', F', H', W']."""
-        x = self._refine(clip.pop(), timestep)
-        if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
-        return x if self.conv_out is None else self.conv_out(x)
+        x = self._refine(clip.pop(), stripe, timestep)
+        for layer in self.downsamplers or ():
+            folds = isinstance(layer, _Downsampler)
+            x = layer(x, stripe) if folds else layer(stripe.rows(layer, x, stride=self.shrink))
+        return x if self.conv_out is None else self.conv_out(x, stripe)
+
+    def lag_behind(self, lag: int) -> int:
+        """By how many rows the result of a stripe is behind what it takes, if its input is by `lag`."""
+        lag += 2 * len(self.resnets)
+        for layer in self.downsamplers or ():
+            seen = lag + 1 if isinstance(layer, _Downsampler) else lag  # the strided kernel sees both rows of a pair
+            lag = -(-seen // self.shrink)
+        return lag if self.conv_out is None else lag + 2
 
 
 class _Upsampler(nn.Module):
@@ -351,22 +298,25 @@ class _Upsampler(nn.Module):
         self.out_channels = in_channels // factor
         self.conv = VideoConv3d(in_channels, in_channels * math.prod(self.rates) // factor, causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stripe: Stripe) -> Tensor:
         """[B, C, F, H, W] -> [B, C / factor, 2 F - 1, 2 H, 2 W]; the first of two first frames is left out."""
         rate = self.rates[0]
-        sizes = [size * by for size, by in zip(x.shape[2:], self.rates, strict=True)]
+        rows = stripe.rows(self.conv, x)
+        height = self.conv.height(rows)
+        sizes = [size * by for size, by in zip((x.shape[2], height, x.shape[4]), self.rates, strict=True)]
         out = x.new_empty(x.shape[0], self.out_channels, sizes[0] - (rate - 1), *sizes[1:])
 
         def store(part: slice, y: Tensor) -> None:
             frames = depth_to_space(y, self.rates)
-            if self.residual:
-                added = depth_to_space(x[:, :, part], self.rates)  # repeated to as many channels as there are
-                torch.unflatten(frames, 1, (-1, added.shape[1])).add_(added[:, None])
+            for place, piece in rows.pieces(rows.middle, height) if self.residual else ():
+                added = depth_to_space(piece[:, :, part], self.rates)  # repeated to as many channels as there are
+                by_row = slice(place.start * self.rates[1], place.stop * self.rates[1])
+                torch.unflatten(frames[..., by_row, :], 1, (-1, added.shape[1])).add_(added[:, None])
             start = part.start * rate - (rate - 1)
             missing = max(0, -start)
             out[:, :, start + missing : start + frames.shape[2]] = frames[:, :, missing:]
 
-        self.conv(x, store)
+        self.conv(rows, store)
         return out
 
 
@@ -406,11 +356,17 @@ class UpBlock(ResidualBlocks):
         layer = _Upsampler(out_channels * factor, factor=factor, residual=residual, causal=causal) if enlarges else None
         self.upsamplers = None if layer is None else nn.ModuleList([layer])
 
-    def forward(self, clip: list[Tensor], timestep: Tensor | None = None) -> Tensor:
+    def forward(self, clip: list[Tensor], stripe: Stripe, timestep: Tensor | None = None) -> Tensor:
         """[B, C, F, H, W], taken out of `clip` and overwritten -> [B, C', F', H', W']."""
         x = clip.pop()
         if self.conv_in is not None:
-            x = self.conv_in(x)
+            x = self.conv_in(x, stripe)
         if self.upsamplers is not None:
-            x = self.upsamplers[0](x)
-        return self._refine(x, timestep)
+            x = self.upsamplers[0](x, stripe)
+        return self._refine(x, stripe, timestep)
+
+    def lag_behind(self, lag: int) -> int:
+        """By how many rows the result of a stripe is behind what it takes, if its input is by `lag`."""
+        lag = lag if self.conv_in is None else lag + 2
+        lag = lag if self.upsamplers is None else 2 * (lag + 1)
+        return lag + 2 * len(self.resnets)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vramkit.pipelines.inputs import Generators, make_noise
+from vramkit.pipelines.calling.inputs import Generators, make_noise
 from vramkit.pipelines.schedulers.cogvideox import CogVideoXScheduler
 from vramkit.pipelines.schedulers.common import SchedulerOutput, Sigmas
 

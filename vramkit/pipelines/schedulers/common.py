@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,8 +18,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.folders import read_json
-from vramkit.pipelines.options import make_options
+from vramkit.pipelines.calling.inputs import plain_number
+from vramkit.pipelines.loading.absent import Absent
+from vramkit.pipelines.loading.arguments import other_arguments
+from vramkit.pipelines.loading.folders import read_json
+from vramkit.pipelines.loading.options import FrozenConfig, make_options
 
 __all__ = [
     "Scheduler",
@@ -42,31 +46,14 @@ class SchedulerOutput(NamedTuple):
     prev_sample: Tensor
 
 
-class SchedulerConfig(Mapping[str, Any]):
-    """The options of a scheduler, read as items or attributes.
+class SchedulerConfig(FrozenConfig):
+    """The options of a scheduler.
 
-    Options that belong to other schedulers are kept, so that a config survives being handed around.
+    Options that belong to other schedulers are kept, so that a config survives being handed around. It is a dict, which is
+    what ``from_config`` of other libraries asks for.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._options = dict(options)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._options[key]
-
-    def __getattr__(self, key: str) -> Any:
-        if key.startswith("__") or key not in self.__dict__.get("_options", {}):
-            raise AttributeError(f"the scheduler config has no option {key!r}")
-        return self._options[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._options)
-
-    def __len__(self) -> int:
-        return len(self._options)
-
-    def __repr__(self) -> str:
-        return f"SchedulerConfig({self._options})"
+    way = "type(scheduler).from_config(scheduler.config, option=value) makes another scheduler"
 
 
 class Scheduler(ABC):
@@ -113,27 +100,70 @@ class Scheduler(ABC):
     def from_pretrained(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **overrides: Any) -> Self:
         """A scheduler from the scheduler_config.json of a folder or hub repository.
 
+        Beside options that are changed, ``overrides`` may say where it is: ``revision``, ``cache_dir``, ``token``,
+        ``local_files_only``, ``force_download``.
+        Options of a file for this class that it does not have are named in a warning.
+
         Raises:
             CheckpointError: the file is missing or not a JSON object.
             ConfigError: as in from_config.
         """
-        from vramkit.pipelines.hub import local_folder  # noqa: PLC0415 - a scheduler from a config needs no hub
+        from vramkit.pipelines.loading.hub import DOWNLOAD  # noqa: PLC0415 - a scheduler from a config needs no hub
 
-        path = local_folder(path_or_repo, subfolder=subfolder) / CONFIG_NAME
-        return cls.from_config(read_json(path), **overrides)
+        overrides = other_arguments(f"{cls.__name__}.from_pretrained", overrides)
+        where = {name: overrides.pop(name) for name in ("revision", "cache_dir", *DOWNLOAD) if name in overrides}
+        config = cls.load_config(path_or_repo, subfolder=subfolder, **where)
+        known = {field.name for field in dataclasses.fields(cls.options_class)}
+        others = [key for key in config if key not in known and not key.startswith("_")]
+        if others and config.get("_class_name") == cls.__name__:  # those of another class have options of their own
+            named = ", ".join(f"{key}={config[key]!r}" for key in others)
+            warnings.warn(
+                f"{path_or_repo}: {cls.__name__} does not know {named}; passed over", UserWarning, stacklevel=2
+            )
+        return cls.from_config(config, **overrides)
+
+    @classmethod
+    def load_config(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+        """The scheduler_config.json of a folder, for `from_config`; where it is, by the arguments of `from_pretrained`."""
+        from vramkit.pipelines.loading.hub import local_folder  # noqa: PLC0415
+
+        pattern = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
+        return read_json(
+            local_folder(path_or_repo, subfolder=subfolder, allow_patterns=[pattern], **where) / CONFIG_NAME
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json into a folder, which is made if it is missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n")
+        from vramkit.offload.disk import staged_folder  # noqa: PLC0415 - a scheduler needs no engine
+
+        with staged_folder(folder) as stage:
+            (stage / CONFIG_NAME).write_text(json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n")
+
+    save_config = Absent("save_pretrained(folder) writes it")
+    register_to_config = Absent("a config is not changed: from_config(config, option=value) makes another scheduler")
+    push_to_hub = Absent("save_pretrained(folder), then `hf upload`")
+    get_velocity = Absent("it is for training")
 
     # -- schedule ------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Timesteps of training."""
+        train_steps: int = self.options.num_train_timesteps
+        return train_steps
 
     @property
     def step_index(self) -> int | None:
         """Steps done; None before the first."""
         return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step that `set_begin_index` chose to start at; None where the first timestep says it."""
+        return self._begin_index
+
+    def index_for_timestep(self, timestep: Tensor | float) -> int:
+        """The step of a timestep of the schedule; of repeated ones the second."""
+        return self._index_of(timestep)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the next run at this step, without a look at the timestep that the first call of step is given."""
@@ -153,13 +183,17 @@ class Scheduler(ABC):
         sigma = levels.to(sample.device, sample.dtype).view(-1, *[1] * (sample.ndim - 1))
         return sigma * noise + (1.0 - sigma) * sample
 
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`scale_noise` by its other name, with the arguments in that one's order."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        *,
         device: torch.device | str | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
         """Make the schedule of a run and forget the last one.
 
@@ -168,17 +202,30 @@ class Scheduler(ABC):
             device: where `timesteps` are put; the sigmas stay on the host.
             sigmas: noise levels from 1 downwards, before they are shifted; evenly spaced ones without it.
             mu: the shift, if the scheduler shifts dynamically.
+            timesteps: what the model is told in each step, as it is; only Euler takes them.
 
         Raises:
-            ConfigError: neither steps nor sigmas, both but of different number, or mu missing.
+            ConfigError: neither steps nor sigmas nor timesteps, several but of different number, or mu missing.
         """
-        steps = check_steps(num_inference_steps, sigmas)
-        timesteps, levels = self._schedule(steps, sigmas, mu)
-        self._start(timesteps, levels, device=device)
+        steps = check_steps(plain_number(num_inference_steps), sigmas, timesteps)
+        if timesteps is None:
+            told, levels = self._schedule(steps, sigmas, mu)
+        else:
+            told, levels = self._schedule_at(timesteps, sigmas, mu)
+        self._start(told, levels, device=device)
 
     @abstractmethod
     def _schedule(self, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> tuple[Tensor, Sigmas]:
         """Timesteps [steps] and noise levels [steps + 1], both shifted."""
+
+    def _schedule_at(
+        self, timesteps: Sequence[float], sigmas: Sequence[float] | None, mu: float | None
+    ) -> tuple[Tensor, Sigmas]:
+        """The same with given timesteps."""
+        raise ConfigError(
+            f"set_timesteps: {type(self).__name__} takes no timesteps, which follow from its noise levels; give "
+            "num_inference_steps"
+        )
 
     @abstractmethod
     def step(
@@ -264,19 +311,26 @@ def stretch_to_terminal(sigmas: Sigmas, terminal: float) -> Sigmas:
     return stretched
 
 
-def check_steps(num_inference_steps: int | None, sigmas: Sequence[float] | None) -> int:
+def check_steps(
+    num_inference_steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None = None
+) -> int:
     """How many steps are asked for.
 
     Raises:
-        ConfigError: none, or not as many as there are sigmas.
+        ConfigError: none, or not as many as there are sigmas and timesteps.
     """
-    steps = num_inference_steps if sigmas is None else len(sigmas)
-    if steps is None:
+    given = {"sigmas": sigmas, "timesteps": timesteps}
+    counts = {name: len(values) for name, values in given.items() if values is not None}
+    if num_inference_steps is not None:
+        counts = {"steps": num_inference_steps, **counts}
+    if not counts:
         raise ConfigError("set_timesteps: give num_inference_steps or sigmas")
-    if num_inference_steps not in {None, steps}:
-        raise ConfigError(f"set_timesteps: {num_inference_steps} steps but {steps} sigmas; leave one out")
-    if steps < 1:
-        raise ConfigError(f"set_timesteps: got {steps} steps, expected at least 1")
+    if len({*counts.values()}) > 1:
+        several = " but ".join(f"{count} {name}" for name, count in counts.items())
+        raise ConfigError(f"set_timesteps: {several}; leave one out")
+    steps = next(iter(counts.values()))
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ConfigError(f"set_timesteps: got {steps!r} steps, expected a whole number of at least 1")
     return steps
 
 

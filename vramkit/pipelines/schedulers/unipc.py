@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vramkit.errors import ConfigError
 from vramkit.pipelines.schedulers.common import (
     Scheduler,
     SchedulerOutput,
@@ -80,6 +81,16 @@ class UniPCOptions:
         )
 
 
+def check_levels(levels: Sigmas) -> None:
+    """Refuse noise levels of which two are one in fp32: the solver divides by their distance, and a clip of NaN came out."""
+    narrow = levels.astype(np.float32)
+    if not ((narrow > 0) & (narrow < 1)).all() or (narrow[1:] == narrow[:-1]).any():
+        raise ConfigError(
+            f"set_timesteps: the {len(levels)} noise levels {narrow[:3]} ... {narrow[-1:]} are not all different in fp32 "
+            "and between 0 and 1; take fewer steps, a smaller shift or other sigmas"
+        )
+
+
 class _Interval(NamedTuple):
     """The coefficients of one step between two noise levels, fp32 scalars on the host."""
 
@@ -118,6 +129,7 @@ class UniPCMultistepScheduler(Scheduler):
         levels = self._shifted(np.array(sigmas, dtype=np.float64), self.options.flow_shift, mu)
         if abs(levels[0] - 1) < FIRST_SIGMA_GAP:
             levels[0] -= FIRST_SIGMA_GAP
+        check_levels(levels)
         final = 0.0 if self.options.final_sigmas_type == "zero" else levels[-1]
         return torch.from_numpy(levels * train_steps).long(), np.append(levels, final)
 
@@ -126,7 +138,7 @@ class UniPCMultistepScheduler(Scheduler):
         self._forget()
 
     def step(
-        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, *, return_dict: bool = True
+        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """Correct the last prediction with this output, then predict the sample at the next noise level.
 

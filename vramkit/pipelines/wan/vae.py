@@ -1,27 +1,31 @@
-"""The Wan2.1 video autoencoder: 8 x 8 pixels and 4 frames per latent, causal in time.
+"""The Wan video autoencoders: 8 x 8 pixels and 4 frames per latent, 16 x 16 in that of Wan2.2 5B, causal in time.
 
 Mirrors `AutoencoderKLWan` of diffusers in parameter names, config keys and numbers (checkpoints:
-Wan-AI/Wan2.1-T2V-1.3B-Diffusers and its siblings, folder `vae`). Latent frames are decoded one after the other and, from
-one block to the next, depth first: beside the two frames that each causal convolution needs again, one frame of a large
-picture is alive at full size, and finished frames go straight into the result.
+Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.2-TI2V-5B-Diffusers and their siblings, folder `vae`). Latent frames are decoded one
+after the other and, from one block to the next, depth first: beside the two frames that each causal convolution needs again,
+one frame of a large picture is alive at full size, and finished frames go straight into the result. In stripes of rows, with
+`enable_striping`, the two frames of each convolution are those of a stripe: what sees whole pictures, the attention, is
+computed at latent size for all frames, and each stripe goes from there through time.
 
 Shapes: B batch, C channels, Z latent channels, F frames, T latent frames, H x W pixels, h x w latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
-from vramkit.pipelines.tiling import Tiling, fill_by_tiles
-from vramkit.pipelines.video_autoencoder import VideoAutoencoder
+from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.stripes import Stripe
+from vramkit.pipelines.networks.tiling import Tiling, fill_by_tiles
+from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
+from vramkit.pipelines.wan.vae_config import AutoencoderKLWanConfig
 from vramkit.pipelines.wan.vae_layers import (
     CausalConv3d,
     Downsample,
@@ -32,71 +36,12 @@ from vramkit.pipelines.wan.vae_layers import (
     UpBlock,
     Upsample,
 )
+from vramkit.pipelines.wan.vae_residual import ResidualDownBlock, ResidualUpBlock, patched, unpatch
 
 __all__ = ["AutoencoderKLWan", "AutoencoderKLWanConfig"]
 
 # Pixels of video in the layers of full size at once: two frames of a 256 x 256 tile, one of anything larger.
 _PART_PIXELS = 2 * 256 * 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AutoencoderKLWanConfig:
-    """The keys of the published `vae/config.json`.
-
-    `dropout` is read and has no effect, since nothing here trains. `is_residual` and `patch_size` belong to the
-    autoencoder of Wan2.2 5B and must keep their defaults, and so must `attn_scales`, which no published checkpoint uses.
-
-    Raises:
-        ConfigError: an option of another autoencoder, or sizes that contradict each other.
-    """
-
-    base_dim: int = 96
-    decoder_base_dim: int | None = None
-    z_dim: int = 16
-    dim_mult: Sequence[int] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    attn_scales: Sequence[float] = ()
-    temperal_downsample: Sequence[bool] = (False, True, True)
-    dropout: float = 0.0
-    # fmt: off
-    latents_mean: Sequence[float] = (
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    )
-    latents_std: Sequence[float] = (
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    )
-    # fmt: on
-    is_residual: bool = False
-    in_channels: int = 3
-    out_channels: int = 3
-    patch_size: int | None = None
-    scale_factor_temporal: int = 4
-    scale_factor_spatial: int = 8
-
-    def __post_init__(self) -> None:
-        if self.is_residual or self.patch_size not in (None, 1):
-            raise ConfigError(
-                f"is_residual={self.is_residual}, patch_size={self.patch_size} describe the autoencoder of Wan2.2 5B, "
-                "which is not supported; use a Wan2.1 checkpoint (is_residual false, patch_size null)."
-            )
-        if self.attn_scales:
-            raise ConfigError(
-                f"attn_scales={list(self.attn_scales)} asks for attention between the levels of the encoder, "
-                "which is not supported; use a checkpoint whose attn_scales is []."
-            )
-        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise ConfigError(
-                f"temperal_downsample has {len(self.temperal_downsample)} entries, one for each step between the "
-                f"{len(self.dim_mult)} levels of dim_mult was expected."
-            )
-        ratios = (2 ** sum(self.temperal_downsample), 2 ** len(self.temperal_downsample))
-        if (self.scale_factor_temporal, self.scale_factor_spatial) != ratios:
-            raise ConfigError(
-                f"scale_factor_temporal={self.scale_factor_temporal}, scale_factor_spatial={self.scale_factor_spatial} "
-                f"contradict temperal_downsample={list(self.temperal_downsample)}, which gives {ratios[0]} and {ratios[1]}."
-            )
 
 
 class Encoder(nn.Module):
@@ -108,6 +53,12 @@ class Encoder(nn.Module):
         self.conv_in = CausalConv3d(config.in_channels, widths[0])
         layers: list[nn.Module] = []
         for level, (width_in, width) in enumerate(pairwise(widths)):
+            if config.is_residual:
+                downsample = None
+                if level < len(config.temperal_downsample):
+                    downsample = Downsample(width, temporal=config.temperal_downsample[level])
+                layers.append(ResidualDownBlock(width_in, width, resnets=config.num_res_blocks, downsample=downsample))
+                continue
             layers += [ResidualBlock(width if i else width_in, width) for i in range(config.num_res_blocks)]
             if level < len(config.temperal_downsample):
                 layers.append(Downsample(width, temporal=config.temperal_downsample[level]))
@@ -116,24 +67,49 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(widths[-1], spatial_dims=3)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim)
         # The layers before the first change of frame rate take any number of frames, so they take few.
-        temporal = (isinstance(layer, Downsample) and layer.time_conv is not None for layer in layers)
-        self._any_count = next((i for i, changes in enumerate(temporal) if changes), len(layers))
+        temporal = (i for i, layer in enumerate(layers) if any(part is not None for part in _rate_changes(layer)))
+        self._any_count = next(temporal, len(layers))
+        # The layers behind the last change of size see whole pictures.
+        self._small = 1 + max((i for i, layer in enumerate(layers) if _rate_changes(layer)), default=-1)
+
+    @property
+    def lag(self) -> int:
+        """By how many latent rows the result of a stripe is behind what the stripe takes."""
+        lag = self.conv_in.kernel_size[1] // 2
+        for layer in self.down_blocks[: self._small]:
+            lag = (lag + 2) // 2 if isinstance(layer, Downsample) else lag + 2
+        return lag
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """Encode the next chunk: one frame at first, as many as there are to a latent frame after that."""
+        return self.finish(self.shrink(x, cache), cache)
+
+    def shrink(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """The next chunk, or one stripe of it, in latent size: [B, C, 1, h, w]."""
         parts = torch.split(x, _frames_per_part(x), dim=2)
-        x = torch.cat([self._shrink(part, cache) for part in parts], dim=2)
-        for layer in (*self.down_blocks[self._any_count :], self.mid_block):
+        x = torch.cat([self._shrink_part(part, cache) for part in parts], dim=2)
+        for layer in self.down_blocks[self._any_count : self._small]:
+            x = layer(x, cache)
+        return x
+
+    def finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """[B, C, 1, h, w] -> [B, 2 Z, 1, h, w]."""
+        for layer in (*self.down_blocks[self._small :], self.mid_block):
             x = layer(x, cache)
         x = cache.window(self.conv_out, x, self.norm_out)
         parameters: Tensor = self.conv_out(x, cache)
         return parameters
 
-    def _shrink(self, x: Tensor, cache: FeatureCache) -> Tensor:
+    def _shrink_part(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = cache.window(self.conv_in, x)
-        for layer in (self.conv_in, *self.down_blocks[: self._any_count]):
+        for layer in (self.conv_in, *self.down_blocks[: min(self._any_count, self._small)]):
             x = layer(x, cache)
         return x
+
+
+def _rate_changes(layer: nn.Module) -> list[nn.Module | None]:
+    """The convolutions in time of the downsamplings in a layer."""
+    return [part.time_conv for part in layer.modules() if isinstance(part, Downsample)]
 
 
 class Decoder(nn.Module):
@@ -147,37 +123,59 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.z_dim, widths[0])
         self.mid_block = MidBlock(widths[0])
         blocks = []
+        width_in = widths[0]
         for level, width in enumerate(widths):
-            width_in = widths[level - 1] // 2 if level else width  # an upsampling halves the channels
-            upsample = Upsample(width, temporal=temporal[level]) if level < len(temporal) else None
-            blocks.append(UpBlock(width_in, width, resnets=config.num_res_blocks + 1, upsample=upsample))
-        self.up_blocks = nn.ModuleList(blocks)
+            width_out = width if config.is_residual else width // 2  # an upsampling halves the channels
+            upsample = Upsample(width, width_out, temporal=temporal[level]) if level < len(temporal) else None
+            kind = ResidualUpBlock if config.is_residual else UpBlock
+            blocks.append(kind(width_in, width, resnets=config.num_res_blocks + 1, upsample=upsample))
+            width_in = width_out
+        self.up_blocks: Any = nn.ModuleList(blocks)
         self.norm_out = RMSNorm(widths[-1], spatial_dims=3)
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
+    @property
+    def lag(self) -> int:
+        """By how many rows of the result a stripe of it is behind the latent rows that the stripe takes."""
+        lag: int = 0
+        for level, block in enumerate(self.up_blocks):
+            lag += 2 * len(block.resnets) if level else 0  # before the first enlargement pictures are whole
+            lag = lag if block.upsamplers is None else 2 * lag + 1
+        return lag + self.conv_out.kernel_size[1] // 2
+
     def forward(self, z: Tensor, cache: FeatureCache, out: Tensor) -> Tensor:
         """Decode the next latent frame into `out`: one frame at first, several after that."""
+        self.grow(self.begin(z, cache), cache, out)
+        return out
+
+    def begin(self, z: Tensor, cache: FeatureCache, *, refine: bool = False) -> Tensor:
+        """What sees whole pictures, [B, Z, 1, h, w] -> [B, C, 1, h, w]; with `refine` all before the first enlargement."""
         x = cache.window(self.conv_in, z)
         x = self.conv_in(x, cache)
         x = self.mid_block(x, cache)
-        self._grow(x, 0, cache, out)
-        return out
+        small: Tensor = self.up_blocks[0](x, cache, enlarge=False) if refine else x
+        return small
 
-    def _grow(self, x: Tensor, level: int, cache: FeatureCache, out: Tensor) -> None:
-        """Run `x` [B, C, F, ., .] through the blocks from `level` on, a part of its frames to the end before the next."""
+    def grow(self, x: Tensor, cache: FeatureCache, out: Tensor, level: int = 0) -> None:
+        """Enlarge the next latent frame [B, C, 1, h, w] into `out`, a part of its frames to the end before the next.
+
+        Of a stripe the rows that it gives, and what comes before the first enlargement was done.
+        """
         if level == len(self.up_blocks):
             x = cache.window(self.conv_out, x, self.norm_out)
-            out.copy_(self.conv_out(x, cache))
+            y = self.conv_out(x, cache)
+            out.copy_(y if y.device == out.device else y.clamp_(-1.0, 1.0))  # for the host would be slower at it
             return
         rate = out.shape[2] // x.shape[2]  # finished frames per frame of x
-        count = max(1, _frames_per_part(out) // rate)
+        count = _frames_per_part(out, rate=rate)
         parts = zip(torch.split(x, count, dim=2), torch.split(out, count * rate, dim=2), strict=True)
+        done = {} if level > 0 or cache.stripe.is_whole else {"refine": False}
         for part, finished in parts:
-            self._grow(self.up_blocks[level](part, cache), level + 1, cache, finished)
+            self.grow(self.up_blocks[level](part, cache, **done), cache, finished, level + 1)
 
 
 class AutoencoderKLWan(VideoAutoencoder):
-    """The autoencoder of Wan2.1, for inference: nothing here records gradients.
+    """The autoencoder of Wan2.1 or of Wan2.2 5B, for inference: nothing here records gradients.
 
     `encode` and `decode` keep their intermediate frames in an object of their own, so calls may run side by side, and a
     call that is interrupted leaves nothing behind.
@@ -192,6 +190,13 @@ class AutoencoderKLWan(VideoAutoencoder):
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+
+    @property
+    def stripeless(self) -> str | None:
+        """Why not: rows of the shortcuts of 5B lag behind by other numbers than those of its layers."""
+        if self.config.is_residual or self.config.patch > 1:
+            return "has patches, and shortcuts around its changes of size (Wan2.2 5B)"
+        return None
 
     def enable_tiling(
         self,
@@ -208,6 +213,7 @@ class AutoencoderKLWan(VideoAutoencoder):
         Raises:
             ConfigError: sizes that are no such multiples or leave gaps.
         """
+        self._refuse_striping()
         tiling = replace(
             self.tiling,
             height=tile_sample_min_height or self.tiling.height,
@@ -231,10 +237,12 @@ class AutoencoderKLWan(VideoAutoencoder):
         `latents_std`.
 
         Raises:
-            ConfigError: `x` has other dimensions or channels.
+            ConfigError: `x` has other dimensions or channels, or the autoencoder of 5B is given no multiples of 16 pixels.
         """
-        self._check_input("x", x, self.config.in_channels)
+        self._check_input("x", x, self.config.in_channels // self.config.patch**2)
         ratio, rate = self.config.scale_factor_spatial, self.config.scale_factor_temporal
+        if self.config.is_residual and (x.shape[3] % ratio or x.shape[4] % ratio):
+            raise ConfigError(f"x has {x.shape[3]} x {x.shape[4]} pixels; multiples of {ratio} were expected.")
         frames, height, width = 1 + (x.shape[2] - 1) // rate, x.shape[3] // ratio, x.shape[4] // ratio
         parameters = x.new_empty(x.shape[0], 2 * self.config.z_dim, frames, height, width)
         for item, out in zip(self._slices(x), self._slices(parameters), strict=True):
@@ -254,63 +262,162 @@ class AutoencoderKLWan(VideoAutoencoder):
         self._check_input("z", z, self.config.z_dim)
         ratio, rate = self.config.scale_factor_spatial, self.config.scale_factor_temporal
         frames, height, width = 1 + rate * (z.shape[2] - 1), z.shape[3] * ratio, z.shape[4] * ratio
-        sample = z.new_empty(z.shape[0], self.config.out_channels, frames, height, width)
-        for item, out in zip(self._slices(z), self._slices(sample), strict=True):
+        sizes = self.config.out_channels // self.config.patch**2, frames, height, width
+        items = self._slices(z)
+        clip = z.new_empty(()).expand(items[0].shape[0], *sizes)  # without its memory
+        if len(self._decoded_stripes(z, clip)) > 1:
+            clips = [self._decode_stripes(item, self._decoded_stripes(item, clip), clip) for item in items]
+            return DecoderOutput(clips[0] if len(clips) == 1 else torch.cat(clips))
+        sample = self._new_clip(z, *sizes)
+        for item, out in zip(items, self._slices(sample), strict=True):
             self._decode_item(item, out)
         return DecoderOutput(sample.clamp_(-1.0, 1.0))
 
     def _encode_item(self, x: Tensor, out: Tensor) -> None:
-        """Encode `x` [B, 3, F, H, W] into `out` [B, 2 Z, T, h, w], in tiles where that is asked for."""
+        """Encode `x` [B, 3, F, H, W] into `out` [B, 2 Z, T, h, w], in tiles or stripes where that is asked for."""
         if not self._tiles_pictures(x):
-            out.copy_(self._encode_tile(x))
+            height, width = out.shape[3:]
+            count = self._stripe_count(x)
+            parts = [] if count == 1 else list(Stripe().split(height, width, count, lag=self.encoder.lag))
+            out.copy_(self._encode_stripes(x, parts, out) if len(parts) > 1 else self._encode_tile(x))
             return
-        ratio = self.config.scale_factor_spatial
+        ratio, patch = self.config.scale_factor_spatial, self.config.patch
 
         def compute_tile(top: int, left: int) -> Tensor:
-            rows = slice(top * ratio, top * ratio + self.tiling.height)
-            columns = slice(left * ratio, left * ratio + self.tiling.width)
+            rows = slice(top * ratio, top * ratio + self.tiling.height * patch)
+            columns = slice(left * ratio, left * ratio + self.tiling.width * patch)
             return self._encode_tile(x[..., rows, columns])
 
-        fill_by_tiles(out, self.tiling.scaled_down(ratio), compute_tile)
+        # The published one counts patches for pixels here.
+        fill_by_tiles(out, self.tiling.scaled_down(ratio // patch), compute_tile, ranks=self.tile_ranks)
 
     def _encode_tile(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> [B, 2 Z, T, h, w]."""
-        rate = self.config.scale_factor_temporal
         cache = FeatureCache()
-        chunks = [self.encoder(x[:, :, :1], cache)]
-        cache.is_first_chunk = False
-        # A last chunk that is not complete is left out.
-        chunks += [self.encoder(x[:, :, end - rate : end], cache) for end in range(1 + rate, x.shape[2] + 1, rate)]
-        parameters: Tensor = self.quant_conv(torch.cat(chunks, dim=2))
+        encoded = []
+        for chunk in self._chunks(x):
+            encoded.append(self.encoder(patched(chunk, self.config.patch), cache))
+            cache.is_first_chunk = False
+        parameters: Tensor = self.quant_conv(torch.cat(encoded, dim=2))
         return parameters
+
+    def _encode_stripes(self, x: Tensor, parts: list[Stripe], out: Tensor) -> Tensor:
+        """The same in stripes of the rows of `out`; the layers of latent size see whole frames."""
+        ratio, small = self.config.scale_factor_spatial, None
+        frames = [slice(frame, frame + 1) for frame in range(out.shape[2])]
+        for stripe in parts:
+            cache = FeatureCache(stripe)
+            rows = slice(stripe.taken.start * ratio, None if stripe.is_last else stripe.taken.stop * ratio)
+            place = stripe.give(stripe.given_by(self.encoder.lag, stripe.taken.stop - stripe.taken.start))
+            for frame, chunk in zip(frames, self._chunks(x[..., rows, :]), strict=True):
+                y = self.encoder.shrink(chunk, cache)
+                cache.is_first_chunk = False
+                if small is None:
+                    small = y.new_empty(*y.shape[:2], *out.shape[2:])
+                small[:, :, frame, place] = y
+        assert small is not None
+        cache = FeatureCache()
+        encoded = [self.encoder.finish(small[:, :, frame], cache) for frame in frames]
+        parameters: Tensor = self.quant_conv(torch.cat(encoded, dim=2))
+        return parameters
+
+    def _chunks(self, x: Tensor) -> list[Tensor]:
+        """The first frame and each of the next four; a last chunk that is not complete is left out."""
+        rate = self.config.scale_factor_temporal
+        return [x[:, :, :1], *(x[:, :, end - rate : end] for end in range(1 + rate, x.shape[2] + 1, rate))]
 
     def _decode_item(self, z: Tensor, out: Tensor) -> None:
         """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W], in tiles where that is asked for."""
-        ratio = self.config.scale_factor_spatial
+        patch = self.config.patch
         if not self._tiles_pictures(out):
-            self._decode_tile(z, out)
+            self._decode_tile(z, out, patch)
             return
-        latent = self.tiling.scaled_down(ratio)
+        latent, ratio = (
+            self.tiling.scaled_down(self.config.scale_factor_spatial),
+            self.config.scale_factor_spatial // patch,
+        )
 
         def compute_tile(top: int, left: int) -> Tensor:
             rows = slice(top // ratio, top // ratio + latent.height)
             columns = slice(left // ratio, left // ratio + latent.width)
             tile = z[..., rows, columns]
-            return self._decode_tile(tile, z.new_empty(*out.shape[:3], tile.shape[-2] * ratio, tile.shape[-1] * ratio))
+            return self._decode_tile(tile, z.new_empty(*patches.shape[:3], *(ratio * size for size in tile.shape[-2:])))
 
-        fill_by_tiles(out, self.tiling, compute_tile)
+        # Tiles are blended before their patches become pixels, as in the published one.
+        patches = out
+        if patch > 1:
+            height, width = out.shape[3] // patch, out.shape[4] // patch
+            patches = z.new_empty(z.shape[0], self.config.out_channels, out.shape[2], height, width)
+        fill_by_tiles(patches, self.tiling.scaled_down(patch), compute_tile, ranks=self.tile_ranks)
+        if patch > 1:
+            unpatch(patches, out, patch)
 
-    def _decode_tile(self, z: Tensor, out: Tensor) -> Tensor:
-        """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W] and return it."""
-        z = self.post_quant_conv(z)
+    def _decode_tile(self, z: Tensor, out: Tensor, patch: int = 1) -> Tensor:
+        """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W] and return it; without `patch` it is given patches."""
         cache = FeatureCache()
-        frames = [1, *(self.config.scale_factor_temporal,) * (z.shape[2] - 1)]
-        for latent, finished in zip(torch.split(z, 1, dim=2), torch.split(out, frames, dim=2), strict=True):
-            self.decoder(latent, cache, finished)
+        for latent, finished in self._latent_frames(self.post_quant_conv(z), out):
+            if patch == 1:
+                self.decoder(latent, cache, finished)
+            else:
+                height, width = finished.shape[3] // patch, finished.shape[4] // patch
+                patches = z.new_empty(z.shape[0], self.config.out_channels, finished.shape[2], height, width)
+                unpatch(self.decoder(latent, cache, patches), finished, patch)
             cache.is_first_chunk = False
         return out
 
+    def _decoded_stripes(self, z: Tensor, clip: Tensor) -> list[Stripe]:
+        """The stripes of the rows of `z` in which `clip` [B, 3, F, H, W] is made of it; one where it is not made so."""
+        count = 1 if self._tiles_pictures(clip) else self._stripe_count(clip)
+        if count == 1:
+            return [Stripe()]
+        lag = -(-self.decoder.lag // self.config.scale_factor_spatial)
+        return list(Stripe().split(z.shape[3], z.shape[4], count, lag=lag))
 
-def _frames_per_part(video: Tensor) -> int:
-    """How many frames of `video` [B, 3, F, H, W] may be in the layers of full size at once."""
-    return max(1, _PART_PIXELS // (video.shape[0] * video.shape[3] * video.shape[4]))
+    def _decode_stripes(self, z: Tensor, parts: list[Stripe], clip: Tensor) -> Tensor:
+        """[B, Z, T, h, w] -> [B, 3, F, H, W] as `clip`, in stripes from where the pictures are first enlarged.
+
+        Stripes to come and finished ones are tensors of their own: memory that the one is through with serves the other.
+        """
+        whole = None if self.output_device is None else self._new_clip(z, *clip.shape[1:])
+        small, finished = self._begun_stripes(z, parts), []
+        for stripe in parts:
+            cache, x = FeatureCache(stripe), small.pop(0)
+            rows = stripe.given_by(self.decoder.lag, self.config.scale_factor_spatial * x.shape[3])
+            out = (
+                clip.new_empty(*clip.shape[:3], rows, clip.shape[4])
+                if whole is None
+                else whole[..., stripe.give(rows), :]
+            )
+            for latent, place in self._latent_frames(x, out):
+                self.decoder.grow(latent, cache, place)
+                cache.is_first_chunk = False
+            finished.append(out.clamp_(-1.0, 1.0) if out.device == z.device else out)
+        del cache, x
+        return torch.cat(finished, dim=-2) if whole is None else whole
+
+    def _begun_stripes(self, z: Tensor, parts: list[Stripe]) -> list[Tensor]:
+        """What the layers that see whole pictures make of `z`, by stripes: [B, C, T, rows, w] each."""
+        stripes: list[Tensor] = []
+        cache = FeatureCache()
+        for frame, latent in enumerate(torch.split(self.post_quant_conv(z), 1, dim=2)):
+            y = self.decoder.begin(latent, cache, refine=True)
+            rows = [y[..., stripe.taken, :] for stripe in parts]
+            stripes = stripes or [y.new_empty(*y.shape[:2], z.shape[2], *each.shape[3:]) for each in rows]
+            for stripe, each in zip(stripes, rows, strict=True):
+                stripe[:, :, frame : frame + 1] = each
+        return stripes
+
+    def _latent_frames(self, z: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each latent frame and what it becomes: one frame, after the first four."""
+        frames = [1, *(self.config.scale_factor_temporal,) * (z.shape[2] - 1)]
+        return zip(torch.split(z, 1, dim=2), torch.split(out, frames, dim=2), strict=True)
+
+
+def _frames_per_part(video: Tensor, *, rate: int = 1) -> int:
+    """How many frames, of which `rate` of `video` [B, 3, F, H, W] are made each, may be in the layers of full size at once.
+
+    As many in each part as in the others.
+    """
+    frames = video.shape[2] // rate
+    most = max(1, _PART_PIXELS // (video.shape[0] * video.shape[3] * video.shape[4]) // rate)
+    return -(-frames // -(-frames // most))

@@ -3,7 +3,7 @@
 A clip passes through the layers a few frames at a time. What a causal convolution saw last is kept in a `FeatureCache`
 that belongs to one pass and travels down the calls as an argument: modules hold no state, so a pass that is interrupted
 leaves nothing behind and passes may run side by side. Borders are met in two places only: `FeatureCache.window` puts
-earlier frames (or zeros) in front, and the convolutions pad rows and columns.
+earlier frames (or zeros) in front, in a stripe of a picture also the rows above, and the convolutions pad what is left.
 
 Shapes: B batch, C channels, F frames, H rows, W columns.
 """
@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vramkit.pipelines.networks.stripes import Rows, Stripe
 
 __all__ = [
     "AttentionBlock",
@@ -64,25 +66,40 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, window: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
         """[B, C, past_frames + F, H, W] -> [B, C', F', H, W]; the end of the window is kept for the next chunk."""
-        y = super().forward(window)  # the frames are copied after it: until then the window alone holds them
-        cache.keep(self, window)
+        y: Tensor
+        if cache.has_borders(self):  # the window has the rows above and below already
+            y = F.conv3d(window, self.weight, self.bias, self.stride, (0, 0, self.kernel_size[2] // 2))
+        else:
+            y = super().forward(window)
+        cache.keep(self, window)  # copied after it: until then the window alone holds these frames
         return y
 
 
 class FeatureCache:
-    """The last input frames of every causal convolution in one pass over a clip."""
+    """The last input frames of every causal convolution in one pass over a clip, or over one stripe of its pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, stripe: Stripe | None = None) -> None:
+        self.stripe = Stripe() if stripe is None else stripe
         self.is_first_chunk = True  # the first chunk is one frame, which the changes of frame rate leave alone
         self._past: dict[CausalConv3d, Tensor] = {}  # each [B, C, past_frames, H, W]
 
-    def window(self, conv: CausalConv3d, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+    def has_borders(self, conv: CausalConv3d) -> bool:
+        """Whether the windows of `conv` hold the rows that it reads beyond those that it gives."""
+        return conv.kernel_size[1] > 1 and not self.stripe.is_whole
+
+    def rows(self, conv: CausalConv3d, x: Tensor) -> Rows:
+        """The rows of `x` [B, C, F, H, W], and those that the stripe above left, of which `conv` makes its next ones."""
+        return self.stripe.rows(conv, x) if self.has_borders(conv) else Rows(x)
+
+    def window(self, conv: CausalConv3d, x: Rows | Tensor, norm: RMSNorm | None = None) -> Tensor:
         """The next input of `conv`: the frames that it saw last, zeros at the start, and after them `x` [B, C, F, H, W].
 
         With `norm`, silu(norm(x)) in the place of `x`. The result is computed where the convolution reads it, and the frames
         kept so far are given up, so that no second copy of either is alive during the convolution.
         """
-        batch, channels, frames, height, width = x.shape
+        rows = x if isinstance(x, Rows) else self.rows(conv, x)
+        x, height = rows.new, rows.count
+        batch, channels, frames, _, width = x.shape
         past = conv.past_frames
         # Channels stay innermost where the layer before left them so.
         layout = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
@@ -95,9 +112,11 @@ class FeatureCache:
         else:
             before.zero_()
         if norm is None:
-            new.copy_(x)
-        else:
+            rows.fill(new)
+        elif height == x.shape[-2]:
             F.silu(norm(x, out=new), inplace=True)
+        else:  # zeros stay zeros
+            F.silu(norm(rows.fill(new), out=new), inplace=True)
         return window
 
     def keep(self, conv: CausalConv3d, frames: Tensor) -> None:
@@ -119,11 +138,14 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[B, C, F, H, W] -> [B, C', F, H, W]."""
         # `h` is rebound at every step: whatever it was before is freed while the convolution runs.
-        h = cache.window(self.conv1, x, self.norm1)
+        rows = cache.rows(self.conv1, x)
+        h: Tensor = cache.window(self.conv1, rows, self.norm1)
         h = self.conv1(h, cache)
         h = cache.window(self.conv2, h, self.norm2)
         h = self.conv2(h, cache)
-        return torch.add(h, self.conv_shortcut(x), out=h)
+        for place, piece in rows.pieces(0, h.shape[-2]):
+            h[..., place, :].add_(self.conv_shortcut(piece))
+        return h
 
 
 class AttentionBlock(nn.Module):
@@ -171,7 +193,17 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[B, C, F, H, W] -> [B, C, F or F / 2, H / 2, W / 2]; the first chunk of a clip keeps its one frame."""
-        y = torch.unflatten(self.resample(x.transpose(1, 2).flatten(0, 1)), 0, (x.shape[0], -1)).transpose(1, 2)
+        y: Tensor
+        if cache.stripe.is_whole:
+            y = self.resample(x.transpose(1, 2).flatten(0, 1))
+        else:
+            rows = cache.stripe.rows(self, x, top=0, stride=2)
+            window = x.new_empty(x.shape[0], x.shape[2], x.shape[1], rows.count, x.shape[4] + 1)
+            rows.fill(window.transpose(1, 2)[..., :-1])
+            window[..., -1] = 0
+            y = self.resample[1](window.flatten(0, 1))
+            del window
+        y = torch.unflatten(y, 0, (x.shape[0], -1)).transpose(1, 2)
         if self.time_conv is not None:
             if cache.is_first_chunk:
                 cache.keep(self.time_conv, y)
@@ -182,17 +214,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns, half the channels and, where `temporal`, twice the frames."""
+    """Twice the rows and columns, other channels and, where `temporal`, twice the frames."""
 
-    def __init__(self, channels: int, *, temporal: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """[B, C, F, H, W] -> [B, C / 2, F or 2 F, 2 H, 2 W]; the first chunk of a clip keeps its one frame."""
+        """[B, C, F, H, W] -> [B, C', F or 2 F, 2 H, 2 W]; the first chunk of a clip keeps its one frame."""
+        x = cache.stripe.above(self, x)
         batch, channels = x.shape[:2]
         if self.time_conv is None or cache.is_first_chunk:
             images = x.transpose(1, 2)
@@ -201,7 +234,9 @@ class Upsample(nn.Module):
             pairs = self.time_conv(pairs, cache)  # [B, 2 C, F, H, W], the channels of two frames
             images = torch.unflatten(pairs, 1, (2, channels)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
             del pairs
-        y = self.resample(images.flatten(0, 1))  # [B F, C / 2, 2 H, 2 W]
+        y = self.resample(images.flatten(0, 1))  # [B F, C', 2 H, 2 W]
+        # Beyond the inner edges of a stripe are no zeros, as the convolution takes it.
+        y = y[:, :, int(not cache.stripe.is_first) : y.shape[2] - int(not cache.stripe.is_last)]
         return torch.unflatten(y, 0, (batch, -1)).transpose(1, 2)
 
 
@@ -214,8 +249,8 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(channels))
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
 
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """[B, C, F, H, W] -> [B, C', F or 2 F, H or 2 H, W or 2 W]."""
-        for layer in (*self.resnets, *(self.upsamplers or ())):
+    def forward(self, x: Tensor, cache: FeatureCache, *, refine: bool = True, enlarge: bool = True) -> Tensor:
+        """[B, C, F, H, W] -> [B, C', F or 2 F, H or 2 H, W or 2 W]; without `refine` or `enlarge` the other half of it."""
+        for layer in (*(self.resnets if refine else ()), *((self.upsamplers or ()) if enlarge else ())):
             x = layer(x, cache)
         return x

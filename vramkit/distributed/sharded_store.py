@@ -1,0 +1,118 @@
+"""The bytes of a group, of which each rank reads a part over its own link, and which ranks give to one another.
+
+A group is cut into pieces, a piece into as many shares as there are ranks. A rank copies its share of a piece into the slot,
+and while the share of the next piece is on its way over the link, ranks gather the piece. N links carry a group in 1/N of
+the time; beside that only the last piece is gathered, which is why pieces are small.
+
+Ranks gather the same groups in the same order, because order follows from the passes that all of them make; the copy threads
+of several modules take turns as the program told them to. That the order is the same is checked on the host before anything
+is sent: what is not the same group on all ranks ends all of them with an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from vramkit.distributed.ranks import Ranks
+from vramkit.distributed.turnstile import Turnstile
+from vramkit.errors import RankError
+from vramkit.offload.stores import PartedStore, Store, StoreKind
+
+__all__ = ["ShardedStore"]
+
+_SHARE_BYTES = 8 * 2**20  # of a piece: nearly the speed of a long copy, and a short gather at the end
+_ALIGNMENT = 256  # bytes, as that of leaves in a slot
+
+
+class ShardedStore:
+    """A whole group: the stores of its pieces of memory, and the ranks that share the reading."""
+
+    needs_thread = True  # ranks meet on the host before they gather
+
+    def __init__(
+        self,
+        name: str,
+        stores: Sequence[tuple[int, int, PartedStore]],
+        size_bytes: int,
+        *,
+        ranks: Ranks,
+        turnstile: Turnstile,
+    ) -> None:
+        """Share what `stores`, (offset in the slot, bytes, store), put into a slot of `size_bytes`."""
+        self._turnstile = turnstile
+        self._turns: deque[int] = deque()  # of the fills to come
+        kinds = {store.kind for _, _, store in stores}
+        first: tuple[StoreKind, ...] = ("disk", "mapped", "pageable", "registered")  # that of a file, if there is one
+        self.kind: StoreKind = next((kind for kind in first if kind in kinds), "registered")
+        self._name = name
+        self._ranks = ranks
+        layout = [(offset, size) for offset, size, _ in stores]
+        self._number = int.from_bytes(hashlib.sha256(f"{name} {layout}".encode()).digest()[:7], "big")
+        share = min(_SHARE_BYTES, size_bytes // ranks.size // _ALIGNMENT * _ALIGNMENT)
+        count = size_bytes // (share * ranks.size) if share else 0
+        self._pieces = []  # (start, stop, what this rank reads of it)
+        for start in range(0, count * share * ranks.size, max(1, share * ranks.size)):
+            own = start + ranks.rank * share
+            self._pieces.append((start, start + share * ranks.size, _within(stores, own, own + share)))
+        self._rest = _within(stores, count * share * ranks.size, size_bytes)  # which each rank reads for itself
+
+    def reserve(self) -> None:
+        """Take the turn of a fill that is about to be given to a copy thread."""
+        self._turns.append(self._turnstile.take())
+
+    def fill(self, target: torch.Tensor) -> None:
+        """When it is its turn, read this rank's shares, and gather those of all.
+
+        Raises:
+            StoreError: the bytes cannot be had.
+            RankError: a rank has failed, or needs another group now.
+        """
+        with self._turnstile.turn(self._turns.popleft()):
+            self._meet()
+            self._gather(target)
+
+    def _gather(self, target: torch.Tensor) -> None:
+        gathered = []
+        for start, stop, own in self._pieces:
+            for part in own:
+                part.fill(target)
+            gathered.append(self._ranks.gather_(target[start:stop]))
+        for part in self._rest:
+            part.fill(target)
+        for each in gathered:
+            each.wait()
+
+    def _meet(self) -> None:
+        """See that all ranks are here for this group."""
+        if len(set(self._ranks.numbers(self._number))) > 1:
+            names = self._ranks.collect(self._name)
+            wanted = ", ".join(f"rank {rank}: {name!r}" for rank, name in zip(self._ranks.members, names, strict=True))
+            raise RankError(
+                f"ranks need weights in different orders ({wanted}), and each has only a part of them. All have to make the "
+                "same calls of the same module; what skips blocks by the values of tensors cannot share their weights"
+            )
+
+
+class _Part:
+    """Where in a slot a store puts its bytes."""
+
+    def __init__(self, start: int, stop: int, store: Store) -> None:
+        self._place = slice(start, stop)
+        self._store = store
+
+    def fill(self, slot: torch.Tensor) -> None:
+        self._store.fill(slot[self._place])
+
+
+def _within(stores: Sequence[tuple[int, int, PartedStore]], start: int, stop: int) -> list[_Part]:
+    """Return what of `stores` lies between two offsets of the slot."""
+    parts = []
+    for offset, size, store in stores:
+        first, last = max(start, offset), min(stop, offset + size)
+        if first < last:
+            parts.append(_Part(first, last, store.part(first - offset, last - offset)))
+    return parts

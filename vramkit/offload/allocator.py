@@ -1,0 +1,40 @@
+"""Settings of torch's allocator, which belong to the process: nothing here is done unless somebody asks for it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+__all__ = ["use_expandable_segments"]
+
+_SETTING = "expandable_segments:True"
+_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def use_expandable_segments(device: torch.device | str) -> bool:
+    """Let the memory that torch reserves on a CUDA device grow and shrink by pages, before there is any; tell if it does.
+
+    Segments of a fixed size, which are the default, leave holes between activations of many sizes: 1.6 GiB of 5.5 reserved
+    for a 14B transformer at 81 frames. Segments that grow leave fewer. What the user has set by an environment variable
+    stands, and so does what is reserved already: then nothing is changed.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    asked = next((os.environ[name] for name in _VARIABLES if name in os.environ), None)
+    if asked is not None:
+        return _SETTING in asked
+    is_native = torch.cuda.get_allocator_backend() == "native"
+    if not is_native or torch.version.cuda is None or torch.cuda.memory_reserved(device):
+        return False
+    _set(_SETTING)
+    return True
+
+
+def _set(setting: str) -> None:
+    new = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # noqa: SLF001 (there is no public call)
+    if new is not None:
+        new(setting)
+    else:
+        torch.cuda.memory._set_allocator_settings(setting)  # noqa: SLF001

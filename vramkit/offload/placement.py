@@ -1,0 +1,97 @@
+"""The tensors of a group in one piece of device memory, and whether anybody else still has them.
+
+A module may return a view of its own weight, keep one, or put it into a closure. The memory must not be used for anything
+else then. Python counts who refers to a tensor and torch counts who refers to a storage (each region has one of its own), so
+both counts are compared with what they were before the tensors were shown.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from vramkit import tensors
+from vramkit.offload.watch import data_of, forget_data, with_data, written_through_data
+
+__all__ = ["Placement"]
+
+
+class Placement:
+    """Tensors in one region. Made when nobody else has seen them yet."""
+
+    def __init__(self, memory: torch.Tensor, placed: Iterable[torch.Tensor]) -> None:
+        """Take `placed`, views of `memory`, and count who refers to them: nobody."""
+        self.tensors = list(placed)
+        self.address = memory.data_ptr()
+        # What torch counts writes to: of a tensor with inner ones, those.
+        self._counted = [
+            [leaf for leaf in _leaves(tensor) if not tensors.is_inference_made(leaf)] for tensor in self.tensors
+        ]
+        self._are_simple = all(len(leaves) == 1 for leaves in self._counted)
+        self._versions = self._count_writes()
+        self._references = _references(self.tensors)
+        self._memory: torch.Tensor | None = None
+        self._is_held = False
+        self.is_replaced = False
+        """Whether the module was given other tensors for some of these, so that they are what others have and no more."""
+        self.begin(memory)
+
+    def begin(self, memory: torch.Tensor) -> None:
+        """Count who refers to the storage of `memory`, where the tensors are: nobody will see them before this.
+
+        Not where somebody has them still, from before the group was put away.
+        """
+        if self._is_held:
+            return
+        for tensor in with_data(self.tensors):
+            forget_data(tensor)
+        if memory is not self._memory:  # mostly it is, and to ask takes a microsecond
+            self._storage = memory.untyped_storage()._cdata  # noqa: SLF001 (how torch names a storage to its counter)
+            self._memory = memory  # last: a Ctrl-C may come before
+        self._views = torch._C._storage_Use_Count(self._storage)  # noqa: SLF001
+
+    def is_held_by_others(self) -> bool:
+        """Tell whether somebody refers to a tensor, or to a view of one. Ask when no module has them any more."""
+        views: int = torch._C._storage_Use_Count(self._storage)  # noqa: SLF001
+        references = _references(self.tensors)  # before anything here refers to them too
+        noted = with_data(self.tensors)
+        self._is_held = (
+            views > self._views + len(noted)
+            or (references != self._references and any(map(operator.gt, references, self._references)))
+            or bool(noted and _is_referred_to([data_of(tensor) for tensor in noted]))
+        )
+        return self._is_held
+
+    def written(self) -> list[int]:
+        """Return the places of tensors that were written to since this was asked last, in any way."""
+        now, before = self._count_writes(), self._versions
+        through_data = {id(tensor) for tensor in with_data(self.tensors) if written_through_data(tensor)}
+        if now == before and not through_data:
+            return []
+        self._versions = now
+        return [at for at in range(len(now)) if now[at] != before[at] or id(self.tensors[at]) in through_data]
+
+    def _count_writes(self) -> list[int]:
+        if self._are_simple:
+            return [leaf._version for (leaf,) in self._counted]  # noqa: SLF001 (a fifth of what `version` takes)
+        return [sum([leaf._version for leaf in leaves]) for leaves in self._counted]  # noqa: SLF001
+
+    def is_whole(self) -> bool:
+        """Tell whether all tensors are still in this region: not where other memory was assigned to ``.data``."""
+        return all(data_of(tensor).data_ptr() == tensor.data_ptr() for tensor in with_data(self.tensors))
+
+
+def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor] if tensors.is_plain(tensor) else tensors.leaves(tensor)
+
+
+def _is_referred_to(handed_out: list[torch.Tensor]) -> bool:
+    """Tell whether anybody but the notes on tensors refers to what was handed out as their ``.data``."""
+    return any(count > _references([object()])[0] + 1 for count in _references(handed_out))
+
+
+def _references(placed: Sequence[object]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in placed]

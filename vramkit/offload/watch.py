@@ -1,0 +1,428 @@
+"""Whoever touches a weight of an offloaded module is seen, wherever it got the weight from.
+
+Hooks see the modules that are called. They do not see a child that is called past its parent, a ``forward`` that is called
+directly, a weight that another module reads, or a change through ``.data``. So weights get classes of their own while their
+module is offloaded, which change nothing that they are (name, type checks, attributes, bytes) and see who touches them:
+
+- *resting*: the parameters that a module owns while nothing runs. Torch asks such a class before every operation
+  (``__torch_function__``). Inside a pass a read is answered with the weight on the device; outside, what may change the
+  bytes is noted, and what would replace the memory is refused.
+- *shown*: what owners have while their group is on the device. Only ``.data`` is special: what is written through it is
+  found again, although torch does not count it. Operations cost what they cost on any parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+
+from vramkit import tensors
+from vramkit.errors import TrainingError
+from vramkit.offload.arguments import any_requires_grad
+
+__all__ = [
+    "Keeper",
+    "data_at_rest",
+    "data_of",
+    "forget_data",
+    "is_resting",
+    "released",
+    "resting",
+    "shown",
+    "stand_in",
+    "stands_for",
+    "with_data",
+    "written_through_data",
+]
+
+_ALIAS, _SHOWN = "_vramkit_data", "_vramkit_shown"  # notes that a shown tensor carries
+
+# What tells about a tensor and reads none of its bytes: methods, and attributes (all except those in _VIEWS).
+_TELLING = frozenset(
+    {
+        *(
+            "__hash__",
+            "__len__",
+            "__repr__",
+            "__format__",
+            "__setstate__",
+            "dim",
+            "ndimension",
+            "size",
+            "stride",
+            "numel",
+        ),
+        *(
+            "nelement",
+            "element_size",
+            "storage_offset",
+            "is_floating_point",
+            "is_complex",
+            "is_signed",
+            "is_contiguous",
+        ),
+        *(
+            "is_conj",
+            "is_neg",
+            "is_inference",
+            "is_shared",
+            "is_pinned",
+            "is_same_size",
+            "is_set_to",
+            "has_names",
+            "_is_view",
+        ),
+        *("requires_grad_", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"),
+        "_has_compatible_shallow_copy_type",
+    }
+)
+_PLACES = frozenset(["device", "is_cuda", "is_cpu", "is_xpu", "is_meta", "get_device", "layout"])
+_VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag"])
+_ANSWERED = _VIEWS | _PLACES | {"data"}  # attributes that are answered from the device
+# What hands out the memory itself, so that it may be changed later without a trace.
+_HANDING_OUT = frozenset(
+    ["numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"]
+)
+# Views of the whole: through what they hand out in turn, bytes may be changed without a trace.
+_ALIASING = frozenset(["detach", "view", "reshape", "flatten", "contiguous", "view_as", "cpu", "to"])
+
+
+class Keeper(Protocol):
+    """Answers for the weights of one offloaded module."""
+
+    def knows(self, rest: torch.Tensor) -> bool:
+        """Whether `rest` is one of them."""
+
+    def is_inside(self) -> bool:
+        """Whether the calling thread is in a pass."""
+
+    def witness(self) -> torch.Tensor:
+        """Return an empty tensor on the device that computes."""
+
+    def serve(self, rest: torch.Tensor, reader: Callable[..., Any]) -> torch.Tensor:
+        """Return what is on the device for `rest`, for the function `reader`."""
+
+    def check(self, rest: torch.Tensor) -> None:
+        """Raise StoreError where its memory may not be touched."""
+
+    def alias(self, rest: torch.Tensor) -> torch.Tensor:
+        """Return ``rest.data``, one and the same for all who ask, so that writes to it are counted."""
+
+    def handed_out(self, rest: torch.Tensor) -> None:
+        """Note that somebody has the memory of `rest`, and may write to it without a trace."""
+
+    def refuse_replacing(self, rest: torch.Tensor) -> None:
+        """Raise ConflictError: the memory of `rest` would be replaced."""
+
+
+class _Watched:
+    """Mixed into the class of a parameter; copies, pickles and prints are of the parameter that it was."""
+
+    watched_kind: type[torch.Tensor]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        tensor = cast("torch.Tensor", self)
+        with _as_they_were([tensor]):
+            copied: torch.Tensor = tensor.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        tensor = cast("torch.Tensor", self)
+        with _as_they_were([tensor]):
+            make, made_of, *rest = tensor.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return make, tuple(map(_without_notes, made_of)), *rest
+
+    def __repr__(self) -> str:
+        tensor = cast("torch.Tensor", self)
+        with _as_they_were([tensor]):
+            return repr(tensor)
+
+
+class _Resting(_Watched):
+    """See the module."""
+
+    keepers: tuple[weakref.ref[Keeper], ...]  # several where models share a parameter
+
+    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Refuse other memory: torch does not ask the class about this method."""
+        tensor = cast("torch.Tensor", self)
+        is_itself = isinstance(source, torch.Tensor) and not args and not kwargs and _is_the_same_memory(tensor, source)
+        if not is_itself:
+            for keeper in _keepers_of(tensor):
+                keeper.refuse_replacing(tensor)
+        with _as_they_were([tensor]):
+            return tensor if is_itself else tensor.set_(*(() if source is None else (source, *args)), **kwargs)
+
+    def as_subclass(self, kind: type[torch.Tensor]) -> torch.Tensor:
+        """Answer from the device inside a pass: torch does not ask the class about this method either."""
+        tensor = cast("torch.Tensor", self)
+        placed = _on_device(tensor, torch.Tensor.as_subclass)
+        with _as_they_were([tensor]):
+            return (tensor if placed is None else placed).as_subclass(kind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        placed = _on_device(cast("torch.Tensor", self), copy.deepcopy)
+        copied: torch.Tensor = super().__deepcopy__(memo) if placed is None else copy.deepcopy(placed)
+        memo[id(self)] = copied
+        return copied
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Answer a read inside a pass from the device; let everything else happen as to the parameter it was."""
+        kwargs = kwargs or {}
+        found = {id(tensor): tensor for tensor in _resting_in((*args, *kwargs.values()))}
+        inside: dict[int, Keeper] = {}
+        for key, tensor in found.items():
+            keepers = _keepers_of(tensor)
+            reading = next((keeper for keeper in keepers if keeper.is_inside()), None)
+            if reading is not None and not _is_for_a_state_dict(func):
+                inside[key] = reading
+                continue
+            answers = [_before_touching(keeper, tensor, func, args) for keeper in keepers]
+            if answers and answers[0] is not None:
+                return answers[0]
+        name, attribute = _names(func)
+        if name in _TELLING or (attribute and attribute not in _ANSWERED):
+            inside = {}
+        if not inside:
+            with _as_they_were(found.values()):
+                return func(*args, **kwargs)
+        tells_place = name in _PLACES or attribute in _PLACES
+
+        def answered(tensor: torch.Tensor) -> torch.Tensor:
+            keeper = inside.get(id(tensor))
+            if keeper is None:
+                return tensor
+            return keeper.witness() if tells_place else keeper.serve(tensor, func)
+
+        args = _mapped(tuple(args), answered)
+        if attribute == "data":  # by the property of the class of what is shown
+            return args[0].data if name == "__get__" else setattr(args[0], "data", args[1])
+        kwargs = {key: _mapped(value, answered) for key, value in kwargs.items()}
+        if not tells_place and torch.is_grad_enabled() and any_requires_grad((args, kwargs)):
+            raise TrainingError(
+                "an operation on a weight of an offloaded module asks for gradients, for which the weight would be needed "
+                "after it was overwritten; detach() the other operands, use torch.no_grad(), or remove() the offloading"
+            )
+        return func(*args, **kwargs)
+
+
+def resting(tensor: torch.Tensor, keeper: Keeper) -> None:
+    """From now on let `tensor` be watched as one at rest, for `keeper` (which is referred to weakly)."""
+    tensor.__class__ = _resting_class(tensors.kind_of(tensor), (*_others(tensor, keeper), weakref.ref(keeper)))
+
+
+def is_resting(tensor: torch.Tensor) -> bool:
+    """Tell whether `tensor` is watched as one at rest: not where it was swapped for another one."""
+    return isinstance(tensor, _Resting)
+
+
+def released(tensor: torch.Tensor, keeper: Keeper) -> None:
+    """Let `tensor` be again what it was before `resting`. Not watched: nothing to do."""
+    watched: Any = tensor
+    if isinstance(watched, _Resting):
+        others = _others(tensor, keeper)
+        cast("Any", watched).__class__ = (
+            _resting_class(watched.watched_kind, others) if others else watched.watched_kind
+        )
+
+
+def data_at_rest(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor.data``, unnoticed."""
+    with _as_they_were([tensor]):
+        return tensor.data
+
+
+def shown(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Wrap `tensor`, on the device, so that a module can own it as it owns `like`."""
+    kind = _shown_class(tensors.kind_of(like)) if tensors.is_plain(like) else None
+    owned = tensors.as_owned(tensor, like=like, kind=kind)
+    stand_in(owned, like)
+    return owned
+
+
+def stand_in(tensor: torch.Tensor, rest: torch.Tensor) -> None:
+    """Note on `tensor` that owners have it for `rest` for a while."""
+    setattr(tensor, _SHOWN, id(rest))
+
+
+def stands_for(tensor: torch.Tensor, rest: torch.Tensor) -> bool:
+    """Tell whether `tensor` was made to be shown for `rest`, by whichever group."""
+    return getattr(tensor, _SHOWN, None) == id(rest)
+
+
+def with_data(shown_tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return those of which ``.data`` was handed out."""
+    return [tensor for tensor in shown_tensors if _ALIAS in tensor.__dict__]
+
+
+def forget_data(tensor: torch.Tensor) -> None:
+    """Forget what was handed out as ``.data`` of a shown tensor."""
+    vars(tensor).pop(_ALIAS, None)
+
+
+def data_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what was handed out as ``.data`` of a shown tensor (`with_data`), and may still be written to."""
+    return _noted(tensor)[0]
+
+
+def written_through_data(tensor: torch.Tensor) -> bool:
+    """Tell whether somebody wrote to a shown tensor through ``.data`` (`with_data`) since this was asked last."""
+    alias, before = _noted(tensor)
+    vars(tensor)[_ALIAS] = alias, tensors.version(alias)
+    return alias.data_ptr() != tensor.data_ptr() or tensors.version(alias) != before
+
+
+def _without_notes(attributes: Any) -> Any:
+    is_noted = type(attributes) is dict and _SHOWN in attributes
+    return {key: attributes[key] for key in attributes if key not in (_ALIAS, _SHOWN)} if is_noted else attributes
+
+
+def _noted(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return what was handed out as ``.data``, and its version when it was last looked at."""
+    noted: tuple[torch.Tensor, int] = vars(tensor)[_ALIAS]
+    return noted
+
+
+def _before_touching(
+    keeper: Keeper, tensor: torch.Tensor, func: Callable[..., Any], args: Sequence[Any]
+) -> torch.Tensor | None:
+    """Outside a pass: note or refuse what changes bytes behind the back of torch's counting; answer ``.data``."""
+    name, attribute = _names(func)
+    if not attribute and name not in _TELLING:
+        keeper.check(tensor)
+    if name in _HANDING_OUT or name in _ALIASING or attribute in _VIEWS:
+        keeper.handed_out(tensor)
+    elif attribute == "data" and args[0] is tensor:
+        if name == "__get__":
+            keeper.handed_out(tensor)
+            return keeper.alias(tensor)
+        if not _is_the_same_memory(tensor, args[1]):
+            keeper.refuse_replacing(tensor)
+    return None
+
+
+def _is_for_a_state_dict(func: Callable[..., Any]) -> bool:
+    """Tell whether a weight is detached to be written into a state dict: that is of what rests, also inside a pass."""
+    if func is not torch.Tensor.detach:
+        return False
+    frame = sys._getframe(2)  # noqa: SLF001 (of whoever called the operation)
+    return frame.f_code.co_name == "_save_to_state_dict"
+
+
+def _is_the_same_memory(tensor: torch.Tensor, other: Any) -> bool:
+    with _as_they_were([tensor]):
+        return isinstance(other, torch.Tensor) and _has_memory_of(tensor, other)
+
+
+def _has_memory_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if not tensors.is_plain(tensor) or not tensors.is_plain(other) or other.device != tensor.device:
+        return False
+    mine = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    return mine == (other.data_ptr(), other.dtype, other.shape, other.stride())
+
+
+@contextlib.contextmanager
+def _as_they_were(watched: Iterable[torch.Tensor]) -> Iterator[None]:
+    """For a moment let tensors be of the class that they had."""
+    classes = [(cast("Any", tensor), type(tensor)) for tensor in watched if isinstance(tensor, _Watched)]
+    try:
+        for tensor, kind in classes:
+            tensor.__class__ = kind.watched_kind
+        yield
+    finally:
+        for tensor, kind in classes:
+            tensor.__class__ = kind
+
+
+def _names(func: Callable[..., Any]) -> tuple[str, str]:
+    """Return the name of a function, and for the getter or setter of an attribute the name of that."""
+    name = getattr(func, "__name__", "")
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else ""
+    return name, attribute
+
+
+def _resting_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, _Resting):
+            yield cast("torch.Tensor", value)
+        elif isinstance(value, list | tuple):
+            yield from _resting_in(value)
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, _Resting):
+        return change(cast("torch.Tensor", value))
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def _keepers_of(tensor: torch.Tensor) -> list[Keeper]:
+    """Return those that know `tensor` now: none for what has the class by accident."""
+    keepers = (ref() for ref in cast("_Resting", tensor).keepers)
+    return [keeper for keeper in keepers if keeper is not None and keeper.knows(tensor)]
+
+
+def _others(tensor: torch.Tensor, keeper: Keeper) -> tuple[weakref.ref[Keeper], ...]:
+    return tuple(ref for ref in getattr(type(tensor), "keepers", ()) if ref() is not None and ref() is not keeper)
+
+
+def _on_device(tensor: torch.Tensor, reader: Callable[..., Any]) -> torch.Tensor | None:
+    """Return what is on the device for `tensor` inside a pass, else None."""
+    reading = next((keeper for keeper in _keepers_of(tensor) if keeper.is_inside()), None)
+    return None if reading is None else reading.serve(tensor, reader)
+
+
+def _resting_class(kind: type[torch.Tensor], keepers: tuple[weakref.ref[Keeper], ...]) -> type[torch.Tensor]:
+    latest = keepers[-1]()
+    classes: dict[Any, type[torch.Tensor]] = latest.__dict__.setdefault("_resting_classes", {}) if latest else {}
+    key = kind, tuple(map(id, keepers))  # of references, which are one for each keeper
+    if key not in classes:
+        classes[key] = _derived(kind, _Resting, {"keepers": keepers})
+    return classes[key]
+
+
+@functools.cache
+def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
+    def get_data(self: Any) -> torch.Tensor:
+        held = vars(self)
+        if _ALIAS not in held:
+            held[_ALIAS] = cast("Any", kind.data).__get__(self), 0
+        alias: torch.Tensor = held[_ALIAS][0]
+        return alias
+
+    def set_data(self: Any, value: torch.Tensor) -> None:
+        alias = get_data(self)
+        cast("Any", kind.data).__set__(self, value)
+        vars(self)[_ALIAS] = alias, -1  # of the memory before: that is how the change is found
+
+    def set_(self: Any, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Torch's parametrizations set a parameter to itself at every use, which would count as a write.
+        is_itself = isinstance(source, torch.Tensor) and not args and not kwargs and _has_memory_of(self, source)
+        same: torch.Tensor = (
+            self if is_itself else kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
+        )
+        return same
+
+    return _derived(kind, _Shown, {"data": property(get_data, set_data), "set_": set_})
+
+
+class _Shown(_Watched):
+    """See the module."""
+
+
+def _derived(kind: type[torch.Tensor], mixin: type, members: dict[str, Any]) -> type[torch.Tensor]:
+    """Derive a class from `kind` that goes by its name: messages and files that name classes stay as they were."""
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "watched_kind": kind}
+    derive: Any = type(kind)
+    return cast("type[torch.Tensor]", derive(kind.__name__, (mixin, kind), named | members))

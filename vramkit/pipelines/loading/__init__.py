@@ -1,0 +1,1 @@
+"""Checkpoints: folders here or on the hub, the components that they name, configs and mapped weights."""

@@ -1,0 +1,55 @@
+"""Weights for a model on the meta device, whichever way its files hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vramkit.errors import ConfigError
+from vramkit.tensors import is_plain
+
+__all__ = ["load_weights", "most_parameters"]
+
+
+def most_parameters(files: Any) -> int:
+    """How many parameters a model may have whose weights are in `files`, where one tensor may be the rows of four."""
+    from vramkit.offload.checkpoint import read_checkpoint  # noqa: PLC0415 - the engine is needed only once weights are
+
+    return 64 + 4 * len(read_checkpoint(files))
+
+
+def load_weights(model: nn.Module, files: Any, saved: Any, quantization_config: Any, **options: Any) -> None:
+    """Give a model on the meta device its weights: as they are, quantized as they are read, or as they were saved.
+
+    Args:
+        model: to be filled.
+        files: of its weights, as in `load_mapped`.
+        saved: the ``quantization_config`` in its config.json, or None.
+        quantization_config: what the user asks for, or None.
+        **options: for `load_mapped`.
+
+    Raises:
+        ConfigError: quantization is asked for, and the weights are quantized already.
+        CheckpointError: the files do not fit.
+    """
+    if saved is None and quantization_config is None:
+        from vramkit.offload import load_mapped  # noqa: PLC0415 - the engine is needed only once weights are
+
+        load_mapped(model, files, **options)
+        if any(not is_plain(parameter) for parameter in model.parameters()):
+            from vramkit.quant.files import note_stored  # noqa: PLC0415 - most checkpoints are loaded as they are
+
+            note_stored(model)
+        return
+    from vramkit.quant.files import load_quantized, load_quantizing  # noqa: PLC0415
+
+    if saved is None:
+        load_quantizing(model, files, quantization_config, **options)
+    elif quantization_config is None:
+        load_quantized(model, files, saved, **options)
+    else:
+        raise ConfigError(
+            f"quantization_config was given for {type(model).__name__}, whose files are quantized already "
+            f"({saved.get('backend', saved.get('quant_method'))}); leave it out, or load the original checkpoint"
+        )

@@ -1,0 +1,1 @@
+"""What the models share: layers, attention over token streams, video transformers, video autoencoders with tiles."""

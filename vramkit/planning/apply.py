@@ -1,0 +1,76 @@
+"""Do what a plan says, by the public calls of offloading: all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vramkit.offload import Offload, apply_group_offloading
+from vramkit.offload.stores import Sharing
+from vramkit.offload.turns import Turns
+from vramkit.planning.plans import ComponentPlan, Plan
+
+__all__ = ["Applied"]
+
+
+class Applied:
+    """The components of a plan while they are offloaded."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        plan: Plan,
+        *,
+        disk_folder: Path | None = None,
+        mesh: Sharing | None = None,
+    ) -> None:
+        """Offload every component; all ranks of `mesh` share the weights of those that all run alike.
+
+        Raises:
+            ConfigError, ConflictError, UnsupportedTensorError, StoreError: as `apply_group_offloading`; then none is.
+        """
+        self.offloads: dict[str, Offload] = {}
+        self._mesh = mesh
+        self._folder: Path | None = None
+        self._turns = Turns(plan.vram_bytes - plan.margin_bytes)
+        try:
+            for component in plan.components:
+                options = self._options(component, plan, disk_folder)
+                offload = apply_group_offloading(modules[component.name], plan.device, **options)
+                self.offloads[component.name] = offload
+                offload.join(self._turns, activation_bytes=component.activation_bytes)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Give all components their tensors back; one that fails keeps no other from it."""
+        with contextlib.ExitStack() as steps:  # the last one that is put on it is taken first
+            if self._folder is not None:
+                steps.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            for offload in reversed(self.offloads.values()):
+                steps.callback(offload.remove)
+
+    def _options(self, component: ComponentPlan, plan: Plan, disk_folder: Path | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"resident": component.chosen_bytes, "store": component.store, "turns": self._turns}
+        if component.granularity != "resident":
+            options |= {
+                "offload_type": component.granularity,
+                "slots": component.slots,
+                "unit_bytes": component.unit_bytes,
+            }
+        if component.phase != "decode":  # of which ranks may decode some tiles each, at their own pace
+            options["mesh"] = self._mesh
+        if plan.ram_bytes is not None:
+            options["pin_budget"] = component.pinned_bytes
+        if component.store == "disk":
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="vramkit-", dir=disk_folder))
+            options["offload_to_disk_path"] = self._folder / component.name
+        return options

@@ -1,0 +1,202 @@
+"""The call that is planned for: with what a pipeline or a module is called, and whether another call asks for more."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vramkit.errors import ConfigError
+from vramkit.extras import extra
+
+__all__ = ["Arguments", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
+
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+_KNOWN_BYTES = 2**18
+
+# As long as any prompt that is not cut: what is planned for it holds for shorter ones.
+_LONG_PROMPT = "a white ferret on a log by the sea " * 64
+# What changes neither bytes nor work of a step.
+_FREE = frozenset({
+    "callback",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "generator",
+    "latents",
+    "num_inference_steps",
+    "return_dict",
+})  # fmt: skip
+_STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
+_DRAWN = ("generator", "callback_on_step_end", "callback")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedCall:
+    """The arguments of a call by name, defaults included, and how it is made on a twin."""
+
+    arguments: Mapping[str, Any]
+    make: Callable[[Any], object]
+    steps: float = 1.0
+    """Denoising steps of the call for each one that is made on a twin."""
+
+    def described(self) -> dict[str, Any]:
+        """Return the arguments as plain data: numbers as they are, texts cut, everything else by kind and size."""
+        return {name: _described(value) for name, value in self.arguments.items() if value is not None}
+
+    def covers(self, other: PlannedCall) -> bool:
+        """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind."""
+        names = (self.arguments.keys() | other.arguments.keys()) - _FREE
+        return all(_is_within(other.arguments.get(name), self.arguments.get(name)) for name in names)
+
+
+def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
+    """Say how `pipeline` is called with the arguments `given`, and what it takes itself for those that are not.
+
+    ``batch`` stands for as many clips or pictures per prompt. Without a prompt a long one is taken; without a picture that
+    is asked for, a black one.
+
+    Raises:
+        ConfigError: an argument that the pipeline does not take.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    known = list(parameters)[1:]
+    given = dict(given)
+    if "batch" in given:
+        per_prompt = next((name for name in known if name.startswith("num_") and name.endswith("_per_prompt")), None)
+        if per_prompt is not None:
+            given[per_prompt] = given.pop("batch")
+    unknown = sorted(given.keys() - set(known))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise ConfigError(
+            f"{type(pipeline).__name__} takes no {unknown[0]!r}; the call that is planned may have {', '.join(known)}"
+        )
+    given = _completed(parameters, given)
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    rehearsed = {name: value for name, value in given.items() if name not in _DRAWN}
+    steps = given.get("num_inference_steps", defaults.get("num_inference_steps"))
+    if isinstance(steps, int) and steps > _STEPS and "timesteps" not in given and "sigmas" not in given:
+        rehearsed["num_inference_steps"] = _STEPS
+        return PlannedCall({**defaults, **given}, lambda twin: twin(**rehearsed), steps / _STEPS)
+    return PlannedCall({**defaults, **given}, lambda twin: twin(**rehearsed))
+
+
+def _completed(parameters: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    has_text = any(name.startswith("prompt") for name in given)
+    if "prompt" in parameters and not has_text:
+        given["prompt"] = _LONG_PROMPT
+    image = parameters.get("image")
+    if image is not None and image.default is image.empty and "image" not in given:
+        with extra("video", needed_for="a picture"):
+            from PIL import Image  # noqa: PLC0415 - few calls need one
+
+        sides = (given.get(name) or getattr(parameters.get(name), "default", None) for name in ("width", "height"))
+        given["image"] = Image.new("RGB", tuple(side if isinstance(side, int) else 512 for side in sides))  # type: ignore[arg-type]
+    return given
+
+
+def arguments_of(example: Any) -> Arguments:
+    """Read an example: a tuple of arguments, a mapping of keyword arguments, or one argument. Large tensors are not kept."""
+    if isinstance(example, Mapping):
+        return _copied(((), dict(example)))
+    args = example if isinstance(example, tuple) else (example,)
+    return _copied((args, {}))
+
+
+def module_calls(examples: Mapping[str, Arguments]) -> PlannedCall:
+    """Say how modules, by their names among the twins, are called one after the other."""
+
+    def make(twins: Mapping[str, Callable[..., object]]) -> None:
+        for name, example in examples.items():
+            args, kwargs = _copied(example)
+            twins[name](*args, **kwargs)
+
+    named = {
+        f"{name}.{key}": value
+        for name, (args, kwargs) in examples.items()
+        for key, value in [*((str(index), value) for index, value in enumerate(args)), *kwargs.items()]
+    }
+    return PlannedCall(named, make)
+
+
+def _copied(arguments: Arguments) -> Arguments:
+    """Copy arguments with all that they hold: a rehearsal may write to them, and caches grow by it.
+
+    Large tensors are copied without memory; made inside a rehearsal they count as what the caller holds on the device.
+
+    Raises:
+        ConfigError: something in them cannot be copied.
+    """
+    try:
+        with _Copies():
+            return copy.deepcopy(arguments)
+    except (TypeError, RuntimeError, AttributeError, pickle.PicklingError) as error:
+        raise ConfigError(
+            f"an argument of the call cannot be copied ({error}), and the call is planned for with copies; run the module "
+            "without fit, by apply_group_offloading, or give it what can be copied"
+        ) from error
+
+
+class _Copies(TorchFunctionMode):
+    """Says how tensors are copied that lie anywhere in an argument."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Copy small tensors, make large ones anew without memory, run everything else."""
+        if func is not torch.Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            if tensor.layout is torch.strided and (tensor.is_meta or tensor.nbytes > _KNOWN_BYTES):
+                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            else:
+                with _disable_current_modes():  # what is small is not counted
+                    made = tensor.detach().cpu().clone()
+            memo[id(tensor)] = made
+        return memo[id(tensor)]
+
+
+def _is_within(other: Any, planned: Any) -> bool:
+    """Whether `other` asks for no more than `planned`."""
+    if isinstance(other, list) and len(other) == 1 and isinstance(planned, str):
+        other = other[0]
+    if other is None:
+        return planned is None or isinstance(planned, str | torch.Tensor)
+    if isinstance(other, bool) or isinstance(planned, bool):
+        return other is planned
+    sizes = _sizes(other), _sizes(planned)
+    if None in sizes:
+        return type(other) is type(planned)
+    return len(sizes[0]) == len(sizes[1]) and all(mine <= theirs for mine, theirs in zip(*sizes, strict=True))  # type: ignore[arg-type]
+
+
+def _sizes(value: Any) -> tuple[Any, ...] | None:
+    """Return what tells how much a value asks for; None where that is not known."""
+    if isinstance(value, torch.Tensor):
+        return (*value.shape, value.dtype.itemsize)
+    if isinstance(value, str):
+        return (len(value),)
+    if isinstance(value, int | float):
+        return (value,)
+    if isinstance(value, list | tuple):
+        each = [_sizes(item) for item in value]
+        return None if None in each else (len(value), *(size for sizes in each for size in sizes or ()))
+    size = getattr(value, "size", None)  # of a picture
+    return size if isinstance(size, tuple) else None
+
+
+def _described(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return value if len(value) <= 40 else f"{len(value)} characters"
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    return type(value).__name__

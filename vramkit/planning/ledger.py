@@ -1,0 +1,314 @@
+"""Run a computation on tensors without memory, and keep book of the bytes that would be alive and of the work.
+
+What is small and known (token ids, masks, timesteps, sizes) is computed as ever, so that code which asks for values gets
+them. Whatever meets a weight, or is large, has no memory: it lies on the meta device and says that it is where the
+computation will be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["Device", "Ledger", "Results", "Segment"]
+
+Made: TypeAlias = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+# What operators made of such arguments: shape, strides and dtype of each result.
+Results: TypeAlias = dict[Any, Made]
+_KNOWN_BYTES = 2**18  # what is computed for real is at most this large
+
+
+@dataclasses.dataclass(slots=True)
+class Segment:
+    """What happened while one component computed, until another one did."""
+
+    component: str  # "" before the first one
+    peak_bytes: int
+    flops: int = 0
+    calls: int = 0
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts storages that operators make: how many bytes live, the peak for each component, and its flops.
+
+    A component computes from when a weight of it is read until one of another component is; weights are not counted.
+    """
+
+    def __init__(self, owners: Mapping[int, str], results: Results) -> None:
+        """Take the component that each storage (by its address in C) of a weight belongs to, and what was made before."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = self.peak_bytes = self.flops = 0
+        self.segments = [Segment("", 0)]
+        self._owners = owners
+        self._results = results
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator on what its arguments are, and enter what it made."""
+        kwargs = kwargs or {}
+        given: list[torch.Tensor] = []
+        key = func, _noted(args, given), _noted(tuple(kwargs.items()), given)
+        self._attribute(given)
+        if any(tensor.is_meta for tensor in given):
+            result = self._without_memory(func, key, args, kwargs)
+        elif given:
+            result = _forgotten(func(*args, **kwargs))
+        else:
+            result = _made(func, args, kwargs)
+        self._count_flops(func, args, kwargs, result)
+        for tensor in _tensors(result):
+            self.enter(tensor)
+        return result
+
+    def enter(self, tensor: torch.Tensor) -> None:
+        """Count the storage of `tensor` from now until it dies, if it is new."""
+        storage = tensor.untyped_storage()
+        key, size_bytes = storage._cdata, storage.nbytes()  # noqa: SLF001 (its identity, as torch's own trackers take it)
+        if key in self._owners or key in self._seen:
+            return
+
+        def forget() -> None:
+            self._seen.discard(key)
+            self.live_bytes -= size_bytes
+
+        self._seen.add(key)
+        self.raise_peak(size_bytes)
+        self.live_bytes += size_bytes
+        weakref.finalize(storage, forget)
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Do not count `tensor`, nor views of it."""
+        key = tensor.untyped_storage()._cdata  # noqa: SLF001
+        self._seen.add(key)
+        weakref.finalize(tensor.untyped_storage(), self._seen.discard, key)
+
+    def raise_peak(self, more_bytes: int) -> None:
+        """Note that `more_bytes` beside what lives are alive for a moment."""
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + more_bytes)
+        segment = self.segments[-1]
+        segment.peak_bytes = max(segment.peak_bytes, self.live_bytes + more_bytes)
+
+    def turn_to(self, component: str) -> Segment:
+        """Begin a segment of `component` unless the current one is its own; return it."""
+        if self.segments[-1].component != component:
+            self.segments.append(Segment(component, self.live_bytes))
+        return self.segments[-1]
+
+    def add_flops(self, flops: int) -> None:
+        """Add work to the current segment."""
+        self.flops += flops
+        self.segments[-1].flops += flops
+
+    def _attribute(self, given: list[torch.Tensor]) -> None:
+        for tensor in given:
+            owner = self._owners.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+            if owner is not None:
+                self.turn_to(owner)
+                return
+
+    def _without_memory(self, func: Any, key: Any, args: Any, kwargs: Any) -> Any:
+        if func is _TO_COPY and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
+            return torch.ops.aten.alias(args[0])  # it is there already
+        answer = _ANSWERS.get(func.overloadpacket)
+        if answer is not None:
+            return answer(*args, **kwargs)
+        schema = func._schema  # noqa: SLF001 (torch has no public reader)
+        if schema.is_mutable and schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+            return args[0]  # written to in place: the very object, also where that is known and stays so
+        out = kwargs.get("out")
+        if isinstance(out, torch.Tensor) and out.numel():
+            return out  # has its size already
+        makes_new = not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+        known = self._results.get(key) if makes_new else None
+        if known is None:
+            result = self._on_meta(func, args, kwargs)
+            if makes_new and (made := _shapes_of(result)):
+                self._results[key] = made
+            return result
+        new = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known]
+        return new[0] if len(schema.returns) == 1 else tuple(new)
+
+    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+        flat, spec = tree_flatten((args, kwargs))
+        bare = [_bare(value) if isinstance(value, torch.Tensor) else _placed(value) for value in flat]
+        bare_args, bare_kwargs = tree_unflatten(bare, spec)
+        result = func(*bare_args, **bare_kwargs)
+        originals = {id(new): old for new, old in zip(bare, flat, strict=True) if isinstance(old, torch.Tensor)}
+        return tree_map_only(torch.Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
+
+    def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.add_flops(int(count(*args, **kwargs, out_val=result)))
+
+
+class Device(TorchFunctionMode):
+    """Lets tensors without memory say that they are on `device`, and answers what only values could answer."""
+
+    def __init__(self, device: torch.device, ledger: Ledger) -> None:
+        super().__init__()
+        self._device = device
+        self._ledger = ledger
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what has no answer on the meta device; run everything else."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            if getattr(func, "__self__", None) is _DEVICE:
+                return self._device
+            if getattr(func, "__self__", None) is _IS_CUDA:
+                return self._device.type == "cuda"
+            return func(*args, **kwargs)
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.is_meta and name in _VALUES:
+            return _VALUES[name](first)
+        to_host = self._device.type != "cpu" and _asks_for_host(name, args, kwargs)
+        if self._device.type != "cpu":
+            args, kwargs = tree_map_only((torch.device, str), self._inner, (args, kwargs))
+        result = func(*args, **kwargs)
+        return self._on_host(result) if to_host and isinstance(result, torch.Tensor) else result
+
+    def _on_host(self, result: torch.Tensor) -> torch.Tensor:
+        """Return a tensor like `result` that the ledger does not know: it lies in host memory."""
+        if not result.is_meta:
+            return result  # small, and known
+        with _disable_current_modes():
+            copied = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+        self._ledger.ignore(copied)
+        return copied
+
+    def _inner(self, value: Any) -> Any:
+        is_here = str(value).partition(":")[0] == self._device.type
+        return torch.device("cpu") if is_here else value
+
+    def _attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Make what the kernels that keep no scores make: a result [B, H, S, D] that lies as [B, S, H, D], and [B, H, S]."""
+        if not any(tensor.is_meta for tensor in (query, key, value)):
+            return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        mask = args[0] if args else kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -1.0).to(query.dtype)  # the kernels want numbers
+        *batch, heads, tokens, _ = query.shape
+        width = value.shape[-1]
+        result = query.new_empty(*batch, tokens, heads, width).transpose(-2, -3)
+        query.new_empty(*batch, heads, tokens, dtype=torch.float32)
+        self._ledger.add_flops(2 * query.numel() * key.shape[-2] + 2 * result.numel() * key.shape[-2])
+        return result
+
+
+_DEVICE = torch.Tensor.device
+_IS_CUDA = torch.Tensor.is_cuda
+
+
+def _noted(value: Any, given: list[torch.Tensor]) -> Any:
+    """Return what tells calls of an operator apart, and add its tensors to `given`."""
+    if isinstance(value, torch.Tensor):
+        given.append(value)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple([_noted(item, given) for item in value])
+    return value
+
+
+def _asks_for_host(name: str, args: Any, kwargs: Any) -> bool:
+    if name == "cpu":
+        return True
+    named = [*args[1:], kwargs.get("device")]
+    return name == "to" and any(isinstance(value, torch.device | str) and str(value) == "cpu" for value in named)
+
+
+def _made(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator that takes no tensor: for real where the result is small, else without memory."""
+    if "device" not in kwargs:
+        return func(*args, **kwargs)
+    bare = {name: None if isinstance(value, torch.Generator) else value for name, value in kwargs.items()}
+    result = func(*args, **{**bare, "device": torch.device("meta")})
+    if sum(tensor.nbytes for tensor in _tensors(result)) > _KNOWN_BYTES:
+        return result
+    return func(*args, **{**kwargs, "device": torch.device("cpu")})
+
+
+def _forgotten(result: Any) -> Any:
+    """Take the memory of results that have become large."""
+
+    def shed(tensor: torch.Tensor) -> torch.Tensor:
+        return _bare(tensor) if tensor.untyped_storage().nbytes() > _KNOWN_BYTES else tensor
+
+    return tree_map_only(torch.Tensor, shed, result)
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _placed(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    return None if isinstance(value, torch.Generator) else value
+
+
+def _shapes_of(result: Any) -> Made:
+    """Return what the results of an operator are; nothing where they are not all tensors."""
+    results = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(each, torch.Tensor) for each in results):
+        return ()
+    return tuple((each.shape, each.stride(), each.dtype) for each in results)
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from _tensors(part)
+
+
+def _all_of(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Return the indices of every number, for no more can be different from zero."""
+    return torch.zeros(tensor.numel(), max(1, tensor.ndim), dtype=torch.int64, device="meta")
+
+
+def _scalar(tensor: torch.Tensor) -> Any:
+    return False if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else 0
+
+
+def _listed(tensor: torch.Tensor) -> Any:
+    return np.full(tuple(tensor.shape), _scalar(tensor)).tolist()
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return np.broadcast_to(np.zeros((), dtype=torch.empty(0, dtype=tensor.dtype).numpy().dtype), tuple(tensor.shape))
+
+
+_TO_COPY = torch.ops.aten._to_copy.default  # noqa: SLF001
+_ANSWERS: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.nonzero: _all_of,
+    torch.ops.aten.masked_select: lambda tensor, _mask: torch.empty(tensor.numel(), dtype=tensor.dtype, device="meta"),
+    torch.ops.aten._local_scalar_dense: _scalar,  # noqa: SLF001
+    torch.ops.aten.equal: lambda *_: False,
+}
+_VALUES: Mapping[str, Callable[[torch.Tensor], Any]] = {
+    "item": _scalar,
+    "tolist": _listed,
+    "numpy": _array,
+    "__bool__": lambda tensor: bool(_scalar(tensor)),
+    "__int__": lambda tensor: int(_scalar(tensor)),
+    "__index__": lambda tensor: int(_scalar(tensor)),
+    "__float__": lambda tensor: float(_scalar(tensor)),
+    "__array__": _array,
+}

@@ -1,0 +1,86 @@
+"""What is known of the device that will compute: how fast weights come to it, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+
+from vramkit.memory import GIB, MIB, probe_link_gbps
+
+__all__ = ["Machine"]
+
+# Of a device that is not there to be measured: PCIe 4 with 16 lanes, and what consumer cards of 2022 reach in bf16.
+_ASSUMED_LINK_GBPS, _ASSUMED_TFLOPS = 25.0, 60.0
+# The CPU tier: files that are read into RAM, and a few cores.
+_CPU_LINK_GBPS, _CPU_TFLOPS = 2.0, 0.1
+# Beside what tensors take: workspaces of the matrix libraries, and what the caching allocator rounds up.
+_ACCELERATOR_MARGIN_BYTES = 64 * MIB
+_PROBE_SIZE = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """The device of a plan. Rates are GB/s (10^9 bytes) and TFLOP/s (10^12)."""
+
+    device: str
+    link_gbps: float
+    tflops: float
+    is_measured: bool
+    card_bytes: int | None = None  # memory of the device, None where none was asked
+    margin_bytes: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device | str) -> Machine:
+        """Measure `device` (a quarter of a second), or assume figures for the CPU and for a device that is not there."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return cls(device="cpu", link_gbps=_CPU_LINK_GBPS, tflops=_CPU_TFLOPS, is_measured=False)
+        if not torch.accelerator.is_available():
+            return cls(
+                device=str(device),
+                link_gbps=_ASSUMED_LINK_GBPS,
+                tflops=_ASSUMED_TFLOPS,
+                is_measured=False,
+                margin_bytes=_ACCELERATOR_MARGIN_BYTES,
+            )
+        return cls(
+            device=str(device),
+            link_gbps=probe_link_gbps(device),
+            tflops=_probe_tflops(device),
+            is_measured=True,
+            card_bytes=getattr(torch, device.type).get_device_properties(device).total_memory,
+            margin_bytes=_ACCELERATOR_MARGIN_BYTES,
+        )
+
+    def times(self, ranks: int) -> Machine:
+        """Return so many of these that share links and work; each has the memory of one."""
+        return dataclasses.replace(self, link_gbps=self.link_gbps * ranks, tflops=self.tflops * ranks)
+
+    def link_seconds(self, size_bytes: float) -> float:
+        """How long `size_bytes` are on their way."""
+        return size_bytes / (self.link_gbps * 1e9)
+
+    def compute_seconds(self, flops: float) -> float:
+        """How long `flops` take."""
+        return flops / (self.tflops * 1e12)
+
+    def describe(self) -> str:
+        """Name the figures and where they come from."""
+        source = "measured" if self.is_measured else "assumed"
+        card = "" if self.card_bytes is None else f", {self.card_bytes / GIB:.3g} GiB"
+        return f"{self.device}{card}: link {self.link_gbps:.3g} GB/s, {self.tflops:.3g} TFLOP/s ({source})"
+
+
+def _probe_tflops(device: torch.device) -> float:
+    """Multiply square matrices in bf16 for a moment; a model reaches most of that."""
+    one = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=torch.bfloat16, device=device)
+    out = torch.empty_like(one)
+    torch.mm(one, one, out=out)
+    torch.accelerator.synchronize(device)
+    start, repeats = time.perf_counter(), 10
+    for _ in range(repeats):
+        torch.mm(one, one, out=out)
+    torch.accelerator.synchronize(device)
+    return 2 * _PROBE_SIZE**3 * repeats / (time.perf_counter() - start) / 1e12

@@ -1,0 +1,97 @@
+"""The twins of a pipeline's modules, with weights stored in one way or another, and what a call of them takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vramkit import tensors
+from vramkit.offload.memory_map import MemoryMap
+from vramkit.planning.calls import PlannedCall
+from vramkit.planning.components import Component, components_of
+from vramkit.planning.features import Features
+from vramkit.planning.narrowing import Stored, narrow_shadow
+from vramkit.planning.profile import ComponentProfile, Variant, component_profile, variants_of
+from vramkit.planning.rehearsal import Known
+from vramkit.planning.shadow import shadow_of, shadows_of
+
+__all__ = ["Twins"]
+
+
+class Twins:
+    """Modules without memory, and a pipeline around them if they are of one."""
+
+    def __init__(self, target: Any) -> None:
+        """Make twins of the modules of `target`, which is only read."""
+        originals = components_of(target)
+        self.shadows: dict[str, nn.Module] = shadows_of({name: each.module for name, each in originals.items()})
+        self.components = {
+            name: Component(name, self.shadows[name], each.entry_points, each.phase) for name, each in originals.items()
+        }
+        self.callable = shadow_of(target, self.shadows) if is_pipeline(target) else self.shadows
+        self.features = Features(self.callable, self.shadows)
+        self._call: PlannedCall | None = None
+        self._known = Known()
+        self._variants: dict[int | None, list[Variant]] = {}
+        self._profiles: dict[tuple[str, Stored | None], ComponentProfile | None] = {
+            (name, None): component_profile(each, is_in_files=_is_in_files(originals[name].module))
+            for name, each in self.components.items()
+        }
+
+    def profile(self, name: str, way: Stored | None = None) -> ComponentProfile | None:
+        """Return what is to be known of a component whose weights are stored so; None where they cannot be."""
+        if (name, way) not in self._profiles:
+            assert way is not None
+            twin = dataclasses.replace(self.components[name], module=shadows_of({name: self.shadows[name]})[name])
+            is_narrow = narrow_shadow(twin, way)
+            found = component_profile(twin, is_in_files=False, stored=way) if is_narrow else None
+            self._profiles[name, way] = found
+        return self._profiles[name, way]
+
+    def widest_bytes(self, name: str) -> int:
+        """Return the bytes of the largest weight of a component (of a stack, of one matrix)."""
+        weights = (p for p in self.shadows[name].parameters() if p.ndim > 1)
+        return max((p.nbytes // (p.shape[0] if p.ndim > 2 else 1) for p in weights), default=0)
+
+    def rehearsed(self, call: PlannedCall, *, chunk_tokens: int | None, device: torch.device) -> Iterator[Variant]:
+        """Rehearse `call` in every way that a plan may choose, the simplest first; none is rehearsed twice."""
+        if call is not self._call:
+            self._call, self._known, self._variants = call, Known(), {}
+        seen = self._variants.setdefault(chunk_tokens, [])
+        yield from seen
+        done = len(seen)
+        try:
+            made = variants_of(
+                self.shadows,
+                self.components,
+                lambda: call.make(self.callable),
+                features=self.features,
+                chunk_tokens=chunk_tokens,
+                device=device,
+                known=self._known,
+            )
+            for variant in itertools.islice(made, done, None):
+                seen.append(variant.repeated(call.steps))
+                yield seen[-1]
+        finally:
+            self.features.reset()
+
+
+def is_pipeline(target: Any) -> bool:
+    """Whether `target` is called as a whole."""
+    return isinstance(getattr(target, "components", None), Mapping)
+
+
+def _is_in_files(module: nn.Module) -> bool:
+    """Whether most of the weights are views of files, or have no memory at all, as those that are yet to be loaded."""
+    memory = MemoryMap.of_process()
+    counted = {True: 0, False: 0}
+    for parameter in module.parameters():
+        for leaf in tensors.leaves(parameter):
+            counted[leaf.is_meta or memory.classify(leaf).kind == "file"] += leaf.nbytes
+    return counted[True] >= counted[False]
