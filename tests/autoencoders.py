@@ -42,6 +42,18 @@ _WAN = {
     "temperal_downsample": [False, True, True],
     "z_dim": 16,
 }
+# Of Wan-AI/Wan2.2-TI2V-5B-Diffusers, without its statistics of latents.
+_WAN_5B = _WAN | {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "in_channels": 12,
+    "is_residual": True,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+    "z_dim": 48,
+}
 # Of hunyuanvideo-community/HunyuanVideo.
 _HUNYUAN = {
     "_class_name": "AutoencoderKLHunyuanVideo",
@@ -89,7 +101,7 @@ def _ltx(published: dict[str, Any], parameters: int, narrow: tuple[torch.dtype, 
         published=published,
         parameters=parameters,
         tiny=published | {"latent_channels": 4, "layers_per_block": [1] * 5} | tiny,
-        part=("vramkit.pipelines.ltx.vae_layers._PART_NUMBERS", 5 * 4 * 16 * 16),
+        part=("vramkit.pipelines.ltx.vae_convolution._PART_NUMBERS", 5 * 4 * 16 * 16),
         clip=(17, 64, 64),
         latents=(3, 2, 2),
         narrow=narrow,
@@ -105,6 +117,15 @@ AUTOENCODERS = {
         part=("vramkit.pipelines.wan.vae._PART_PIXELS", 2 * 32 * 32),
         clip=(9, 24, 32),
         latents=(3, 3, 4),
+    ),
+    "Wan2.2 5B": Autoencoder(
+        kind="AutoencoderKLWan",
+        published=_WAN_5B,
+        parameters=704_688_668,
+        tiny=_WAN_5B | {"base_dim": 8, "decoder_base_dim": 12, "num_res_blocks": 1, "z_dim": 4},
+        part=("vramkit.pipelines.wan.vae._PART_PIXELS", 2 * 32 * 32),
+        clip=(9, 32, 48),
+        latents=(3, 2, 3),
     ),
     "HunyuanVideo": Autoencoder(
         kind="AutoencoderKLHunyuanVideo",
@@ -170,7 +191,7 @@ def build_pair(name: str, **config: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     oracle = their_class(**config).eval().requires_grad_(False)
     for key, parameter in oracle.named_parameters():
-        if name in ("Wan2.1", "CogVideoX") and parameter.ndim > 1 and parameter.shape[0] > 1:
+        if name in ("Wan2.1", "Wan2.2 5B", "CogVideoX") and parameter.ndim > 1 and parameter.shape[0] > 1:
             nn.init.normal_(parameter, std=0.15)  # the default initialization is nearly linear
         elif key != "decoder.timestep_scale_multiplier":
             parameter.add_(torch.randn_like(parameter) * 0.1)

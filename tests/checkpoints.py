@@ -35,6 +35,22 @@ VAE = {
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True],
 }
+# What Wan2.2 5B differs in.
+WAN_5B = {
+    "transformer": {"in_channels": 8, "out_channels": 8},
+    "vae": {
+        "z_dim": 8,
+        "decoder_base_dim": 12,
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+        "latents_mean": [-0.2, 0.1, 0.0, 0.3, 0.2, -0.1, 0.0, 0.1],
+        "latents_std": [0.8, 1.1, 0.9, 1.2, 1.0, 0.7, 1.3, 1.0],
+    },
+    "options": {"expand_timesteps": True},
+}
 TEXT_ENCODER = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 UNIPC = {
     "prediction_type": "flow_prediction",
@@ -47,21 +63,24 @@ UNIPC = {
 def write_wan_checkpoint(
     folder: Path,
     *,
+    pipeline: str = "WanPipeline",
     scheduler: str = "unipc",
     seed: int = 0,
     transformer: Mapping[str, Any] = MappingProxyType({}),
     vae: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
     **saving: Any,
 ) -> Path:
     """Write a whole checkpoint with random weights of a few hundred KB and return its folder.
 
-    transformer and vae change their configs; saving is for save_pretrained.
+    transformer and vae change their configs; options are the pipeline's, of which a boundary_ratio makes a second
+    transformer; an image_dim makes an image encoder; saving is for save_pretrained.
     """
+    import diffusers
     from diffusers import (
         AutoencoderKLWan,
         FlowMatchEulerDiscreteScheduler,
         UniPCMultistepScheduler,
-        WanPipeline,
         WanTransformer3DModel,
     )
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
@@ -73,15 +92,35 @@ def write_wan_checkpoint(
         "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
     text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **TEXT_ENCODER))
-    pipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=_telling(text_encoder),
-        transformer=_noisy(WanTransformer3DModel(**TRANSFORMER | transformer)),
-        vae=_noisy(AutoencoderKLWan(**VAE | vae)),
-        scheduler=schedulers[scheduler](),
-    )
-    pipeline.save_pretrained(folder, **saving)
+    parts = {
+        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        "text_encoder": _telling(text_encoder),
+        "transformer": _noisy(WanTransformer3DModel(**TRANSFORMER | transformer)),
+        "vae": _noisy(AutoencoderKLWan(**VAE | vae)),
+        "scheduler": schedulers[scheduler](),
+    }
+    if options.get("boundary_ratio") is not None:
+        parts["transformer_2"] = _noisy(WanTransformer3DModel(**TRANSFORMER | transformer))
+    if "image_dim" in transformer:
+        parts |= _image_encoder()
+    getattr(diffusers, pipeline)(**parts, **options).save_pretrained(folder, **saving)
     return folder
+
+
+def _image_encoder() -> dict[str, Any]:
+    """A CLIP image encoder of 5 tokens, and the processor before it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    sizes = {"image_size": 28, "patch_size": 14, "num_hidden_layers": 3} | {
+        key: value for key, value in CLIP.items() if key != "num_hidden_layers"
+    }
+    return {
+        "image_encoder": _telling(CLIPVisionModel(CLIPVisionConfig(**sizes))),
+        "image_processor": CLIPImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, resample=3
+        ),
+    }
 
 
 HUNYUAN_TRANSFORMER = {
@@ -205,7 +244,9 @@ LTX_SCHEDULER = {
 def write_ltx_checkpoint(
     folder: Path,
     *,
+    pipeline: str = "LTXPipeline",
     version: str = "0.9.0",
+    scheduler: Mapping[str, Any] = MappingProxyType(LTX_SCHEDULER),
     seed: int = 0,
     transformer: Mapping[str, Any] = MappingProxyType({}),
     vae: Mapping[str, Any] = MappingProxyType({}),
@@ -215,12 +256,8 @@ def write_ltx_checkpoint(
 
     transformer and vae change their configs; saving is for save_pretrained.
     """
-    from diffusers import (
-        AutoencoderKLLTXVideo,
-        FlowMatchEulerDiscreteScheduler,
-        LTXPipeline,
-        LTXVideoTransformer3DModel,
-    )
+    import diffusers
+    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
@@ -232,14 +269,13 @@ def write_ltx_checkpoint(
         autoencoder.decoder.timestep_scale_multiplier.data.fill_(1000.0)
     autoencoder.latents_mean.normal_(0, 0.2)
     autoencoder.latents_std.uniform_(0.5, 1.5)
-    pipeline = LTXPipeline(
+    getattr(diffusers, pipeline)(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=_telling(text_encoder),
         transformer=_noisy(LTXVideoTransformer3DModel(**LTX_TRANSFORMER | transformer)),
         vae=autoencoder,
-        scheduler=FlowMatchEulerDiscreteScheduler(**LTX_SCHEDULER),
-    )
-    pipeline.save_pretrained(folder, **saving)
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+    ).save_pretrained(folder, **saving)
     return folder
 
 
@@ -311,6 +347,7 @@ COGVIDEOX_SCHEDULER = {
 def write_cogvideox_checkpoint(
     folder: Path,
     *,
+    pipeline: str = "CogVideoXPipeline",
     scheduler: str = "ddim",
     seed: int = 0,
     transformer: Mapping[str, Any] = MappingProxyType({}),
@@ -322,11 +359,11 @@ def write_cogvideox_checkpoint(
     transformer and vae change their configs; saving is for save_pretrained.
     Prompts are of 16 tokens, to which sinusoidal ones are bound in diffusers.
     """
+    import diffusers
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
-        CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -335,14 +372,13 @@ def write_cogvideox_checkpoint(
     vocab_size = write_tokenizer(folder / "tokenizer")
     text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER))
     schedulers = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
-    pipeline = CogVideoXPipeline(
+    getattr(diffusers, pipeline)(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=_telling(text_encoder),
         transformer=_noisy(CogVideoXTransformer3DModel(**COGVIDEOX_TRANSFORMER | transformer)),
         vae=_noisy(AutoencoderKLCogVideoX(**COGVIDEOX_VAE | vae)),
         scheduler=schedulers[scheduler](**COGVIDEOX_SCHEDULER),
-    )
-    pipeline.save_pretrained(folder, **saving)
+    ).save_pretrained(folder, **saving)
     return folder
 
 
@@ -351,13 +387,13 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def load_oracle(folder: Path, **options: Any) -> Any:
-    """Load the folder with diffusers, quietly, in float32 unless told otherwise."""
-    from diffusers import DiffusionPipeline
+def load_oracle(folder: Path, kind: str = "DiffusionPipeline", **options: Any) -> Any:
+    """Load the folder with diffusers, quietly, in float32 unless told otherwise, as what it names or another kind."""
+    import diffusers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = DiffusionPipeline.from_pretrained(folder, **({"torch_dtype": torch.float32} | options))
+        pipeline = getattr(diffusers, kind).from_pretrained(folder, **({"torch_dtype": torch.float32} | options))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -373,7 +409,8 @@ def _noisy(model: torch.nn.Module) -> torch.nn.Module:
 def _telling(model: torch.nn.Module) -> torch.nn.Module:
     """Widen a text encoder's weights, at first so small that its output hardly depends on the prompt."""
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+        scale = 0.2 if parameter.shape[-1] < 256 else parameter.shape[-1] ** -0.5
+        parameter.data.add_(torch.randn_like(parameter) * scale)
     return model.eval()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from families import seeded
 
@@ -92,14 +91,20 @@ def ltx_inputs(
 
 
 def cogvideox_inputs(
-    batch: int = 1, frames: int = 3, height: int = 8, width: int = 12, dtype: torch.dtype = torch.float32
+    batch: int = 1,
+    frames: int = 3,
+    height: int = 8,
+    width: int = 12,
+    ofs: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     g = seeded(1)
-    return {
+    given = {
         "hidden_states": torch.randn(batch, frames, 4, height, width, generator=g).to(dtype),
         "timestep": torch.tensor([999, 314, 3][:batch]),
         "encoder_hidden_states": torch.randn(batch, 7, 20, generator=g).to(dtype),
     }
+    return given if ofs is None else given | {"ofs": torch.tensor([ofs])}
 
 
 # Of Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
@@ -119,6 +124,8 @@ _WAN: dict[str, Any] = {
     "rope_max_seq_len": 1024,
     "text_dim": 4096,
 }
+_WAN_14B = _WAN | {"ffn_dim": 13824, "num_attention_heads": 40, "num_layers": 40}
+_WAN_IMAGE = {"added_kv_proj_dim": 5120, "image_dim": 1280, "in_channels": 36}
 # Of hunyuanvideo-community/HunyuanVideo.
 _HUNYUAN: dict[str, Any] = {
     "_class_name": "HunyuanVideoTransformer3DModel",
@@ -190,6 +197,13 @@ _COGVIDEOX: dict[str, Any] = {
 }
 ROTARY = {"use_rotary_positional_embeddings": True}
 _FIVE_B = _COGVIDEOX | ROTARY | {"num_attention_heads": 48, "num_layers": 42}
+_ONE_FIVE = _FIVE_B | {
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "sample_height": 300,
+    "sample_width": 300,
+    "sample_frames": 81,
+}
 
 DENOISERS = {
     "Wan2.1": Denoiser(
@@ -206,10 +220,24 @@ DENOISERS = {
         },
         published={
             "1.3B": (_WAN | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30}, 1_418_996_800),
-            "14B": (_WAN | {"ffn_dim": 13824, "num_attention_heads": 40, "num_layers": 40}, 14_288_491_584),
+            "14B": (_WAN_14B, 14_288_491_584),
+            "I2V 14B": (_WAN_14B | _WAN_IMAGE, 16_394_878_784),
+            "FLF2V 14B": (_WAN_14B | _WAN_IMAGE | {"pos_embed_seq_len": 514}, 16_395_536_704),
+            "2.2 I2V A14B": (_WAN_14B | {"in_channels": 36}, 14_288_901_184),
+            "2.2 TI2V 5B": (
+                _WAN
+                | {
+                    "ffn_dim": 14336,
+                    "in_channels": 48,
+                    "num_attention_heads": 24,
+                    "num_layers": 30,
+                    "out_channels": 48,
+                },
+                4_999_787_712,
+            ),
         },
         inputs=wan_inputs,
-        units=["WanSelfAttention", "WanCrossAttention", "FeedForward"] * 2,
+        units=["TextProjection"] + ["WanSelfAttention", "WanCrossAttention", "FeedForward"] * 2,
         two={"batch": 2},
     ),
     "HunyuanVideo": Denoiser(
@@ -229,7 +257,10 @@ DENOISERS = {
         },
         published={"13B": (_HUNYUAN, 12_821_012_544)},
         inputs=hunyuan_inputs,
-        units=["DoubleAttention", "FeedForward", "FeedForward"] * 2 + ["HunyuanVideoSingleTransformerBlock"] * 2,
+        units=["TimeTextEmbedder", "_RefinerBlock", "_RefinerBlock", "ConditionEmbedder"]
+        + ["Modulation", "Modulation", "DoubleAttention", "FeedForward", "FeedForward"] * 2
+        + ["HunyuanVideoSingleTransformerBlock"] * 2
+        + ["Modulation"],
         two={"lengths": (9, 5)},
     ),
     "LTX-Video": Denoiser(
@@ -251,7 +282,7 @@ DENOISERS = {
             ),
         },
         inputs=ltx_inputs,
-        units=["LTXSelfAttention", "LTXCrossAttention", "FeedForward"] * 2,
+        units=["TextProjection"] + ["LTXSelfAttention", "LTXCrossAttention", "FeedForward"] * 2,
         two={"batch": 2},
     ),
     "CogVideoX": Denoiser(
@@ -272,27 +303,34 @@ DENOISERS = {
         published={
             "2b": (_COGVIDEOX, 1_693_783_872),
             "5b": (_FIVE_B, 5_570_283_072),
-            "1.5-5b": (
-                _FIVE_B
-                | {
-                    "patch_size_t": 2,
-                    "patch_bias": False,
-                    "sample_height": 300,
-                    "sample_width": 300,
-                    "sample_frames": 81,
-                },
-                5_570_676_352,
-            ),
+            "5b-I2V": (_FIVE_B | {"in_channels": 32, "use_learned_positional_embeddings": True}, 5_625_087_552),
+            "1.5-5b": (_ONE_FIVE, 5_570_676_352),
+            "1.5-5b-I2V": (_ONE_FIVE | {"in_channels": 32, "ofs_embed_dim": 512}, 5_571_594_880),
         },
         inputs=cogvideox_inputs,
-        units=["AdaptiveNorm", "CogVideoXAttention", "AdaptiveNorm", "FeedForward"] * 2 + ["AdaptiveNorm"],
+        units=["CogVideoXPatchEmbed"]
+        + ["AdaptiveNorm", "CogVideoXAttention", "AdaptiveNorm", "FeedForward"] * 2
+        + ["AdaptiveNorm"],
         two={"batch": 2},
     ),
 }
 
 
+def other_text(name: str, *, seed: int = 7) -> dict[str, Any]:
+    """Another text, of another length, for two clips: the arguments of a call that tell it."""
+    g, width = seeded(seed), DENOISERS[name].inputs()["encoder_hidden_states"].shape[-1]
+    every = {
+        "encoder_hidden_states": torch.randn(2, 6, width, generator=g),
+        "encoder_attention_mask": (torch.arange(6) < torch.tensor([[3], [6]])).long(),
+        "pooled_projections": torch.randn(2, 8, generator=g),
+    }
+    return {key: value for key, value in every.items() if key in DENOISERS[name].inputs()}
+
+
 def classes(name: str) -> tuple[Any, Any]:
     kind = DENOISERS[name].kind
+    import diffusers  # some who import this need none of it
+
     return getattr(vramkit, kind), getattr(diffusers, kind)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import checkpoints
+import PIL.Image
 import pytest
 import torch
 
@@ -20,12 +22,22 @@ T = TypeVar("T")
 class Family:
     pipeline: str
     write: Callable[..., Path]
+    layout: dict[str, Any] = field(default_factory=dict)  # arguments of it
     clip: dict[str, Any]
     latents: tuple[int, ...]  # their shape in that clip
     multiple: int = 16  # of heights and widths
     embeds: tuple[str, ...] = ("prompt_embeds",)  # what stands for a text
     guided: dict[str, Any]  # what makes a negative prompt count
     tiles: dict[str, Any]  # arguments of enable_tiling
+    is_variant: bool = (
+        False  # the call of another family with other conditions: what they share is tried on that one alone
+    )
+
+
+def picture(width: int = 70, height: int = 50, *, seed: int = 7) -> PIL.Image.Image:
+    """Coloured noise, coarse enough to survive resizing."""
+    pixels = torch.randint(0, 256, (6, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy()).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
 _SMALL = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": 16}
@@ -43,6 +55,40 @@ FAMILIES = {
         latents=(1, 16, 2, 4, 6),
         guided={},
         tiles=_TILES,
+    ),
+    "Wan2.2 A14B": Family(
+        pipeline="WanPipeline",
+        write=checkpoints.write_wan_checkpoint,
+        layout={"options": {"boundary_ratio": 0.875}},
+        clip=_SMALL | {"guidance_scale_2": 3.0},
+        latents=(1, 16, 2, 4, 6),
+        guided={},
+        tiles=_TILES,
+        is_variant=True,
+    ),
+    "Wan2.1 image-to-video": Family(
+        pipeline="WanImageToVideoPipeline",
+        write=checkpoints.write_wan_checkpoint,
+        layout={
+            "pipeline": "WanImageToVideoPipeline",
+            "transformer": {"in_channels": 36, "image_dim": 16, "added_kv_proj_dim": 48},
+        },
+        clip=_SMALL | {"image": picture(), "max_sequence_length": 512},  # which diffusers counts on
+        latents=(1, 16, 2, 4, 6),
+        guided={},
+        tiles=_TILES,
+        is_variant=True,
+    ),
+    "Wan2.2 5B": Family(
+        pipeline="WanImageToVideoPipeline",  # its folder names the other, which it serves as well
+        write=checkpoints.write_wan_checkpoint,
+        layout=checkpoints.WAN_5B,
+        clip=_SMALL | {"height": 64, "width": 96, "image": picture()},
+        latents=(1, 8, 2, 4, 6),
+        multiple=32,
+        guided={},
+        tiles={name: 2 * size for name, size in _TILES.items()},
+        is_variant=True,
     ),
     "HunyuanVideo": Family(
         pipeline="HunyuanVideoPipeline",
@@ -63,6 +109,36 @@ FAMILIES = {
         guided={},
         tiles={name: 2 * size for name, size in _TILES.items()},
     ),
+    "LTX-Video image-to-video": Family(
+        pipeline="LTXImageToVideoPipeline",
+        write=checkpoints.write_ltx_checkpoint,
+        clip=_SMALL | {"height": 64, "width": 96, "num_frames": 9, "image": picture()},
+        latents=(1, 12, 8),
+        multiple=32,
+        embeds=("prompt_embeds", "prompt_attention_mask"),
+        guided={},
+        tiles={name: 2 * size for name, size in _TILES.items()},
+        is_variant=True,
+    ),
+    "LTX-Video conditions": Family(
+        pipeline="LTXConditionPipeline",
+        write=checkpoints.write_ltx_checkpoint,
+        layout={"pipeline": "LTXConditionPipeline", "version": "0.9.5", "scheduler": {"shift": 1.0}},
+        clip=_SMALL
+        | {"height": 64, "width": 96, "num_frames": 9, "decode_timestep": 0.05}
+        | {
+            "conditions": [
+                vramkit.LTXVideoCondition(image=picture()),
+                vramkit.LTXVideoCondition(image=picture(seed=8), frame_index=5, strength=0.7),
+            ]
+        },
+        latents=(1, 8, 2, 2, 3),
+        multiple=32,
+        embeds=("prompt_embeds", "prompt_attention_mask"),
+        guided={},
+        tiles={name: 2 * size for name, size in _TILES.items()},
+        is_variant=True,
+    ),
     "CogVideoX": Family(
         pipeline="CogVideoXPipeline",
         write=checkpoints.write_cogvideox_checkpoint,
@@ -76,13 +152,38 @@ FAMILIES = {
             "tile_overlap_factor_width": 0.25,
         },
     ),
+    "CogVideoX image-to-video": Family(
+        pipeline="CogVideoXImageToVideoPipeline",
+        write=checkpoints.write_cogvideox_checkpoint,
+        layout={
+            "pipeline": "CogVideoXImageToVideoPipeline",
+            "scheduler": "dpm",
+            "transformer": {
+                "in_channels": 8,
+                "use_rotary_positional_embeddings": True,
+                "use_learned_positional_embeddings": True,
+            },
+        },
+        clip=_SMALL | {"num_frames": 9, "image": picture()},
+        latents=(1, 3, 4, 4, 6),
+        guided={},
+        tiles={
+            "tile_sample_min_height": 32,
+            "tile_sample_min_width": 32,
+            "tile_overlap_factor_height": 0.25,
+            "tile_overlap_factor_width": 0.25,
+        },
+        is_variant=True,
+    ),
 }
+# Those whose calls have arguments of their own.
+WHOLE = [name for name, family in FAMILIES.items() if not family.is_variant]
 
 
 class Stock:
     """Checkpoints and what was loaded from them, each made once for all tests: to be read, not changed.
 
-    Options are those of the family's writer.
+    Options are those of the family's writer; dictionaries are added to those of its layout.
     """
 
     def __init__(self, folders: pytest.TempPathFactory) -> None:
@@ -91,22 +192,29 @@ class Stock:
 
     def folder(self, family: str, **options: Any) -> Path:
         def write() -> Path:
-            return FAMILIES[family].write(self._folders.mktemp("checkpoint"), **options)
+            layout = FAMILIES[family].layout
+            both = {
+                name: layout[name] | given if isinstance(given, dict) and name in layout else given
+                for name, given in options.items()
+            }
+            return FAMILIES[family].write(self._folders.mktemp("checkpoint"), **layout | both)
 
-        return self._once(f"folder {family} {options}", write)
+        return self.once(f"folder {family} {options}", write)
 
     def oracle(self, family: str, **options: Any) -> Any:
-        return self._once(f"oracle {family} {options}", lambda: checkpoints.load_oracle(self.folder(family, **options)))
+        kind = FAMILIES[family].pipeline
+        make = partial(checkpoints.load_oracle, self.folder(family, **options), kind)
+        return self.once(f"oracle {family} {options}", make)
 
     def pipeline(self, family: str, **options: Any) -> Any:
         """A pipeline of one's own, around shared models."""
-        shared = self._once(f"pipeline {family} {options}", lambda: load(family, self.folder(family, **options)))
-        pipeline = type(shared)(**shared.components)
+        shared = self.once(f"pipeline {family} {options}", lambda: load(family, self.folder(family, **options)))
+        pipeline = type(shared)(**shared.components, **shared.config)
         pipeline.scheduler = type(shared.scheduler).from_config(shared.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _once(self, key: str, make: Callable[[], T]) -> T:
+    def once(self, key: str, make: Callable[[], T]) -> T:
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]

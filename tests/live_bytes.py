@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,8 +43,17 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, forget)
 
 
-def peak_bytes(call: Callable[[], object], existing: Iterable[torch.Tensor] = ()) -> int:
-    """The most bytes that were alive at once among those that a call made."""
-    with LiveBytes(existing) as count, torch.no_grad():
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps no scores, as the kernels of a device do; the meta device takes it apart."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(call: Callable[[], object], existing: Iterable[torch.Tensor] = (), *, fused: bool = False) -> int:
+    """The most bytes that were alive at once among those that a call made, with `fused` attention."""
+    with LiveBytes(existing) as count, torch.no_grad(), FusedAttention() if fused else contextlib.nullcontext():
         call()
     return count.peak_bytes

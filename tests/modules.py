@@ -315,3 +315,24 @@ def mapped_copy(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = N
     """Return a copy of `model` whose weights are views of a new file in `folder`."""
     path = save(model, folder / f"{len(list(folder.iterdir()))}.safetensors")
     return load_mapped(copy.deepcopy(model), path, dtype=dtype)
+
+
+_HOOKS = [
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_state_dict_pre_hooks",
+]
+
+
+def traces(module: nn.Module) -> dict[str, Any]:
+    """What applying may leave on a module, by where it is."""
+    found: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        found[f"{name}.__dict__"] = sorted(vars(part))
+        found[f"{name} hooks"] = {held: len(getattr(part, held)) for held in _HOOKS}
+        for key, parameter in part.named_parameters(recurse=False):
+            found[f"{name}.{key}"] = (id(parameter), parameter.requires_grad, parameter.device)
+    return found

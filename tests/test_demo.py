@@ -21,7 +21,8 @@ from vramkit.demo.checkpoint import MANIFEST, cache_folder, cached_checkpoint, i
 from vramkit.demo.presets import PRESETS, SMALL, TINY
 from vramkit.demo.tokenizer import vocabulary, write_tokenizer
 from vramkit.errors import ConfigError, StoreError, VramkitError
-from vramkit.trace import Trace
+from vramkit.machine import resolve_device
+from vramkit.timeline import Trace
 
 
 @pytest.fixture(scope="module")
@@ -173,32 +174,40 @@ class TestJob:
 
     def test_timelines_have_the_phases(self, finished: tuple[job.Outcome, str, Path]) -> None:
         outcome, _, _ = finished
-        for run in (outcome.resident, outcome.budgeted):
+        for run in (outcome.resident, *outcome.budgeted):
             assert [mark.name for mark in run.trace.marks] == ["load", "encode", "denoise", "decode"]
             assert run.trace.peak_bytes > 0
             assert len(run.trace.samples) > 5
+            assert 0 < run.clip_s < run.trace.seconds
+        assert [run.budget_bytes for run in outcome.budgeted] == [512 * 2**20, 256 * 2**20]
+        assert 0 < outcome.floor_bytes < 256 * 2**20
 
     def test_writes_video_picture_and_table(self, finished: tuple[job.Outcome, str, Path], cache: Path) -> None:
         outcome, text, out = finished
-        assert listing(out) == [job.PICTURE, job.VIDEO]
-        with PIL.Image.open(out / job.PICTURE) as picture:
-            assert picture.width > 1000
+        assert listing(out) == [job.SWEEP, job.PICTURE, job.VIDEO]
+        for name in (job.PICTURE, job.SWEEP):
+            with PIL.Image.open(out / name) as picture:
+                assert picture.width > 1000
         assert (out / job.VIDEO).stat().st_size > 1000
         assert "yes, every byte" in text
         assert "512 MiB" in text
         assert "1.44 MiB of weights" in text
+        assert '--frames 5 --prompt "A red bird" --vram 512MiB' in text
+        assert "noise, as it should be: the weights are random" in text
         assert outcome.weights_bytes == sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
 
     def test_a_missed_budget_and_other_bytes_are_told(self, finished: tuple[job.Outcome, str, Path]) -> None:
         outcome, _, _ = finished
-        tight = dataclasses.replace(outcome, budget_bytes=outcome.budgeted.trace.peak_bytes - 1)
+        run = outcome.budgeted[0]
+        run = dataclasses.replace(run, budget_bytes=run.trace.peak_bytes - 1)
+        tight = dataclasses.replace(outcome, budgeted=[outcome.budgeted[1], run])
         assert not tight.within_budget
         frames = outcome.resident.frames.copy()
         frames.view(np.uint8).reshape(-1)[0] ^= 1
-        other = dataclasses.replace(tight, budgeted=dataclasses.replace(outcome.budgeted, frames=frames))
+        other = dataclasses.replace(tight, budgeted=[dataclasses.replace(run, frames=frames)])
         assert not other.identical
         nan = dataclasses.replace(outcome.resident, frames=np.full_like(frames, np.nan))
-        assert not dataclasses.replace(outcome, resident=nan, budgeted=nan).identical
+        assert not dataclasses.replace(outcome, resident=nan, budgeted=[nan]).identical
         text = io.StringIO()
         job.print_outcome(other, Console(file=text, width=100))
         assert "(above)" in text.getvalue()
@@ -210,16 +219,34 @@ class TestJob:
             job._run_worker(own_cache / "demo-tiny", TINY, "cpu", budget_bytes=None)
         assert "vae is missing" in capfd.readouterr().err
 
+    def test_starts_its_worker_from_any_folder(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "vramkit").mkdir()
+        (tmp_path / "vramkit" / "__init__.py").write_text("raise ImportError('of the working folder')")
+        (tmp_path / "numpy.py").write_text("raise ImportError('of the working folder')")
+        monkeypatch.chdir(tmp_path)
+        run = job._run_worker(cache / "demo-tiny", TINY, "cpu", budget_bytes=None)
+        assert run.frames.shape[0] == TINY.num_frames
+
+    def test_a_budget_below_the_floor_is_refused_before_a_run(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VRAMKIT_CACHE", str(cache))
+        with pytest.raises(ConfigError, match=r"--budget is 1 KiB; the least that fits is 6\d.* MiB"):
+            job.run_demo(TINY, out=tmp_path / "out", device="cpu", budget_bytes=1024, console=Console(quiet=True))
+        assert listing(tmp_path / "out") == []
+
     def test_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert job.resolve_device("auto") == "cpu"
+        assert resolve_device("auto") == "cpu"
         with pytest.raises(ConfigError, match="no CUDA device"):
-            job.resolve_device("cuda")
+            resolve_device("cuda")
         with pytest.raises(ConfigError, match="'tpu'"):
-            job.resolve_device("tpu")
+            resolve_device("tpu")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert job.resolve_device("auto") == job.resolve_device("cuda") == "cuda:0"
-        assert job.resolve_device("cuda:1") == "cuda:1"
+        assert resolve_device("auto") == resolve_device("cuda") == "cuda:0"
+        assert resolve_device("cuda:1") == "cuda:1"
 
 
 class TestWorker:
@@ -270,5 +297,5 @@ def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = job.run_demo(SMALL, out=tmp_path, device="cpu", console=Console(file=io.StringIO()))
     assert outcome.identical
     assert outcome.within_budget
-    assert outcome.weights_bytes > 1.9 * outcome.budget_bytes
+    assert outcome.weights_bytes > 1.9 * outcome.budgeted[0].budget_bytes
     assert outcome.resident.trace.peak_bytes > outcome.weights_bytes

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,8 +9,18 @@ from hypothesis import strategies as st
 from modules import BlockNet, TiedNet
 from torch import nn
 
+from vramkit import memory
 from vramkit.errors import ConfigError
-from vramkit.memory import available_ram_bytes, format_bytes, module_bytes, parse_bytes, probe_link_gbps, tensor_bytes
+from vramkit.memory import (
+    CgroupLimit,
+    available_ram_bytes,
+    cgroup_limits,
+    format_bytes,
+    module_bytes,
+    parse_bytes,
+    probe_link_gbps,
+    tensor_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +79,50 @@ def test_free_ram_is_some_and_less_than_all() -> None:
     import psutil
 
     assert 0 < available_ram_bytes() <= psutil.virtual_memory().total
+
+
+def limit(folder: Path, size: str, names: tuple[str, str] = ("memory.max", "memory.current")) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{size}\n")
+    (folder / names[1]).write_text("5\n")
+
+
+class TestCgroups:
+    def test_those_above_count(self, tmp_path: Path) -> None:
+        own = tmp_path / "own"
+        own.write_text("0::/a/b/c\n")
+        limit(tmp_path / "tree" / "a" / "b" / "c", "max")
+        limit(tmp_path / "tree" / "a" / "b", "300")
+        limit(tmp_path / "tree" / "a", "200")
+        found = cgroup_limits(tmp_path / "tree", own)
+        assert [(Path(each.path).name, each.limit_bytes, each.used_bytes) for each in found] == [
+            ("b", 300, 5),
+            ("a", 200, 5),
+        ]
+
+    def test_a_container_sees_its_own_at_the_root(self, tmp_path: Path) -> None:
+        own = tmp_path / "own"
+        own.write_text("0::/docker/1f\n")
+        limit(tmp_path / "tree", "400")
+        assert [each.limit_bytes for each in cgroup_limits(tmp_path / "tree", own)] == [400]
+
+    def test_of_the_first_version(self, tmp_path: Path) -> None:
+        own = tmp_path / "own"
+        own.write_text("4:cpu,cpuacct:/x\n3:memory:/x\n")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit(tmp_path / "tree" / "memory" / "x", "700", names)
+        limit(tmp_path / "tree" / "memory", str(2**63 - 4096), names)
+        assert [each.limit_bytes for each in cgroup_limits(tmp_path / "tree", own)] == [700]
+
+    def test_none_without_control_groups(self, tmp_path: Path) -> None:
+        assert cgroup_limits(tmp_path, tmp_path / "missing") == []
+
+    def test_the_tightest_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits = [CgroupLimit("inner", 3000, 1000), CgroupLimit("outer", 2000, 1900)]
+        monkeypatch.setattr(memory, "cgroup_limits", lambda: limits)
+        assert available_ram_bytes() == 100
+        limits[1] = CgroupLimit("outer", 2000, 2001)
+        assert available_ram_bytes() == 0
 
 
 def test_the_cpu_has_no_link() -> None:

@@ -7,22 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from documents import DOCS, ROOT, run_blocks
 
 from vramkit.casting import NarrowTensor
 from vramkit.quant import quantization_of
 from vramkit.quant.scaled_linear import ScaledLinear
 
-DOCS = Path(__file__).parents[1] / "docs" / "quantization.md"
+PAGE = DOCS / "quantization.md"
 
 
 def test_python_blocks_run(wan_folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    found = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(found) >= 6
-    names: dict[str, Any] = {}
-    for code in found:
-        small = code.replace("Wan-AI/Wan2.1-T2V-14B-Diffusers", str(wan_folder))
-        exec(compile(small, DOCS.name, "exec"), names)
+    names = run_blocks(PAGE, {"Wan-AI/Wan2.1-T2V-14B-Diffusers": str(wan_folder)}, at_least=6)
     printed = capsys.readouterr().out
     assert "fp8: 8 weights, 8 MiB -> 2.02 MiB; 0 layers as they were" in printed  # as the comment says
     assert "widened at use, for sizes that scaled_mm cannot multiply: none" in printed
@@ -38,6 +34,6 @@ def test_python_blocks_run(wan_folder: Path, tmp_path: Path, monkeypatch: Any, c
 
 
 def test_links_and_tests_that_it_names_exist() -> None:
-    text = DOCS.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     for target in re.findall(r"`((?:tests|benchmarks)/[\w/.]+)`", text):
-        assert (DOCS.parents[1] / target).exists(), target
+        assert (ROOT / target).exists(), target

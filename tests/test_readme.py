@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, one after the other, with a small checkpoint for the one of the hub."""
+"""README: its Python blocks run as they stand, its commands are those of CI, its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -6,54 +6,27 @@ import re
 from pathlib import Path
 
 import pytest
-from checkpoints import write_lora
-
-from vramkit import AutoModel
-
-README = Path(__file__).parents[1] / "README.md"
-SMALLER = {
-    "height=480": "height=32",
-    "width=832": "width=48",
-    "num_frames=81": "num_frames=5",
-    "num_inference_steps=50": "num_inference_steps=2",
-}
+from documents import README, SMALLER, blocks, run_blocks
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-@pytest.fixture
-def small(wan_folder, tmp_path):
-    transformer = AutoModel.from_pretrained(wan_folder, subfolder="transformer")
-    adapter = write_lora(transformer, tmp_path / "adapter").parent
-
-    def replace(code: str) -> str:
-        code = code.replace("Wan-AI/Wan2.1-T2V-14B-Diffusers", str(wan_folder))
-        code = code.replace("benjamin-paine/steamboat-willie-14b", str(adapter))
-        for given, smaller in SMALLER.items():
-            code = code.replace(given, smaller)
-        return code
-
-    return replace
-
-
-def test_python_blocks_run(small, tmp_path, monkeypatch):
+def test_python_blocks_run(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = blocks("python")
-    assert len(found) >= 4
-    names: dict[str, object] = {}
-    for code in found:
-        exec(compile(small(code), str(README), "exec"), names)
+    run_blocks(README, {"Wan-AI/Wan2.1-T2V-14B-Diffusers": str(wan_folder), **SMALLER}, at_least=3)
     assert (tmp_path / "clip.mp4").stat().st_size > 0
 
 
-def test_commands_are_those_of_ci():
-    commands = " ".join(blocks("bash"))
-    assert 'pip install -e ".[test]" -c constraints.txt && pytest' in commands
-    assert "vramkit demo" in commands
+def test_commands_are_those_of_ci() -> None:
+    commands = "".join(blocks(README, "bash"))
+    assert 'pip install -e ".[test]" -c constraints.txt && pytest\n' in commands
+    assert 'pip install -e ".[all]" -c constraints.txt && vramkit demo\n' in commands
 
 
-def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", README.read_text(encoding="utf-8")):
+def test_pictures_and_links_exist() -> None:
+    targets = re.findall(r"\]\(((?!http)[^)#]+)", README.read_text(encoding="utf-8"))
+    assert len(targets) > 10
+    for target in targets:
         assert (README.parent / target).exists(), target
+
+
+def test_it_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130

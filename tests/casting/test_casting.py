@@ -247,6 +247,32 @@ def test_wrong_options_are_named(net, options, message):
         apply_layerwise_casting(net, **options)
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32])
+def test_wider_storage_needs_no_scales(net, ids, storage):
+    plain = copy.deepcopy(net)
+    for part in (plain.conv, *(layer for block in plain.blocks for layer in (block.wi, block.wo))):
+        for parameter in part.parameters():
+            parameter.copy_(parameter.to(storage))
+    expected, before = plain(ids), module_bytes(net)
+    casting = apply_layerwise_casting(net, storage, torch.float32)
+    assert (module_bytes(net) < before) == (storage.itemsize < 4)
+    assert net.blocks[0].wi.bias.nbytes == net.blocks[0].wi.bias.numel() * storage.itemsize
+    assert torch.equal(net(ids), expected)
+    offload = apply_group_offloading(net, "cpu", slots=1)
+    assert torch.equal(net(ids), expected)
+    offload.remove()
+    casting.remove()
+    assert type(net.conv.bias) is nn.Parameter
+    assert torch.equal(net(ids), expected)
+
+
+def test_what_fp16_cannot_hold_is_refused_by_name(net):
+    net.blocks[1].wi.weight[0, 0] = 1e5
+    with pytest.raises(ConfigError, match=r"blocks\.1\.wi\.weight holds numbers that torch.float16 cannot"):
+        apply_layerwise_casting(net, torch.float16, torch.float32)
+    assert not any(isinstance(parameter, NarrowTensor) for parameter in net.parameters())
+
+
 def test_unsupported_device_is_refused_before_anything_is_changed():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
     with pytest.raises(ConfigError, match=r"1\.(weight|bias) is on 'meta'"):

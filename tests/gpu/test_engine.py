@@ -14,6 +14,8 @@ from modules import CASES, BlockNet, Codec, OrderNet, mapped_copy, tokens
 from torch import nn
 
 from vramkit.offload import apply_group_offloading, apply_model_offload, offload_of
+from vramkit.offload import partition as partition_module
+from vramkit.offload.engine import Engine
 from vramkit.offload.pinning import Pins
 from vramkit.offload.stores import DiskStore, PageableStore, PinnedStore
 
@@ -193,6 +195,13 @@ class TableNet(nn.Module):
         return x
 
 
+@pytest.fixture
+def small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look up tables of any size where they rest: those below 16 MiB are moved or kept."""
+    monkeypatch.setattr(partition_module, "_TABLE_BYTES", 0)
+
+
+@pytest.mark.usefixtures("small_tables")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("store", ["registered", "mapped", "pageable", "disk"])
 @pytest.mark.parametrize("level", ["block", "leaf"])
@@ -216,6 +225,7 @@ def test_tables_are_looked_up_where_they_rest(level: str, store: str, dtype: tor
 # --- the host does not wait, and memory is what was asked for
 
 
+@pytest.mark.usefixtures("small_tables")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("store", ["registered", "mapped"])
 @pytest.mark.parametrize("level", ["block", "leaf", "half_resident"])
@@ -425,3 +435,34 @@ def test_compiled_blocks_equal_the_compiled_resident_run_without_recompiles(stor
                 assert torch.equal(module(y), model(y))
     handle(module).remove()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_a_module_on_the_device_is_there_again_when_applying_fails(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6))).to("cuda").eval()
+    before = {name: (tensor, tensor.detach().clone()) for name, tensor in module.named_parameters()}
+
+    def failing(_engine: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Engine, "open", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        apply_group_offloading(module, "cuda", offload_type=level, slots=1)
+    for name, tensor in module.named_parameters():
+        same, values = before[name]
+        assert tensor is same
+        assert tensor.device.type == "cuda"
+        assert torch.equal(tensor, values)
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_moving_an_offloaded_module_to_its_device_is_answered_and_does_nothing(level: str) -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6))).eval()
+    offload = apply_group_offloading(module, "cuda", offload_type=level, slots=1)
+    rest = [parameter.device for parameter in module.parameters()]
+    with pytest.warns(RuntimeWarning, match="stay where they rest"):
+        assert module.to("cuda") is module
+    module.cuda()
+    module.to("cuda", torch.float32)
+    assert [parameter.device for parameter in module.parameters()] == rest
+    offload.remove()

@@ -11,6 +11,7 @@ import torch
 from modules import Block, BlockNet, mapped_copy, tokens
 from torch import nn
 
+from vramkit.errors import ConfigError
 from vramkit.offload import apply_group_offloading
 from vramkit.offload.arguments import any_requires_grad, moved, moved_call
 
@@ -149,4 +150,35 @@ def test_the_peers_options_are_accepted(tmp_path: Path) -> None:
     offload.remove()
     offload = apply_group_offloading(module, torch.device("cpu"), use_stream=False)
     assert offload.stats().slots == 1
+    offload.remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload_device": "disk"}, "offload_to_disk_path"),
+        ({"offload_device": None}, "offload_device='None'"),
+        ({"onload_device": None}, "onload_device=None"),
+        ({"exclude_kwargs": "abc"}, "expected a list of names"),
+        ({"entry_points": "forward"}, "expected a list of names"),
+    ],
+)
+def test_what_is_no_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_group_offloading(BlockNet().eval(), **{"onload_device": "cpu"} | options)
+
+
+@pytest.mark.parametrize("given", [object(), [BlockNet()], BlockNet, None])
+def test_what_is_no_module_is_refused_with_the_way_out(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module.*vramkit\.fit"):
+        apply_group_offloading(given, "cpu")
+
+
+@pytest.mark.parametrize("target", ["cuda", "meta"])
+def test_moving_an_offloaded_module_is_answered_and_does_nothing(target: str) -> None:
+    module = BlockNet().eval()
+    offload = apply_group_offloading(module, "cpu", slots=1)
+    with pytest.warns(RuntimeWarning, match="stay where they rest"):
+        assert module.to(target) is module
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
     offload.remove()

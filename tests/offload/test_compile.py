@@ -15,6 +15,11 @@ from vramkit.offload import apply_group_offloading
 
 
 @pytest.fixture(autouse=True)
+def _strict() -> None:
+    """In place of the one of all tests: the compiler leaves alone what runs under a mode."""
+
+
+@pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from vramkit.casting import apply_layerwise_casting
 from vramkit.offload import apply_group_offloading, load_mapped, offload_of
@@ -100,7 +102,7 @@ def test_files_of_what_was_taken_away_go(tmp_path: Path) -> None:
 
 
 def spilled_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in (folder / "spill").rglob("*.safetensors"))
+    return sum(path.stat().st_size for path in (folder / "spill").rglob("*.bin"))
 
 
 def test_containers_of_adapters_are_no_blocks() -> None:
@@ -117,3 +119,20 @@ def test_casting_leaves_adapters_wide(tmp_path: Path) -> None:
     assert type(net.blocks[1].base_layer.weight).__name__ == "NarrowTensor"
     assert type(net.blocks[1].lora_A["a"].weight) is nn.Parameter
     assert offload_of(net) is None
+
+
+def test_an_engine_may_be_collected_while_others_build_modules() -> None:
+    held = [nn.Linear(2, 2)]
+    apply_group_offloading(held[0], "cpu")
+
+    def drop(*_arguments: object) -> None:
+        held.clear()
+        gc.collect()
+
+    handles = [register_module_module_registration_hook(hook) for hook in (drop, lambda *_arguments: None)]
+    try:
+        nn.Sequential(nn.Linear(2, 2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not held

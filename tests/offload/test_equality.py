@@ -13,7 +13,7 @@ import torch
 from modules import CASES, BlockNet, Codec, OrderNet, mapped_copy, tokens
 from torch import nn
 
-from vramkit.offload import apply_group_offloading
+from vramkit.offload import apply_group_offloading, offload_of
 from vramkit.offload.stores import DiskStore, PageableStore
 
 LEVELS: dict[str, dict[str, Any]] = {
@@ -244,3 +244,31 @@ def test_converted_weights_are_the_same_bytes_as_a_converted_model(dtype: torch.
         x = tokens(8).to(dtype)
         assert torch.equal(module(x), model(x))
     handle(module).remove()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"slots": 1}, {"offload_type": "leaf_level"}, {"offload_type": "model_level"}])
+@pytest.mark.parametrize("nested", [False, True])
+def test_encoders_of_torch_keep_their_fused_kernels(options: dict[str, Any], nested: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+    module = nn.Sequential(nn.TransformerEncoder(layer, 5, enable_nested_tensor=nested)).eval()
+    x, padding = torch.randn(2, 6, 64), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    with torch.no_grad():
+        expected = module(x), module[0](x, src_key_padding_mask=padding)
+        offload = apply_group_offloading(module, "cpu", **options)
+        for _ in range(2):
+            assert torch.equal(module(x), expected[0])
+            assert torch.equal(module[0](x, src_key_padding_mask=padding), expected[1])
+    offload.remove()
+    assert all("forward" not in vars(part) for part in module.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"offload_type": "model_level"}])
+def test_an_encoder_layer_that_is_offloaded_by_itself_is_known_and_left(options: dict[str, Any]) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True).eval()
+    offload = apply_group_offloading(layer, "cpu", **options)
+    assert offload_of(layer) is offload
+    offload.remove()
+    assert offload_of(layer) is None
+    assert "forward" not in vars(layer)

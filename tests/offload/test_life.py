@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError, VramkitError
 from vramkit.offload import Offload, apply_group_offloading, offload_of
 from vramkit.offload.backend import CpuBackend
+from vramkit.offload.resting import RestingPlace
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
 PLACES = ["ram", "file", "spilled"]
@@ -41,6 +43,25 @@ def assert_equal(module: nn.Module, model: nn.Module, *, calls: int = 2, channel
             assert torch.equal(module(x), model(x))
 
 
+# --- loads before a call
+
+
+def test_prefetch_loads_what_the_next_call_starts_with_and_only_between_calls() -> None:
+    model = BlockNet().eval()
+    module = copy.deepcopy(model)
+    offload = apply_group_offloading(module, "cpu", store="pageable")
+    offload.reset()  # nothing is on its way
+    before = offload.stats().loads
+    offload.prefetch()
+    offload.prefetch()
+    assert offload.stats().loads == before + offload.stats().slots
+    module.blocks[3].register_forward_hook(lambda *_: offload.prefetch())
+    assert_equal(module, model)
+    assert offload.stats().demand_loads == 0
+    offload.remove()
+    offload.prefetch()  # nothing to do
+
+
 # --- ties and buffers
 
 
@@ -51,7 +72,7 @@ def test_tied_weights_stay_one_tensor(level: str, place: str, tmp_path: Path) ->
     module, options = placed(model, place, tmp_path)
     offload = apply_group_offloading(module, "cpu", offload_type=level, **options)
     if place == "spilled":
-        written = sum(file.stat().st_size for file in (tmp_path / "spill").rglob("*.safetensors"))
+        written = sum(file.stat().st_size for file in (tmp_path / "spill").rglob("*.bin"))
         assert written < 1.1 * sum(p.numel() * 4 for p in model.parameters())
     ids = torch.randint(0, 40, (2, 6))
     with torch.no_grad():
@@ -163,12 +184,52 @@ def test_copy_after_remove_is_independent(tmp_path: Path) -> None:
     other.remove()
 
 
-def test_copy_under_offloading_is_refused_at_its_first_call(tmp_path: Path) -> None:
-    module = mapped_copy(BlockNet().eval(), tmp_path)
-    offload = apply_group_offloading(module, "cpu")
-    twin = copy.deepcopy(module)
-    with torch.no_grad(), pytest.raises(ConflictError, match=r"copy.*remove\(\)"):
-        twin(tokens(8))
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_an_offloaded_module_are_ordinary_modules(way: str, level: str, tmp_path: Path) -> None:
+    model = BlockNet().eval()
+    module = mapped_copy(model, tmp_path)
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    assert_equal(module, model, calls=1)
+    loads = offload.stats().loads
+    if way == "deepcopy":
+        twin = copy.deepcopy(module)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(module))
+    else:
+        torch.save(module, tmp_path / "module.pt")
+        twin = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert type(twin) is BlockNet
+    assert offload_of(twin) is None
+    assert {type(parameter) for parameter in twin.parameters()} == {nn.Parameter}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            assert not any(parameter.data_ptr() == other.data_ptr() for other in twin.parameters())
+        x = tokens(8)
+        assert torch.equal(twin(x), model(x))
+    assert offload.stats().loads == loads
+    assert_equal(module, model, calls=1)
+    offload.remove()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_copies_of_parts_of_an_offloaded_module_are_ordinary_modules(way: Any, level: str, tmp_path: Path) -> None:
+    model = BlockNet().eval()
+    module = mapped_copy(model, tmp_path)
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    assert_equal(module, model, calls=1)
+    loads = offload.stats().loads
+    twin = way(module.blocks)
+    assert not any(vars(part).keys() & {"_apply", "__deepcopy__", "__reduce_ex__"} for part in twin.modules())
+    assert {type(parameter) for parameter in twin.parameters()} == {nn.Parameter}
+    with torch.no_grad():
+        x = tokens(WIDTH)
+        assert torch.equal(twin[1](x), model.blocks[1](x))
+        assert torch.equal(way(module.blocks[0].up)(x), model.blocks[0].up(x))
+        assert not vars(way(module.blocks[0].up.weight))
+    assert offload.stats().loads == loads
+    assert_equal(module, model, calls=1)
     offload.remove()
 
 
@@ -299,6 +360,30 @@ def test_changes_in_place_between_calls_are_seen_or_refused(
     assert_equal(module, model, calls=1)
 
 
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+def test_changes_of_what_stays_on_the_device_are_seen(
+    level: str, through_data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small layers have their values twice on a device: where they rest, and where they stay."""
+
+    def copied(_place: RestingPlace, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.clone()
+
+    monkeypatch.setattr(RestingPlace, "to_device", copied)
+    model = BlockNet().eval().requires_grad_(False)
+    module = copy.deepcopy(model)
+    held, ours = dict(model.named_parameters()), dict(module.named_parameters())
+    offload = apply_group_offloading(module, "cpu", offload_type=level, slots=1)
+    assert_equal(module, model, calls=1)
+    for name in ("blocks.0.norm.weight", "blocks.4.up.bias", "embed.bias", "head.weight"):
+        for weight in (held[name], ours[name]):
+            (weight.data if through_data else weight).mul_(-1.5)
+        assert_equal(module, model)
+    offload.remove()
+    assert_equal(module, model, calls=1)
+
+
 @pytest.mark.parametrize("write", [set_in_place, set_through_data, set_data])
 @pytest.mark.parametrize("inference", [False, True])
 def test_changes_of_mapped_weights_before_applying_are_used(
@@ -359,7 +444,8 @@ def test_two_models_on_one_folder_never_read_each_other(tmp_path: Path) -> None:
 def test_files_of_an_earlier_run_are_never_served(tmp_path: Path) -> None:
     first = BlockNet().eval()
     offload = apply_group_offloading(first, "cpu", offload_to_disk_path=tmp_path)
-    leftovers = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    leftovers = {path: path.read_bytes() for path in tmp_path.rglob("*.bin")}
+    assert leftovers
     offload.remove()
     for path, data in leftovers.items():  # as after a crash
         path.parent.mkdir(exist_ok=True)
@@ -419,13 +505,18 @@ def test_ten_lives_leave_no_object_thread_file_or_memory(
     life()
     life()
     assert threads_after(wanted=threads) <= threads
-    offloads, files, rss_bytes = census()
-    for _ in range(10):
-        life()
-    assert threads_after(wanted=threads) <= threads
-    after = census()
-    assert after[:2] == (offloads, files)
-    assert after[2] - rss_bytes < 16 * 2**20  # ten leaked models would be 75 MB
+    growth_bytes = []
+    for _ in range(3):  # what the allocator keeps once is no leak: that grows every time
+        offloads, files, rss_bytes = census()
+        for _ in range(10):
+            life()
+        assert threads_after(wanted=threads) <= threads
+        after = census()
+        assert after[:2] == (offloads, files)
+        growth_bytes.append(after[2] - rss_bytes)
+        if growth_bytes[-1] < 16 * 2**20:  # ten leaked models would be 75 MB
+            return
+    raise AssertionError(f"every ten lives the process grew: {growth_bytes} bytes")
 
 
 @pytest.mark.parametrize("place", PLACES)

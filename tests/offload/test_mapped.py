@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from modules import BlockNet, StatefulNet, TiedNet, save, tokens
+from modules import WIDTH, AttentionNet, BlockNet, StatefulNet, TiedNet, save, tokens
 from safetensors.torch import save_file
 from torch import nn
 
-from vramkit.errors import CheckpointError
-from vramkit.offload import apply_group_offloading, load_mapped
+from vramkit.errors import CheckpointError, ConfigError
+from vramkit.offload import apply_group_offloading, load_mapped, parameters_on_meta
 from vramkit.offload.disk import span_of
 
 
@@ -170,9 +172,192 @@ def test_unknown_tensors_are_passed_over_when_asked(tmp_path: Path) -> None:
         load_mapped(on_meta(BlockNet), tmp_path / "y.safetensors", strict=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, "floating-point"),
+        ({"dtype": "bf16"}, "floating-point"),
+        ({"keep_fp32": "weight"}, "list"),
+    ],
+)
+def test_options_that_would_spoil_weights_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    module = nn.Linear(4, 4)
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        load_mapped(module, tmp_path / "m.safetensors", **options)
+    for path, problem in ((tmp_path, "is a folder"), (tmp_path / "model", "does not exist")):
+        with pytest.raises(CheckpointError, match=problem):
+            load_mapped(module, path)
+
+
+def test_a_module_that_has_all_its_values_takes_nothing(tmp_path: Path) -> None:
+    module = nn.Linear(4, 4)
+    weight = module.weight
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    load_mapped(module, tmp_path / "m.safetensors", loaded=["weight", "bias"], strict=False)
+    assert module.weight is weight
+
+
 def test_a_copy_of_a_mapped_module_owns_its_weights(tmp_path: Path) -> None:
     module = load_mapped(on_meta(BlockNet), save(BlockNet(), tmp_path / "x.safetensors"))
     twin = copy.deepcopy(module)
     assert all(span_of(parameter) is None for parameter in twin.parameters())
     twin.embed.weight.data.zero_()
     assert bool(module.embed.weight.any())
+
+
+class Leftovers(nn.Module):
+    """Tensors that no file holds, in every place where modules keep some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.rope = nn.Module()
+        self.rope.register_buffer("inv_freq", 1.0 / 10 ** torch.arange(float(WIDTH)), persistent=False)
+        self.freqs = torch.polar(torch.ones(WIDTH), torch.arange(float(WIDTH)))
+        self.steps = [torch.arange(3), torch.linspace(0.5, 1.5, WIDTH)]
+        self.tables = {"sin": torch.arange(float(WIDTH)).sin()}
+        self.pair = (torch.ones(WIDTH), 1)
+        self.stages = {3: [(torch.ones(WIDTH), None)]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lin(x) * self.rope.inv_freq * self.freqs.real * self.steps[1]
+        return x + self.tables["sin"] * self.pair[0] * self.stages[3][0][0]
+
+
+LEFT = [
+    r"rope\.inv_freq \(buffer\)",
+    r"freqs \(attribute\)",
+    r"steps\[0\] \(attribute\)",
+    r"steps\[1\] \(attribute\)",
+    r"tables\['sin'\] \(attribute\)",
+    r"pair\[0\] \(attribute\)",
+    r"stages\[3\]\[0\]\[0\] \(attribute\)",
+]
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_would_stay_without_values_is_named_and_nothing_changes(name: str, tmp_path: Path) -> None:
+    path = save(Leftovers(), tmp_path / "x.safetensors")
+    module = on_meta(Leftovers)
+    names = [re.sub(r"\\(.)", r"\1", each).split(" ")[0] for each in LEFT]
+    others = [each for each, pattern in zip(names, LEFT, strict=True) if pattern != name]
+    weight = module.lin.weight
+    with pytest.raises(CheckpointError, match=rf"{name}.*parameters_on_meta.*before load_mapped.*loaded="):
+        load_mapped(module, path, loaded=others)
+    assert module.lin.weight is weight
+    assert weight.is_meta
+    assert load_mapped(module, path, loaded=names).lin.weight.device.type == "cpu"
+
+
+def test_a_module_built_inside_parameters_on_meta_runs(tmp_path: Path) -> None:
+    model = Leftovers().eval()
+    path = save(model, tmp_path / "x.safetensors")
+    with parameters_on_meta():
+        module = Leftovers().eval()
+    apply_group_offloading(load_mapped(module, path), "cpu", offload_type="leaf_level")
+    x = tokens(WIDTH)
+    with torch.no_grad():
+        assert torch.equal(module(x), model(x))
+
+
+def test_values_assigned_before_count(tmp_path: Path) -> None:
+    model = Leftovers()
+    path, module = save(model, tmp_path / "x.safetensors"), on_meta(Leftovers)
+    module.rope.inv_freq, module.freqs, module.steps = model.rope.inv_freq, model.freqs, model.steps
+    module.tables, module.pair, module.stages = model.tables, model.pair, model.stages
+    x = tokens(WIDTH)
+    with torch.no_grad():
+        assert torch.equal(load_mapped(module, path)(x), model(x))
+
+
+def test_what_is_computed_from_a_parameter_is_named(tmp_path: Path) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("norm", self.lin.weight.detach().norm(), persistent=False)
+
+    path = save(Normed(), tmp_path / "x.safetensors")
+    with parameters_on_meta():
+        module = Normed()
+    with pytest.raises(CheckpointError, match=r"norm \(buffer\)"):
+        load_mapped(module, path)
+
+
+def test_lists_of_parameters_are_given_the_same_tensors(tmp_path: Path) -> None:
+    model = AttentionNet().eval()
+    path = save(model, tmp_path / "x.safetensors")
+    x = tokens(WIDTH)
+    for build in (torch.device("meta"), parameters_on_meta()):
+        with build:
+            module = AttentionNet().eval()
+        load_mapped(module, path)
+        assert all(any(w is p for p in module.rnn.parameters()) for w in module.rnn._flat_weights)
+        with torch.no_grad():
+            assert torch.equal(module(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_what_a_hook_of_torch_computes_at_each_forward_is_not_missed(name: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(getattr(nn.utils, name)(nn.Linear(6, 6))).eval()
+
+    model = build()
+    path, x = save(model, tmp_path / "x.safetensors"), torch.randn(2, 6)
+    with parameters_on_meta():
+        module = build()
+    with torch.no_grad():
+        assert torch.equal(load_mapped(module, path)(x), model(x))
+
+
+def test_class_and_attributes_of_parameters_are_kept(tmp_path: Path) -> None:
+    class Marked(nn.Parameter):
+        pass
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = Marked(torch.ones(3))
+            self.weight.scale = 2.0
+
+    path = save(Net(), tmp_path / "x.safetensors")
+    with parameters_on_meta():
+        module = Net()
+    for dtype in (None, torch.bfloat16):
+        load_mapped(module, path, dtype=dtype)
+        assert (type(module.weight), module.weight.scale, module.weight.requires_grad) == (Marked, 2.0, False)
+        assert module.weight.tolist() == [1.0] * 3
+    assert module.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.complex64, torch.float8_e4m3fnuz])
+def test_tensors_that_are_left_out_may_be_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    net = nn.Linear(4, 4)
+    save_file({**net.state_dict(), "packed": torch.zeros(4).to(dtype)}, tmp_path / "x.safetensors")
+    foreign(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    for file in ("x", "y"):
+        path = tmp_path / f"{file}.safetensors"
+        for options in ({"key_map": lambda name: None if name == "packed" else name}, {"strict": False}):
+            assert torch.equal(load_mapped(nn.Linear(4, 4), path, **options).weight, net.weight)
+
+
+def test_a_dtype_that_torch_lacks_is_an_error_where_it_is_wanted(tmp_path: Path) -> None:
+    net = nn.Linear(4, 4)
+    net.register_buffer("packed", torch.zeros(4, dtype=torch.uint8))
+    foreign(save(net, tmp_path / "x.safetensors"), tmp_path / "y.safetensors")
+    weight = net.weight
+    with pytest.raises(CheckpointError, match=r"y\.safetensors: tensor 'packed' has dtype 'F7'.*key_map"):
+        load_mapped(net, tmp_path / "y.safetensors")
+    assert net.weight is weight
+
+
+def foreign(path: Path, new: Path) -> None:
+    """Copy a checkpoint, and say of its tensor `packed` that it has a dtype of tomorrow."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    header["packed"]["dtype"] = "F7"
+    text = json.dumps(header).encode()
+    new.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])

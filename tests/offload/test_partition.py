@@ -109,13 +109,15 @@ def test_large_tables_outside_blocks_are_looked_up_and_small_layers_stay() -> No
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tokens = nn.Embedding(1000, 48)
+            self.tokens = nn.Embedding(2**17, 48)  # 24 MiB
+            self.some = nn.Embedding(1000, 48)
             self.few = nn.Embedding(2, 48)
-            self.normed = nn.Embedding(1000, 48, max_norm=1.0)  # its lookup writes to it
+            self.normed = nn.Embedding(2**17, 48, max_norm=1.0)  # its lookup writes to it
             self.blocks = nn.ModuleList(Block() for _ in range(6))
             self.norm = nn.LayerNorm(48)
 
-    net = Net()
+    with torch.device("meta"):
+        net = Net()
     for granularity in ("block_level", "leaf_level"):
         parts = partition(net, granularity=granularity)  # type: ignore[arg-type]
         assert parts.tables == (net.tokens,)

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 
 from vramkit.offload.backend import CpuBackend
 from vramkit.offload.ring import Region, SlotRing
+
+
+def opened(*plan: Any) -> SlotRing:
+    ring = SlotRing(*plan)
+    ring.open()
+    return ring
 
 
 class Mark:
@@ -20,7 +29,7 @@ def places(regions: list[Region | None]) -> list[int | None]:
 
 
 def test_slots_are_handed_out_in_turn_until_none_is_free() -> None:
-    ring = SlotRing(CpuBackend(), 3, 4096)
+    ring = opened(CpuBackend(), 3, 4096)
     taken = [ring.take(4096) for _ in range(4)]
     assert places(taken) == [0, 1, 2, None]
     assert ring.size_bytes == 3 * 4096
@@ -30,7 +39,7 @@ def test_slots_are_handed_out_in_turn_until_none_is_free() -> None:
 
 
 def test_the_same_turn_comes_back_at_the_same_address() -> None:
-    ring = SlotRing(CpuBackend(), 2, 4096)
+    ring = opened(CpuBackend(), 2, 4096)
     seen = []
     for _ in range(6):
         region = ring.take(4096)
@@ -42,7 +51,7 @@ def test_the_same_turn_comes_back_at_the_same_address() -> None:
 
 
 def test_a_wide_group_takes_adjacent_slots_and_never_wraps() -> None:
-    ring = SlotRing(CpuBackend(), 4, 4096)
+    ring = opened(CpuBackend(), 4, 4096)
     first, wide = ring.take(4096), ring.take(3 * 4096)
     assert places([first, wide]) == [0, 1]
     assert wide is not None
@@ -51,11 +60,11 @@ def test_a_wide_group_takes_adjacent_slots_and_never_wraps() -> None:
     assert ring.take(1) is None
     ring.give(wide, Mark())
     assert places([ring.take(4096), ring.take(3 * 4096), ring.take(2 * 4096)]) == [1, None, 2]
-    assert SlotRing(CpuBackend(), 4, 4096).take(5 * 4096) is None
+    assert opened(CpuBackend(), 4, 4096).take(5 * 4096) is None
 
 
 def test_memory_is_written_only_after_its_last_reader() -> None:
-    ring = SlotRing(CpuBackend(), 2, 4096)
+    ring = opened(CpuBackend(), 2, 4096)
     region, mark = ring.take(2 * 4096), Mark()
     assert region is not None
     ring.give(region, mark)
@@ -69,7 +78,7 @@ def test_memory_is_written_only_after_its_last_reader() -> None:
 
 
 def test_memory_outside_the_ring_is_not_given_back_to_it() -> None:
-    ring = SlotRing(CpuBackend(), 1, 4096)
+    ring = opened(CpuBackend(), 1, 4096)
     held = ring.take(4096)
     extra = ring.make(100)
     ring.give(extra, Mark())
@@ -79,20 +88,39 @@ def test_memory_outside_the_ring_is_not_given_back_to_it() -> None:
 
 def test_slots_are_no_inference_tensors() -> None:
     with torch.inference_mode():
-        ring = SlotRing(CpuBackend(), 2, 4096)
+        ring = opened(CpuBackend(), 2, 4096)
         region = ring.take(10)
     assert region is not None
     assert not region.memory.is_inference()
 
 
 def test_reset_takes_everything_back() -> None:
-    ring = SlotRing(CpuBackend(), 2, 4096)
+    ring = opened(CpuBackend(), 2, 4096)
     assert places([ring.take(1), ring.take(1)]) == [0, 1]
     ring.reset()
     assert places([ring.take(1), ring.take(1), ring.take(1)]) == [0, 1, None]
 
 
 def test_a_ring_of_nothing_gives_nothing() -> None:
-    ring = SlotRing(CpuBackend(), 2, 0)
+    ring = opened(CpuBackend(), 2, 0)
     assert ring.size_bytes == 0
     assert ring.take(1) is None
+
+
+def test_a_closed_ring_has_no_memory_and_gives_nothing_until_it_is_opened() -> None:
+    ring = SlotRing(CpuBackend(), 2, 4096)
+    assert ring.take(1) is None
+    ring.open()
+    held = ring.take(1)
+    memory = held and weakref.ref(held.memory)
+    assert memory is not None
+    waited: list[int] = []
+    held, mark = None, Mark()
+    mark.synchronize = lambda: waited.append(1)  # type: ignore[method-assign]
+    ring.give(Region(torch.empty(0), (), 0, 1), mark)
+    ring.close()
+    assert waited, "whoever gets the memory need not compute on the same stream"
+    assert memory() is None
+    assert ring.take(1) is None
+    ring.open()
+    assert places([ring.take(1), ring.take(1)]) == [0, 1]

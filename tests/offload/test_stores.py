@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vramkit.errors import StoreError
 from vramkit.offload import stores
 from vramkit.offload.backend import CpuBackend
 from vramkit.offload.checkpoint import read_checkpoint
-from vramkit.offload.disk import FileReader, span_of
+from vramkit.offload.disk import FileReader, MappedFile, span_of
 from vramkit.offload.stores import DiskStore, PageableStore, PinnedStore, Staging
 
 
@@ -53,6 +55,19 @@ def test_a_second_fill_waits_for_the_buffers_of_the_first(staged: Any) -> None:
         store.fill(target)
         assert torch.equal(target, memory)
         assert len(staged.log) == expected_waits
+
+
+def test_a_part_of_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(10_000))
+    file = MappedFile(path)
+    store = PageableStore(file.tensor(0, torch.uint8, (10_000,)), Staging(CpuBackend()), file).part(8192, 10_000)
+    target = torch.ones(1808, dtype=torch.uint8)
+    store.fill(target)
+    assert not target.any()
+    os.truncate(path, 100)
+    with pytest.raises(StoreError, match="has 100 bytes"):  # and not a fault that ends the process
+        store.fill(target)
 
 
 def test_files_arrive_whole_through_staging_and_straight(staged: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from language_models import llama
 from torch import nn
 
 from vramkit.casting import apply_layerwise_casting
@@ -19,23 +20,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "leaf": {"offload_type": "leaf_level", "unit_bytes": 20_000},
     "model": {"offload_type": "model_level"},
 }
-
-
-def llama(*, tied: bool) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def generate(model: nn.Module) -> torch.Tensor:

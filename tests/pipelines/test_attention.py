@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vramkit.pipelines.attention import (
+from vramkit.pipelines.networks.attention import (
     AttentionLayers,
     Stream,
     attention,
     cross_attention_,
     self_attention_,
 )
-from vramkit.pipelines.layers import TokenOps, rotary_grid
+from vramkit.pipelines.networks.layers import TokenOps, rotary_grid
 
 CHANNELS, HEADS = 24, 3
 

@@ -23,6 +23,8 @@ TINY = DENOISERS["CogVideoX"].tiny
 pair, inputs = partial(build_pair, "CogVideoX"), cogvideox_inputs
 
 FRAME_PATCHES = ROTARY | {"patch_size_t": 2, "patch_bias": False, "sample_height": 30, "sample_width": 30}
+LEARNED = ROTARY | {"use_learned_positional_embeddings": True}
+OFFSET = ROTARY | {"ofs_embed_dim": 24}
 
 
 def predicted(reference: Any, given: dict[str, Any]) -> torch.Tensor:
@@ -50,6 +52,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (ROTARY, {"frames": 2, "height": 4, "width": 14}),
     (FRAME_PATCHES, {"batch": 2, "frames": 4}),
     (FRAME_PATCHES, {"frames": 2, "height": 14, "width": 6}),
+    (LEARNED, {"batch": 2}),
+    (LEARNED, {"frames": 2}),  # which gets sinusoids
+    (OFFSET, {"batch": 2, "ofs": 2.0}),
 ]
 
 
@@ -147,8 +152,9 @@ def test_three_token_tensors_are_alive(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ofs_embed_dim": 512}, "ofs_embed_dim=512.*image-to-video"),
-        (ROTARY | {"use_learned_positional_embeddings": True}, "image-to-video"),
+        ({"ofs_embed_dim": 512}, "ofs_embed_dim=512, expected None or time_embed_dim=24"),
+        ({"use_learned_positional_embeddings": True}, "goes with use_rotary"),
+        (LEARNED | {"patch_size_t": 2}, "patch_size_t=None; got True and 2"),
         ({"activation_fn": "geglu"}, "activation_fn='geglu', expected 'gelu-approximate'"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos=False"),
         ({"out_channels": None}, "out_channels=None"),
@@ -180,5 +186,20 @@ def test_a_config_object_makes_a_model() -> None:
 )
 def test_wrong_inputs_are_named(change: dict[str, Any], message: str) -> None:
     model, _ = pair(**FRAME_PATCHES)
+    with pytest.raises(ConfigError, match=message):
+        model(**inputs() | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        (LEARNED, {"hidden_states": torch.zeros(1, 3, 4, 8, 10)}, "4 rows and 5 columns of patches and 7 text tokens"),
+        (LEARNED, {"encoder_hidden_states": torch.zeros(1, 6, 20)}, "and 6 text tokens"),
+        (OFFSET, {}, "ofs: got None, expected one with ofs_embed_dim=24"),
+        ({}, {"ofs": torch.ones(1)}, "expected None with ofs_embed_dim=None"),
+    ],
+)
+def test_what_image_to_video_checkpoints_do_not_take(options: Any, change: dict[str, Any], message: str) -> None:
+    model, _ = pair(**options)
     with pytest.raises(ConfigError, match=message):
         model(**inputs() | change)

@@ -148,8 +148,8 @@ def test_options_of_other_autoencoders_are_refused(config: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("method", "shape", "tiled", "limit"),
     [
-        ("decode", (1, 16, 3, 60, 90), False, 0.55),
-        ("decode", (1, 16, 3, 60, 90), True, 0.65),
+        ("decode", (1, 16, 3, 60, 90), False, 0.5),
+        ("decode", (1, 16, 3, 60, 90), True, 0.6),
         ("encode", (1, 3, 9, 480, 720), False, 0.78),
     ],
 )
@@ -165,9 +165,9 @@ def test_fewer_bytes_are_alive_than_in_the_oracle(method: str, shape: Any, tiled
     assert peaks_bytes[0] <= limit * peaks_bytes[1]
 
 
-def test_a_published_clip_is_decoded_in_two_gib() -> None:
+def test_a_published_clip_is_decoded_in_a_gib_and_a_half() -> None:
     """480 x 720 pixels in tiles, bf16: a quarter picture of two layers, and what the convolutions keep of it."""
     with torch.device("meta"):
         vae, z = AutoencoderKLCogVideoX.from_config({}).bfloat16().eval(), torch.empty(1, 16, 5, 60, 90).bfloat16()
     vae.enable_tiling()
-    assert peak_bytes(lambda: vae.decode(z)) <= 2 * 2**30
+    assert peak_bytes(lambda: vae.decode(z)) <= 1.5 * 2**30

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from denoisers import DENOISERS, build_pair, classes
+from denoisers import DENOISERS, build_pair, classes, other_text
 from families import relative_error
+from live_bytes import peak_bytes
 from torch.utils._pytree import tree_map_only
+
+from vramkit.errors import ConfigError
+from vramkit.pipelines.networks.layers import FeedForward
 
 
 @pytest.fixture(params=DENOISERS)
@@ -95,6 +100,58 @@ def test_config_keys_defaults_and_exact_parts_are_diffusers(name: str) -> None:
     assert list(ours.skip_layerwise_casting) == theirs._skip_layerwise_casting_patterns
 
 
+class TestOtherTexts:
+    def test_pass_as_alone(self, name: str, pair: Any, given: dict[str, Any]) -> None:
+        model, others = pair[0], [other_text(name), other_text(name, seed=8)]
+        model.set_chunk_size(10)
+        expected = [model(**given | told).sample for told in ({}, *others)]
+        made = model(**given, others=others)
+        assert len(made.others) == 2
+        assert not torch.equal(made.sample, made.others[0])
+        assert all(torch.equal(*each) for each in zip((made.sample, *made.others), expected, strict=True))
+        assert all(map(torch.equal, model(**given, others=others, return_dict=False), expected))
+
+    @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+    def test_halve_the_bytes_that_travel(self, offload_type: str, name: str) -> None:
+        layers = {key: 5 for key in DENOISERS[name].tiny if key in {"num_layers", "num_single_layers"}}
+        model, _ = build_pair(name, **layers)
+        given, other = DENOISERS[name].inputs(**DENOISERS[name].two), other_text(name)
+        expected = [model(**given | told).sample for told in ({}, other)]
+        offload = model.enable_group_offload("cpu", offload_type=offload_type)
+        moved = []
+        for call in (
+            lambda: [model(**given | told)[0] for told in ({}, other)],
+            lambda: model(**given, others=[other]),
+        ):
+            call()
+            before = offload.stats().loaded_bytes
+            for _ in range(2):
+                made = call()
+            moved.append(offload.stats().loaded_bytes - before)
+        assert torch.equal(made[0], expected[0])
+        assert torch.equal(made.others[0], expected[1])
+        assert moved[0] == 2 * moved[1]
+
+    def test_take_the_memory_of_their_tokens(self, name: str) -> None:
+        given, other = DENOISERS[name].inputs(**DENOISERS[name].two, height=16, width=16), other_text(name)
+        model, _ = build_pair(name)
+        model.set_chunk_size(16)
+        model(**given)
+        kept = [tensor for told in (given, other) for tensor in told.values() if isinstance(tensor, torch.Tensor)]
+        existing = [*model.parameters(), *kept, *([model._rotary[1]] if model._rotary else [])]
+        alone, paired = (peak_bytes(partial(model, **given, others=others), existing) for others in ([], [other]))
+        streams: list[int] = []
+        for layer in (each for each in model.modules() if isinstance(each, FeedForward)):
+            layer.register_forward_pre_hook(lambda _, args: streams.extend(each.tokens.nbytes for each in args))
+        sample = model(**given, others=[other]).sample
+        text_bytes = 8 * 1024
+        assert max(streams) < paired - alone <= max(streams) + sample.nbytes + text_bytes
+
+    def test_are_told_as_the_first_is(self, name: str, pair: Any, given: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=r"others\[1\]: got \['colour', .*expected \['encoder_"):
+            pair[0](**given, others=[other_text(name), other_text(name) | {"colour": 1}])
+
+
 def test_units_may_be_given_copies_of_the_tokens(pair: Any, given: dict[str, Any]) -> None:
     """A hook that moves the inputs breaks the aliasing, so the results have to travel through the return values."""
     model, _ = pair
@@ -121,8 +178,10 @@ def test_streamed_weights_give_the_same_bytes(
     assert torch.equal(model(**given).sample, expected)
 
 
-def test_each_unit_is_called_once(name: str, pair: Any, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("texts", [1, 3])
+def test_each_unit_is_called_once(texts: int, name: str, pair: Any, given: dict[str, Any]) -> None:
     model, _ = pair
+    given |= {"others": [other_text(name)] * (texts - 1)}
     model.set_chunk_size(10)
     units = streamed_units(model)
     calls: list[torch.nn.Module] = []

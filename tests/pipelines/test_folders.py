@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vramkit.errors import CheckpointError
-from vramkit.pipelines.folders import listing, read_json, weights_files
+from vramkit.pipelines import WanPipeline
+from vramkit.pipelines.loading.folders import has_variant, listing, read_json, weights_files
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -57,6 +59,13 @@ class TestWeightsFiles:
         (whole,) = touch(tmp_path, "model.fp16.safetensors")
         assert weights_files(tmp_path, stem="model", variant="fp16") == [whole]
 
+    def test_shards_of_a_variant_as_older_versions_named_them(self, tmp_path: Path) -> None:
+        touch(tmp_path, "model-00001-of-00002.safetensors", "model.safetensors.index.fp16.json")
+        shards = touch(tmp_path, "model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors")
+        assert weights_files(tmp_path, stem="model", variant="fp16") == shards
+        assert has_variant(tmp_path, "fp16")
+        assert not has_variant(tmp_path, "f16")
+
     def test_missing_weights_say_what_is_there(self, tmp_path: Path) -> None:
         touch(tmp_path, "pytorch_model.bin", "config.json")
         with pytest.raises(
@@ -73,3 +82,9 @@ def test_listing(tmp_path: Path) -> None:
     touch(tmp_path, *"dcba")
     assert listing(tmp_path) == "a, b, c, d"
     assert listing(tmp_path, limit=2) == "a, b ..."
+
+
+def test_a_pipeline_says_where_it_is_from(wan_folder: Path) -> None:
+    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": None, "transformer": None}
+    assert WanPipeline.from_pretrained(wan_folder, **parts).name_or_path == str(wan_folder)
+    assert WanPipeline.name_or_path is None

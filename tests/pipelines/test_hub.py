@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.pipelines.hub import CHECKPOINT_PATTERNS, local_folder
+from vramkit.pipelines.loading.hub import checkpoint_patterns, local_folder
 
 
 @pytest.fixture
@@ -55,8 +56,26 @@ def test_repository_is_downloaded_without_pickles(downloads: list[dict[str, Any]
     assert call["repo"] == "owner/name"
     assert call["revision"] == "main"
     assert call["cache_dir"] == str(tmp_path / "cache")
-    assert call["allow_patterns"] == list(CHECKPOINT_PATTERNS)
-    assert not any(pattern.endswith((".bin", ".pt", ".pkl", "*")) for pattern in CHECKPOINT_PATTERNS)
+    assert call["allow_patterns"] == checkpoint_patterns()
+    assert not any(pattern.endswith((".bin", ".pt", ".pkl", "*")) for pattern in checkpoint_patterns())
+
+
+WEIGHTS = {  # files of a repository -> their variant
+    "model.safetensors": None,
+    "diffusion_pytorch_model-00001-of-00002.safetensors": None,
+    "model.fp16.safetensors": "fp16",
+    "model.fp16-00001-of-00002.safetensors": "fp16",
+    "diffusion_pytorch_model-00001-of-00002.fp16.safetensors": "fp16",
+    "diffusion_pytorch_model.bf16.safetensors": "bf16",
+}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16", "f16"])
+def test_only_the_wanted_variant_is_downloaded(variant: str | None, downloads: list[dict[str, Any]]) -> None:
+    local_folder("owner/name", subfolder="vae", variant=variant)
+    patterns = downloads[0]["allow_patterns"]
+    taken = [name for name in WEIGHTS if any(fnmatch.fnmatch(f"vae/{name}", pattern) for pattern in patterns)]
+    assert taken == [name for name, its in WEIGHTS.items() if its == variant]
 
 
 def test_only_the_subfolder_is_downloaded(downloads: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.hunyuan_video.prompts import PROMPT_TEMPLATE, encode_clip, encode_llama
-from vramkit.pipelines.text_encoders import load_tokenizer
+from vramkit.pipelines.loading.text_encoders import load_tokenizer
 
 SMALL = {"height": 32, "width": 48, "num_frames": 9}
 load, ready = partial(families.load, "HunyuanVideo"), partial(families.ready, "HunyuanVideo")

@@ -12,7 +12,7 @@ from vramkit.errors import ConfigError
 from vramkit.pipelines.hunyuan_video.transformer import (
     HunyuanVideoTransformer3DModel,
 )
-from vramkit.pipelines.text_masks import text_lengths
+from vramkit.pipelines.networks.text_masks import text_lengths
 
 TINY = DENOISERS["HunyuanVideo"].tiny
 pair, inputs = partial(build_pair, "HunyuanVideo"), hunyuan_inputs

@@ -180,5 +180,6 @@ def test_a_long_large_clip_needs_the_result_and_one_tile():
     tile_bytes = peak_bytes(partial(model.decode, tile), [tile, *model.parameters()])
     clip_bytes = peak_bytes(partial(model.decode, clip), [clip, *model.parameters()])
     assert clip_bytes <= frames_bytes + tile_bytes + edges_bytes
-    # The input of the first layers of full size (256 channels), its result, and two parts of the frames.
-    assert tile_bytes <= (17 * 384 + 4 * 256 + 4 * 256) * 256 * 256 * 2
+    # The input of the first layers of full size (256 channels), in which their results find room, what it was made of, and
+    # two parts of the frames.
+    assert tile_bytes <= (17 * 256 + 9 * 64 + 8 * 256) * 256 * 256 * 2

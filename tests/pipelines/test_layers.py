@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from vramkit.pipelines import layers
-from vramkit.pipelines.layers import TokenOps
+from vramkit.pipelines.networks import layers
+from vramkit.pipelines.networks.layers import TokenOps
 
 
 def randn(*shape, dtype=torch.float32, seed=0):

@@ -137,6 +137,32 @@ def test_wrong_configs_are_named(config, message):
         LTXVideoTransformer3DModel.from_config(TINY | config)
 
 
+def test_a_timestep_for_each_token_equals_diffusers():
+    model, reference = pair()
+    given = inputs(batch=2)
+    model.set_chunk_size(10)
+    first = torch.where(torch.arange(72) < 24, 0.0, 700.0)
+    for timestep in (torch.stack([first, first / 2]), torch.rand(2, 72).mul(1000), torch.full((2, 1), 7.0)):
+        with torch.no_grad():
+            expected = reference(**given | {"timestep": timestep}).sample
+        assert relative_error(model(**given | {"timestep": timestep}).sample, expected) <= 1e-5
+    each = model(**given | {"timestep": torch.stack([first, first])}).sample
+    runs = model(**given | {"timestep": torch.tensor([[0.0, 700.0]])}, timestep_tokens=(24, 48)).sample
+    assert torch.equal(runs, each)
+
+
+def test_the_table_of_coordinates_is_kept_until_they_change():
+    model, reference = pair()
+    given, places = inputs(), torch.rand(1, 3, 72) * 100
+    for _ in range(2):
+        first, kept = model(**given, video_coords=places).sample, model._placed[2]
+        assert torch.equal(model(**given, video_coords=places).sample, first)
+        assert model._placed[2] is kept
+        with torch.no_grad():
+            assert relative_error(first, reference(**given, video_coords=places).sample) <= 1e-5
+        places.add_(30.0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -144,7 +170,7 @@ def test_wrong_configs_are_named(config, message):
         ({"hidden_states": torch.zeros(1, 8, 3, 4, 6)}, r"expected \[batch, tokens, 8\]"),
         ({"width": 5}, "width=5: expected sizes in latents whose product is the number of tokens, 72"),
         ({"num_frames": None}, "or give video_coords"),
-        ({"timestep": torch.zeros(1, 72)}, "per token"),
+        ({"timestep": torch.zeros(1, 71)}, r"or \(1, 72\), one for each token"),
         ({"attention_kwargs": {"scale": 0.5}}, "attention_kwargs"),
         ({"rope_interpolation_scale": (1.0, 2.0)}, "expected three numbers"),
         ({"rope_interpolation_scale": torch.ones(3, 2)}, "expected three numbers"),

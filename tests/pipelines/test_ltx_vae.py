@@ -11,7 +11,7 @@ from families import normal, relative_error
 from live_bytes import peak_bytes
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.ltx import vae_layers
+from vramkit.pipelines.ltx import vae_convolution
 from vramkit.pipelines.ltx.vae import AutoencoderKLLTXVideo
 
 VERSIONS = ["0.9.0", "0.9.1", "0.9.5"]
@@ -98,7 +98,7 @@ def test_convolutions_in_parts_of_the_frames_give_the_same_numbers(monkeypatch, 
     x, z = normal(1, 3, 17, 64, 64), normal(1, 4, 3, 2, 2)
     expected = encoded(ours, x), decoded(ours, z)
     for numbers in (1, 5 * 4 * 16 * 16):
-        monkeypatch.setattr(vae_layers, "_PART_NUMBERS", numbers)
+        monkeypatch.setattr(vae_convolution, "_PART_NUMBERS", numbers)
         assert relative_error(encoded(ours, x), expected[0]) <= 1e-5
         assert relative_error(decoded(ours, z), expected[1]) <= 1e-5
 

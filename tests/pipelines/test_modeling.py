@@ -1,6 +1,7 @@
 """Models to and from folders in the diffusers layout."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import huggingface_hub
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.pipelines.modeling import AutoModel
-from vramkit.pipelines.pipeline import Pipeline
-from vramkit.pipelines.registry import MODELS
+from vramkit.memory import module_bytes
+from vramkit.pipelines.calling.pipeline import Pipeline
+from vramkit.pipelines.loading.auto_model import AutoModel
+from vramkit.pipelines.loading.registry import MODELS
 from vramkit.pipelines.wan.pipeline import WanPipeline
 from vramkit.pipelines.wan.transformer import WanTransformer3DModel
 
@@ -164,3 +166,16 @@ def test_the_base_pipeline_is_of_the_class_that_the_checkpoint_names(wan_folder,
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "MochiPipeline"}))
     with pytest.raises(CheckpointError, match="'MochiPipeline', which is not supported; expected one of WanPipeline"):
         Pipeline.from_pretrained(tmp_path)
+
+
+def test_memory_footprint_is_what_is_stored(wan_folder: Path) -> None:
+    model = WanTransformer3DModel.from_pretrained(wan_folder, subfolder="transformer")
+    wide = model.get_memory_footprint()
+    assert wide == module_bytes(model)
+    assert model.get_memory_footprint(return_buffers=False) == sum(p.nbytes for p in model.parameters())
+    casting = model.enable_layerwise_casting()
+    assert (
+        model.get_memory_footprint()
+        == module_bytes(model)
+        == wide - (casting.coverage.covered_bytes - casting.coverage.stored_bytes)
+    )

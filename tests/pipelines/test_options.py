@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.options import make_options
+from vramkit.pipelines.loading.options import make_options
 
 
 @dataclass(frozen=True, kw_only=True)

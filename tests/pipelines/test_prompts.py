@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vramkit.pipelines.prompts import clean_prompt
+from vramkit.pipelines.calling.prompts import clean_prompt
 
 
 def test_mends_encoding_entities_and_white_space() -> None:

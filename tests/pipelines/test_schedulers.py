@@ -1,8 +1,12 @@
 """The schedulers against diffusers' over whole runs."""
 
+import copy
 import json
+import pickle
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -258,3 +262,74 @@ def test_damaged_files(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="expected a JSON object"):
         UniPCMultistepScheduler.from_pretrained(tmp_path)
+
+
+def test_timesteps_and_shift_of_euler_are_those_of_diffusers():
+    for given in (
+        {"timesteps": [900.0, 500.0, 500.0]},
+        {"timesteps": [900.0, 500.0], "sigmas": [0.8, 0.3]},
+        {"sigmas": np.array([0.8, 0.3]), "num_inference_steps": np.int64(2)},
+    ):
+        ours, ref = (
+            kind(shift=3.0) for kind in (FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+        )
+        for scheduler in (ours, ref):
+            scheduler.set_shift(7.0)
+            scheduler.set_timesteps(device="cpu", **given)
+        assert ours.shift == ref.shift == 7.0
+        assert torch.equal(ours.timesteps, ref.timesteps)
+        assert torch.equal(ours.sigmas, ref.sigmas)
+    with pytest.raises(ConfigError, match="2 sigmas but 1 timesteps"):
+        ours.set_timesteps(sigmas=[1.0, 0.5], timesteps=[1.0])
+    with pytest.raises(ConfigError, match="takes no timesteps"):
+        UniPCMultistepScheduler.from_config(WAN).set_timesteps(timesteps=[900])
+
+
+def test_names_of_diffusers():
+    ours, ref = UniPCMultistepScheduler.from_config(WAN), diffusers.UniPCMultistepScheduler.from_config(WAN)
+    sample, noise = torch.ones(2, 3), torch.zeros(2, 3)
+    for scheduler in (ours, ref):
+        scheduler.set_timesteps(900, "cpu")
+    t = ref.timesteps[1]
+    assert ours.index_for_timestep(t) == ref.index_for_timestep(t)
+    assert len(ours) == len(ref) == 1000
+    assert ours.begin_index is ref.begin_index is None
+    assert torch.equal(ours.add_noise(sample, noise, t.repeat(2)), ref.add_noise(sample, noise, t.repeat(2)))
+    assert type(ours.step(sample, t, sample, False)) is tuple
+
+
+def test_a_config_is_a_dict_that_is_not_written():
+    config = UniPCMultistepScheduler.from_config(WAN).config
+    assert diffusers.UniPCMultistepScheduler.from_config(config).config.flow_shift == config.flow_shift
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config == dict(config)
+    for write in (
+        lambda: config.update(flow_shift=1.0),
+        lambda: config.__setitem__("flow_shift", 1.0),
+        lambda: setattr(config, "flow_shift", 1.0),
+    ):
+        with pytest.raises(ConfigError, match="from_config"):
+            write()
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 1.0, 0.5], [0.9, 0.5, 0.5], [0.9, 0.0]])
+def test_noise_levels_that_unipc_cannot_divide_by(sigmas):
+    """Diffusers makes NaN of them."""
+    ref = diffusers.UniPCMultistepScheduler.from_config(WAN)
+    ref.set_timesteps(sigmas=np.array(sigmas))
+    ref.set_begin_index(0)
+    sample = torch.ones(1, 2)
+    for t in ref.timesteps:
+        sample = ref.step(sample * 0.5, t, sample).prev_sample
+    assert not sample.isfinite().any()
+    with pytest.raises(ConfigError, match="not all different in fp32"):
+        UniPCMultistepScheduler.from_config(WAN).set_timesteps(sigmas=sigmas)
+
+
+def test_options_of_newer_files_are_named(tmp_path: Path) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0, "newer": 1, "_diffusers_version": "9"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"FlowMatchEulerDiscreteScheduler does not know newer=1; passed over"):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    assert (scheduler.config["shift"], scheduler.config["newer"]) == (5.0, 1)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config | {"_class_name": "HeunDiscreteScheduler"}))
+    FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)  # another class has options of its own

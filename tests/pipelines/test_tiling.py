@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vramkit.errors import ConfigError
-from vramkit.pipelines.tiling import FrameTiling, Tiling, blend_, fade_in_, fill_by_tiles, frame_tiles
+from vramkit.pipelines.networks.tiling import FrameTiling, Tiling, blend_, fade_in_, fill_by_tiles, frame_tiles
 
 
 def small_tiling(**sizes: int) -> Tiling:

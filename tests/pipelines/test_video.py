@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError, StoreError
-from vramkit.pipelines.video import export_to_video, load_image, postprocess_video
+from vramkit.pipelines.calling.video import export_to_video, load_image, postprocess_video
 
 HEIGHT, WIDTH, COUNT = 32, 48, 7
 
@@ -104,9 +105,52 @@ class TestExport:
         frames, _ = read_video(export_to_video(clip[:1, :31, :47], tmp_path / "odd.mp4"))
         assert frames.shape == (1, 32, 48, 3)
 
+    @pytest.mark.parametrize("name", ["2025-11-25T21:24.mp4", "-y.mp4", "a b%03d'[x].mp4", f"{'x' * 250}.mp4"])
+    def test_any_name_relative_or_not(
+        self, name: str, clip: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert export_to_video(clip[:1], name) == name
+        before = (tmp_path / name).read_bytes()
+        export_to_video(clip[:1], tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    def test_arguments_as_scripts_for_diffusers_give_them(self, clip: np.ndarray, tmp_path: Path) -> None:
+        written = [
+            export_to_video(clip, tmp_path / "a.mp4", 12),
+            export_to_video(clip, output_video_path=str(tmp_path / "b.mp4"), fps=np.float32(12), quality=np.int64(7)),
+            export_to_video(video_frames=iter(clip), output_video_path=tmp_path / "c.mp4", fps=torch.tensor(12.0)),
+            export_to_video(clip, fps=12),  # where temporary files are
+        ]
+        assert len({Path(path).read_bytes() for path in written}) == 1
+        shutil.rmtree(Path(written[-1]).parent)
+        for others, message in (
+            ({"bitrate": 10}, "give quality"),
+            ({"macro_block_size": 8}, "leave it out"),
+            ({"nonsense": 1}, "no argument 'nonsense'"),
+            ({"output_video_path": "x.mp4"}, "path is given twice"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                export_to_video(clip, tmp_path / "d.mp4", **others)
+
+    def test_values_a_rounding_beyond_their_range_are_clipped(self, clip: np.ndarray, tmp_path: Path) -> None:
+        whole = (clip > 0.5).astype(np.float32)
+        plain = Path(export_to_video(whole, tmp_path / "a.mp4")).read_bytes()
+        for beyond in (whole * np.float32(1.0000001), whole * np.float32(1.0078125) - np.float32(1e-7)):
+            assert Path(export_to_video(beyond, tmp_path / "b.mp4")).read_bytes() == plain
+        with pytest.raises(ConfigError, match=r"from 0 to 1\.0199"):
+            export_to_video(whole * np.float32(1.02), tmp_path / "c.mp4")
+
+    def test_pictures_of_other_modes(self, clip: np.ndarray, tmp_path: Path) -> None:
+        grey = PIL.Image.fromarray((clip[0, ..., 0] * 255).round().astype(np.uint8))
+        files = [Path(export_to_video([grey.convert(mode)], tmp_path / f"{mode}.mp4")) for mode in ("L", "RGB", "RGBA")]
+        assert len({file.read_bytes() for file in files}) == 1
+
     @pytest.mark.parametrize(
         ("spoil", "message"),
         [
+            (lambda clip: None, "NoneType"),
             (lambda clip: clip[:0], "no frames"),
             (lambda clip: clip[None], r"\.frames\[0\]"),
             (lambda clip: clip[..., 0], r"shape \(32, 48\)"),
@@ -135,7 +179,10 @@ class TestExport:
             ("folder.mp4", {}, "is a folder"),
             ("clip.mp4", {"fps": 0}, "fps"),
             ("clip.mp4", {"fps": float("nan")}, "fps"),
+            ("clip.mp4", {"fps": "16"}, "fps"),
             ("clip.mp4", {"quality": 11}, "quality"),
+            (f"{'x' * 255}.mp4", {}, "cannot be the name of a file"),
+            ("a\0.mp4", {}, "cannot be the name of a file"),
         ],
     )
     def test_wrong_settings(self, name: str, options: dict[str, Any], message: str, clip: np.ndarray, tmp_path: Path):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from denoisers import DENOISERS, build_pair, wan_inputs
+from denoisers import DENOISERS, build_pair, other_text, wan_inputs
 from families import relative_error
 from live_bytes import peak_bytes
 
@@ -42,17 +42,57 @@ def test_equals_diffusers(options, shape):
     assert relative_error(got, expected) <= 1e-5
 
 
+IMAGE = {"image_dim": 20, "added_kv_proj_dim": 48}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"pos_embed_seq_len": 10}], ids=str)
+def test_image_tokens_equal_diffusers(options, rows):
+    model, reference = pair(**IMAGE | options)
+    given = inputs(
+        batch=rows, text=512
+    )  # that many are the text's in the reference, and what is before them the image's
+    image = torch.randn(rows * (2 if options else 1), 5, 20)
+    with torch.no_grad():
+        expected = reference(**given, encoder_hidden_states_image=image).sample
+    model.set_chunk_size(10)
+    got = model(**given, encoder_hidden_states_image=image).sample
+    assert relative_error(got, expected) <= 1e-5
+    assert relative_error(model(**given, encoder_hidden_states_image=-image).sample, expected) > 1e-4
+    if options:
+        joined = image.reshape(rows, 10, 20)
+        assert torch.equal(model(**given, encoder_hidden_states_image=joined).sample, got)
+    with pytest.raises(ConfigError, match=r"encoder_hidden_states_image: got None, expected \("):
+        model(**given)
+
+
+def test_a_timestep_for_each_token_equals_diffusers():
+    model, reference = pair()
+    given = inputs(batch=2)
+    model.set_chunk_size(10)
+    first = torch.where(torch.arange(72) < 24, 0.0, 700.0)
+    for timestep in (torch.stack([first, first / 2]), torch.rand(2, 72).mul(1000), torch.full((2, 72), 7.0)):
+        with torch.no_grad():
+            expected = reference(**given | {"timestep": timestep}).sample
+        assert relative_error(model(**given | {"timestep": timestep}).sample, expected) <= 1e-5
+    each = model(**given | {"timestep": torch.stack([first, first])}).sample
+    runs = model(**given | {"timestep": torch.tensor([[0.0, 700.0]])}, timestep_tokens=(24, 48)).sample
+    assert torch.equal(runs, each)
+
+
 def test_blocks_compile_fullgraph_without_recompiles():
     model, _ = pair()
     model.set_chunk_size(24)
-    given = inputs(batch=2)
-    expected = model(**given).sample
+    given = inputs(batch=2) | {"others": [other_text("Wan2.1")]}
+    expected = model(**given)
     torch._dynamo.reset()
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
-    assert relative_error(model(**given).sample, expected) <= 1e-6
+    assert relative_error(model(**given).sample, expected.sample) <= 1e-6
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert relative_error(model(**given).sample, expected) <= 1e-6
+        made = model(**given)
+    assert relative_error(made.sample, expected.sample) <= 1e-6
+    assert relative_error(made.others[0], expected.others[0]) <= 1e-6
     torch._dynamo.reset()
 
 
@@ -94,9 +134,9 @@ def test_three_token_tensors_are_alive(dtype):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"image_dim": 1280}, "image_dim=1280 belongs to image-to-video"),
-        ({"added_kv_proj_dim": 5120}, "image-to-video"),
-        ({"pos_embed_seq_len": 514}, "image-to-video"),
+        ({"image_dim": 1280}, "image_dim=1280, added_kv_proj_dim=None; expected neither, or both, the second 48"),
+        ({"image_dim": 1280, "added_kv_proj_dim": 64}, "the second 48"),
+        ({"pos_embed_seq_len": 514}, "pos_embed_seq_len=514 is for image tokens"),
         ({"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
         ({"patch_size": (2, 2)}, "three numbers"),
         ({"attention_head_dim": 7}, "even"),
@@ -120,7 +160,9 @@ def test_a_bare_dict_is_not_a_config():
         ({"hidden_states": torch.zeros(1, 4, 3, 8, 7)}, "divisible"),
         ({"hidden_states": torch.zeros(4, 3, 8, 8)}, "expected .batch, channels, frames, height, width."),
         ({"hidden_states": torch.zeros(1, 4, 65, 2, 2)}, "at most 64 along an axis"),
-        ({"timestep": torch.zeros(1, 72)}, "per token"),
+        ({"timestep": torch.zeros(1, 71)}, r"expected \(1,\), one for each clip, or \(1, 72\), one for each token"),
+        ({"timestep": torch.zeros(1, 2), "timestep_tokens": (24, 24)}, r"for runs of \(24, 24\) tokens"),
+        ({"encoder_hidden_states_image": torch.zeros(1, 5, 8)}, "expected None for this checkpoint"),
         ({"timestep": torch.zeros(3)}, "timestep"),
         ({"attention_kwargs": {"scale": 0.5}}, "attention_kwargs"),
     ],

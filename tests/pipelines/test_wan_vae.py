@@ -74,6 +74,25 @@ def test_every_option_equals_the_oracle(config):
     assert relative_error(ours.decode(z).sample, oracle.decode(z).sample) <= 1e-5
 
 
+FIVE_B = ({}, {"num_res_blocks": 2}, {"temperal_downsample": [True, False, True]}, {"is_residual": False})
+
+
+@pytest.mark.parametrize(("config", "tiled"), [(each, False) for each in FIVE_B] + [({}, True)], ids=str)
+def test_the_one_of_5b_equals_the_oracle(config, tiled):
+    ours, oracle = build_pair("Wan2.2 5B", **config)
+    if tiled:
+        for vae in (ours, oracle):
+            vae.enable_tiling(32, 32, 16, 16)
+    x, z = normal(1, 3, 9, 48, 80), normal(1, 4, 3, 4, 3)
+    encoded, decoded = ours.encode(x).latent_dist.parameters, ours.decode(z).sample
+    assert decoded.shape == (1, 3, 9, 64, 48)
+    assert encoded.shape == (1, 8, 3, 3, 5)
+    assert relative_error(decoded, oracle.decode(z).sample) <= 1e-5
+    assert relative_error(encoded, oracle.encode(x).latent_dist.parameters) <= 1e-5
+    with pytest.raises(ConfigError, match="40 x 32 pixels; multiples of 16"):
+        build_pair("Wan2.2 5B")[0].encode(normal(1, 3, 1, 40, 32))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(7, 5), (4, 4), (5, 2)])
 @pytest.mark.parametrize("latent_frames", [1, 2])
 def test_tiled_decode_equals_the_oracle(tiled_pair, rows, columns, latent_frames):
@@ -140,7 +159,11 @@ def test_a_decode_inside_a_decode_does_not_disturb_it(pair):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"is_residual": True}, "Wan2.2 5B"), ({"patch_size": 2}, "Wan2.2 5B"), ({"attn_scales": [0.5]}, "attn_scales")],
+    [
+        ({"patch_size": 2}, "patch_size=2 contradicts in_channels=3"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"attn_scales": [0.5]}, "attn_scales"),
+    ],
 )
 def test_options_of_other_autoencoders_are_refused(config, message):
     with pytest.raises(ConfigError, match=message):

@@ -60,6 +60,16 @@ def test_weights_and_products_are_near_the_exact_ones(kind: str, dtype: torch.dt
         assert sqnr_db(original(x), own(x)) >= LEAST_DB[kind] - 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [96, 32, 100])
+def test_4_bit_blocks_may_run_on_into_the_next_row(columns: int, dtype: torch.dtype) -> None:
+    original = nn.Linear(columns, 40, dtype=dtype).requires_grad_(False)
+    own = quantized(original, BitsAndBytes4bitConfig(quant_type="nf4"))
+    assert sqnr_db(original.weight, own.weight) > 20
+    x = torch.randn(3, columns, dtype=dtype)
+    assert sqnr_db(original(x), own(x)) > 16
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_rows_of_zeros_stay_zeros(kind: str) -> None:
     original = layer(torch.float32, bias=False)
@@ -217,7 +227,7 @@ def test_tied_weights_stay_tied() -> None:
         (lambda: QuantoConfig(weights="int3"), "weights='int3'; expected one of 'int8'"),
         (lambda: QuantoConfig.from_options({"bits": 4}), "quanto has no option 'bits'"),
         (lambda: quantize(nn.Linear(4, 4), "nf4"), "was given as str"),
-        (lambda: quantize(nn.Linear(4, 4), {"backend": "gguf"}), "quant_backend='gguf'; expected one of"),
+        (lambda: quantize(nn.Linear(4, 4), {"backend": "exl2"}), "quant_backend='exl2'; expected one of"),
         (lambda: quantize(nn.Linear(4, 4, device="meta"), QuantoConfig()), "meta device"),
         (lambda: quantize(nn.LayerNorm(4), QuantoConfig()), "no layer to quantize"),
         (lambda: quantize(nn.Linear(4, 4), QuantoConfig(), skip_modules=["("]), "not a regular expression"),
@@ -229,7 +239,8 @@ def test_wrong_options_are_named(make: Any, message: str) -> None:
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vramkit.quant.quanto", None)
+    monkeypatch.delitem(sys.modules, "vramkit.quant.quanto", raising=False)
+    monkeypatch.setitem(sys.modules, "optimum", None)
     with pytest.raises(ConfigError, match=r'pip install "vramkit\[quant\]"'):
         quantize(nn.Linear(64, 64), QuantoConfig())
 

@@ -130,7 +130,7 @@ def test_weights_are_taken_apart_for_a_file_and_put_together(dtype):
     weight = handler.quantize(torch.randn(48, 32, dtype=dtype))
     parts, notes = handler.pack(weight)
     assert {type(part) for part in parts.values()} == {torch.Tensor}
-    again = handler.unpack(parts, json.loads(json.dumps(notes)))
+    again = handler.put_together(parts, json.loads(json.dumps(notes)), (48, 32))
     assert again.dtype == dtype
     assert torch.equal(handler.dequantize(again), handler.dequantize(weight))
 

@@ -1,0 +1,189 @@
+"""Several ranks against one: the same bytes, or the same numbers within rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import denoisers
+import pytest
+from families import Stock
+from rank_checks import blocks
+from rank_group import RankGroup
+
+from vramkit.distributed import connect, parallelize
+from vramkit.distributed.ranks import Transfer
+from vramkit.distributed.tiles import owners
+from vramkit.errors import ConfigError
+from vramkit.offload.checkpoint import write_checkpoint
+
+FAMILIES = ("Wan2.1", "HunyuanVideo", "LTX-Video", "CogVideoX")
+
+
+class Groups(dict[int, RankGroup]):
+    """Ranks by their number, which begin when they are first asked for."""
+
+    def __missing__(self, count: int) -> RankGroup:
+        self[count] = RankGroup(count)
+        return self[count]
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    made = Groups()
+    yield made
+    for group in made.values():
+        group.close()
+
+
+@pytest.fixture
+def two(groups: Groups) -> RankGroup:
+    return groups[2]
+
+
+@pytest.fixture
+def four(groups: Groups) -> RankGroup:
+    return groups[4]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    write_checkpoint(path, dict(blocks().state_dict()))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "slots", "level"), [(2, 2, "block_level"), (2, 3, "leaf_level"), (4, 3, "block_level")]
+)
+def test_each_rank_reads_its_part_of_the_weights(groups: Groups, file: str, count: int, slots: int, level: str) -> None:
+    read = groups[count].run("streams_the_bytes_of_all", file=file, level=level, slots=slots)
+    assert max(read) < 1.05 * min(read)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_weights_in_memory_become_one_copy(two: RankGroup, tmp_path: Path, on_disk: bool) -> None:
+    places = two.run("streams_from_memory", folder=str(tmp_path / "spilled") if on_disk else None)
+    assert places[0] == places[1]
+    assert (tmp_path in Path(places[0][0]).parents) == on_disk
+
+
+def test_each_rank_keeps_a_budget_by_the_plan_of_the_first(two: RankGroup, wan_folder: Path) -> None:
+    plans, made = zip(*two.run("keeps_a_budget", guidance=2, folder=str(wan_folder)), strict=True)
+    assert len(set(plans)) == len(set(made)) == 1
+
+
+def test_ranks_that_need_other_weights_end_with_an_error(two: RankGroup, file: str) -> None:
+    two.run("other_orders_are_an_error", file=file)
+
+
+def test_other_versions_options_and_weights_are_refused_on_all_ranks(two: RankGroup, file: str) -> None:
+    versions, options, weights = zip(*two.run("what_differs_is_refused", file=file), strict=True)
+    for said in (versions, options, weights):
+        assert said[0] == said[1]
+        assert "rank 0 has" in said[0]
+    assert "version of vramkit" in versions[0]
+    assert "rank 1 has 9.9" in versions[0]
+    assert "slots" in options[0]
+    assert "weights of Blocks" in weights[0]
+
+
+def test_calls_with_other_arguments_are_refused_on_all_ranks(two: RankGroup, wan_folder: Path) -> None:
+    said = two.run("calls_that_differ_are_refused", folder=str(wan_folder))
+    assert said[0] == said[1]
+    assert "argument num_inference_steps of the call: rank 0 has 2, rank 1 has 3" in said[0]
+
+
+@pytest.mark.parametrize("count", [2, 4])  # of the second, some have no head
+@pytest.mark.parametrize("family", denoisers.DENOISERS)
+def test_ranks_that_share_tokens_predict_what_one_does(groups: Groups, family: str, count: int) -> None:
+    groups[count].run("shares_tokens", family=family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_of_guidance_on_two_ranks_give_the_bytes_of_one(two: RankGroup, stock: Stock, family: str) -> None:
+    is_first = family == FAMILIES[0]
+    given = {
+        "family": family,
+        "folder": str(stock.folder(family)),
+        "exact": True,
+        "stream": is_first,
+        "alone": is_first,
+    }
+    made = two.run("makes_the_clip_of_one", guidance=2, **given)
+    assert len(set(made)) == 1
+
+
+def test_two_branches_of_two_ranks_make_a_clip(four: RankGroup, wan_folder: Path) -> None:
+    """With shared weights, tokens and tiles."""
+    given = {"family": "Wan2.1", "folder": str(wan_folder), "exact": False, "stream": True}
+    assert len(set(four.run("makes_the_clip_of_one", guidance=2, **given))) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiles_on_several_ranks_are_the_bytes_of_one(two: RankGroup, stock: Stock, family: str) -> None:
+    computed = two.run("decodes_tiles", family=family, folder=str(stock.folder(family)), framewise=False)
+    assert min(computed) > 0
+
+
+def test_tiles_of_frames_on_several_ranks_are_the_bytes_of_one(two: RankGroup, stock: Stock) -> None:
+    given = {"family": "HunyuanVideo", "folder": str(stock.folder("HunyuanVideo")), "framewise": True}
+    assert min(two.run("decodes_tiles", **given)) > 0
+
+
+def test_what_is_wrong_with_a_command_is_said_once(two: RankGroup, wan_folder: Path, tmp_path: Path) -> None:
+    wrong = ["run", "--model", str(wan_folder), "--prompt", "a cat", "--device", "cpu", "--guidance", "nan"]
+    said, others = two.run("runs_a_command", arguments=[*wrong, "--out", str(tmp_path / "clip.mp4")])
+    assert said[0] == ""
+    assert said[1].count("error: ") == 1
+    assert "guidance" in said[1]
+    assert others == ("", "", 1)
+    assert said[2] == 1
+
+
+def test_what_ends_just_after_a_wait_was_over_has_not_failed() -> None:
+    class Late:
+        """Ends between a wait and the question whether it has ended."""
+
+        waits = 0
+
+        def wait(self, timeout: object) -> None:
+            self.waits += 1
+            if self.waits == 1:
+                raise RuntimeError("Operation timed out!")
+
+        def is_completed(self) -> bool:
+            return self.waits > 0
+
+    heartbeats: Any = SimpleNamespace(check=lambda: None)
+    work = Late()
+    Transfer(work, heartbeats, on_host=True).wait()
+    assert work.waits == 2
+
+
+def test_exported_names() -> None:
+    from vramkit import distributed
+
+    assert distributed.__all__ == ["Mesh", "Parallel", "connect", "parallelize"]
+    assert all(getattr(distributed, name) is not None for name in distributed.__all__)
+
+
+def test_a_lone_process_is_told_how_to_be_one_of_several() -> None:
+    with pytest.raises(ConfigError, match="torchrun"):
+        connect()
+
+
+def test_what_is_no_pipeline_of_ours_is_refused() -> None:
+    mesh: Any = None
+    with pytest.raises(ConfigError, match="WanPipeline"):
+        parallelize(object(), mesh)
+
+
+@pytest.mark.parametrize(
+    ("costs", "ranks", "expected"),
+    [([4, 4, 4, 4, 1], 2, [0, 1, 0, 1, 0]), ([1, 2, 3], 3, [2, 1, 0]), ([5], 2, [0]), ([], 2, [])],
+)
+def test_tiles_are_dealt_to_who_has_least_to_do(costs: list[int], ranks: int, expected: list[int]) -> None:
+    assert owners(costs, ranks) == expected

@@ -1,0 +1,57 @@
+"""Settings of the process are made only where nobody made them and nothing is allocated: with a device made of paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vramkit.offload import allocator
+from vramkit.offload.allocator import use_expandable_segments
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    made: list[str] = []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, answer in {
+        "is_available": True, "get_allocator_backend": "native", "memory_reserved": 0
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(allocator, "_set", made.append)
+    return made
+
+
+def test_segments_grow_by_pages_where_nothing_is_reserved_yet(settings: list[str]) -> None:
+    assert use_expandable_segments("cuda")
+    assert settings == ["expandable_segments:True"]
+    assert not use_expandable_segments("cpu")
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "answer"),
+    [
+        (torch.cuda, "memory_reserved", lambda _device: 2**21),
+        (torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync"),
+        (torch.cuda, "is_available", lambda: False),
+        (torch.version, "cuda", None),
+    ],
+)
+def test_otherwise_nothing_is_changed(
+    settings: list[str], holder: Any, name: str, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder, name, answer)
+    assert not use_expandable_segments("cuda:0")
+    assert settings == []
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_what_the_user_has_set_stands(settings: list[str], variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "max_split_size_mb:128")
+    assert not use_expandable_segments("cuda")
+    monkeypatch.setenv(variable, "expandable_segments:True,max_split_size_mb:128")
+    assert use_expandable_segments("cuda")
+    assert settings == []

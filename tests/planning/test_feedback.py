@@ -1,0 +1,90 @@
+"""What a call really took corrects the plan: with figures of a device that is not there."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vramkit import fit
+from vramkit.planning.measured import PeakMeter
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+
+class Meter:
+    """Measures what it is told to."""
+
+    def __init__(self, *peaks: int | None) -> None:
+        self.peaks = list(peaks)
+
+    def begin(self, held_bytes: int) -> tuple[int, int]:
+        return held_bytes, 0
+
+    def end(self, begun: tuple[int, int]) -> int | None:
+        return self.peaks.pop(0)
+
+
+def test_a_call_above_the_budget_is_told_and_planned_anew() -> None:
+    net, x = Net().eval(), torch.randn(2, 64)
+    expected = net(x)
+    with fit(net, 100_000, device="cpu", example=x) as fitted, torch.no_grad():
+        before: Any = fitted.plan
+        fitted._meter = Meter(130_000, None, 100_000, None)  # type: ignore[assignment]
+        with pytest.warns(UserWarning, match="took 127 KiB where .* were predicted and 97.7 KiB were given"):
+            assert torch.equal(net(x), expected)
+        after = fitted.plan
+        assert after.margin_bytes == 130_000 - before.peak_bytes
+        assert after.peak_bytes <= 100_000 - after.margin_bytes
+        assert after.component("Net").device_bytes < before.component("Net").device_bytes
+        assert any("are kept free since" in note for note in after.notes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing is known, and then what is within the budget
+            assert torch.equal(net(x), expected)
+            assert torch.equal(net(x), expected)
+            net(torch.cat([x, x]))
+        assert fitted.plan.margin_bytes == after.margin_bytes  # holds for larger calls as well
+
+
+def test_where_no_other_plan_fits_it_is_told_and_nothing_changes() -> None:
+    net, x = Net().eval(), torch.randn(2, 64)
+    with fit(net, 60_000, device="cpu", example=x) as fitted, torch.no_grad():
+        before = fitted.plan
+        fitted._meter = Meter(10_000_000)  # type: ignore[assignment]
+        with pytest.warns(UserWarning, match="nothing is changed: no plan of Net fits"):
+            net(x)
+        assert fitted.plan is before
+
+
+class Statistics:
+    """Of torch, for a device."""
+
+    allocated, peak = 500, 900
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.allocated
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.peak
+
+
+def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = Statistics()
+    monkeypatch.setattr(torch, "cuda", statistics)
+    meter = PeakMeter(torch.device("cuda"))
+    begun = meter.begin(200)
+    assert meter.end(begun) is None  # no higher than before: nobody knows
+    statistics.peak = 1000
+    assert meter.end(begun) == 1000 - 300

@@ -1,0 +1,75 @@
+"""The table of compatibility: pipelines of diffusers within a budget, each a row and a test, the same bytes as without."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from foreign_pipelines import MORE_PIPELINES, PIPELINES
+from live_bytes import LiveBytes
+from torch import nn
+
+from vramkit import Plan, fit, plan
+from vramkit.memory import GIB
+
+ROWS = PIPELINES | MORE_PIPELINES
+# Tables of positions that models keep as plain attributes are counted as made by a call, where they were there before.
+_KEPT_BESIDE_WEIGHTS = {"QwenImagePipeline", "QwenImageImg2ImgPipeline"}
+
+
+def given(name: str) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {"num_inference_steps": 2, "output_type": "pt", **ROWS[name].inputs()}
+
+
+def called(name: str, pipe: Any) -> list[torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+        return ROWS[name].call(pipe)
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return bool(expected) and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.filterwarnings("ignore:a whole decode does not fit")
+@pytest.mark.parametrize("name", ROWS)
+def test_the_same_bytes_within_a_budget(name: str) -> None:
+    pipe = ROWS[name].make(name)
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    with LiveBytes(weights) as count:
+        expected = called(name, pipe)
+    ample = plan(pipe, GIB, device="cpu", **given(name))
+    predicted = max(phase.activation_bytes for phase in ample.phases)
+    if name not in _KEPT_BESIDE_WEIGHTS:
+        assert count.peak_bytes * 0.95 <= predicted <= count.peak_bytes * 1.05
+    with fit(pipe, int(ample.floor_bytes * 1.02), device="cpu", **given(name)) as fitted:
+        found = called(name, pipe)
+        assert sum(each.loaded_bytes for each in fitted.stats().values()) > 0
+        assert Plan.from_json(fitted.plan.to_json()) == fitted.plan
+        assert str(fitted.plan.decode) == "tiles" or same(found, expected)
+    assert same(called(name, pipe), expected)
+
+
+def test_the_table_is_long() -> None:
+    assert len(ROWS) >= 30
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "PixArtAlphaPipeline"])
+def test_their_own_saving_and_loading(name: str, tmp_path: Path) -> None:
+    pipe = ROWS[name].make(name)
+    expected = called(name, pipe)
+    with fit(pipe, GIB, device="cpu", **given(name)):
+        pipe.save_pretrained(tmp_path)
+    loaded = getattr(diffusers, name).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    with fit(loaded, GIB, device="cpu", **given(name)) as fitted:
+        assert same(called(name, loaded), expected)
+        assert type(loaded).__name__ == name
+        assert fitted.plan.model == name

@@ -1,0 +1,94 @@
+"""The search is pure: profiles made by hand, and plans to be expected of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from profiles import BLOCK, BLOCKS, MACHINE, component, profile
+
+from vramkit.errors import ConfigError, PlanInfeasible
+from vramkit.memory import GIB, MIB
+from vramkit.planning.plans import Decode, Plan
+from vramkit.planning.search import search
+
+
+@pytest.mark.parametrize("vram_gib", [2.3, 2.5, 3, 4, 5, 6, 7, 12])
+def test_plans_stay_under_the_budget_and_use_it(vram_gib: float) -> None:
+    vram = int(vram_gib * GIB)
+    plan = search(profile(), MACHINE, vram)
+    assert plan.peak_bytes <= vram
+    steps = plan.component("transformer")
+    assert (steps.streamed_bytes == 0) == (vram_gib >= 5)
+    if steps.streamed_bytes:  # what is left is less than a block
+        assert 0 <= vram - steps.device_bytes - GIB <= BLOCK
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_more_memory_is_never_slower() -> None:
+    seconds = [search(profile(flops=5e14), MACHINE, int(gib * GIB)).seconds for gib in (2.3, 2.6, 3, 4, 5, 6, 8)]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] == pytest.approx(5 + 0.01)  # all of it stays: what is computed
+    link = 50 * BLOCKS * BLOCK / 10e9
+    assert link * 0.6 <= seconds[0] <= link * 0.8  # a fourth of it stays
+
+
+def test_ties_go_to_the_simpler() -> None:
+    plan = search(profile(flops=1e17), MACHINE, 4 * GIB)  # computing takes longer than everything else
+    assert plan.component("transformer").granularity == "block_level"
+    assert plan.component("transformer").slots == 2
+    assert plan.phases[0].binds == "compute"
+    assert search(profile(), MACHINE, 3 * GIB).phases[0].binds == "link"
+
+
+def test_the_decode_that_fits_is_taken_the_whole_one_if_it_does() -> None:
+    decodes = ((Decode(), 6 * GIB), (Decode(mode="stripes", count=2), 3 * GIB), (Decode(mode="tiles"), GIB))
+    assert search(profile(decodes=decodes, flops=1e17), MACHINE, 8 * GIB).decode == Decode()
+    assert search(profile(decodes=decodes, flops=1e17), MACHINE, 4 * GIB).decode == Decode(mode="stripes", count=2)
+    tiled = search(profile(decodes=decodes), MACHINE, 2 * GIB)
+    assert tiled.decode == Decode(mode="tiles")
+    assert any("enable_tiling" in note for note in tiled.notes)
+
+
+def test_the_nearest_budget_that_fits_is_named_and_does() -> None:
+    with pytest.raises(PlanInfeasible, match="the decode by vae") as refused:
+        search(profile(), MACHINE, GIB)
+    assert "2 GiB of activations" in refused.value.binds
+    nearest = refused.value.nearest_bytes
+    assert search(profile(), MACHINE, nearest).peak_bytes <= nearest
+    with pytest.raises(PlanInfeasible):
+        search(profile(), MACHINE, nearest - 1)
+
+
+def test_a_budget_above_the_card_is_refused() -> None:
+    small = dataclasses.replace(MACHINE, card_bytes=8 * GIB)
+    with pytest.raises(ConfigError, match=r"vram=9 GiB was given, but cuda has 8 GiB"):
+        search(profile(), small, 9 * GIB)
+
+
+def test_the_margin_is_kept_free() -> None:
+    careful = dataclasses.replace(MACHINE, margin_bytes=512 * MIB)
+    plan = search(profile(), careful, 4 * GIB)
+    assert plan.peak_bytes <= 4 * GIB - 512 * MIB
+    assert plan.floor_bytes == search(profile(), MACHINE, 4 * GIB).floor_bytes + 512 * MIB
+
+
+def test_host_memory_beyond_its_bound_is_mapped_or_on_disk() -> None:
+    everything = search(profile(), MACHINE, 3 * GIB)
+    assert everything.component("transformer").store is None
+    assert everything.pinned_bytes > 1.5 * GIB
+    bounded = search(profile(), MACHINE, 3 * GIB, ram_bytes=GIB)
+    assert bounded.component("transformer").store == "mapped"
+    assert bounded.pinned_bytes <= GIB
+    in_memory = dataclasses.replace(
+        profile(),
+        components=(component("transformer", "denoise", is_in_files=False), component("vae", "decode", 2)),
+    )
+    spilled = search(in_memory, MACHINE, 3 * GIB, ram_bytes=GIB)
+    assert spilled.component("transformer").store == "disk"
+    assert spilled.host_bytes <= GIB
+
+
+def test_one_more_gib_is_priced() -> None:
+    assert search(profile(), MACHINE, 3 * GIB).next_gib.endswith("s")
+    assert search(profile(), MACHINE, 20 * GIB).next_gib == "nothing"

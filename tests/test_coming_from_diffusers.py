@@ -1,0 +1,108 @@
+"""docs/coming-from-diffusers.md against both libraries: every row is true, and no public name of theirs is left out."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders import lora_base, lora_pipeline
+from documents import DOCS
+from families import Stock
+
+import vramkit
+from vramkit.errors import ConfigError
+from vramkit.pipelines.loading.registry import MODELS, PIPELINES, SCHEDULERS
+
+PAGE = DOCS / "coming-from-diffusers.md"
+CLASSES = {"Pipelines": PIPELINES, "Models": MODELS, "Schedulers": SCHEDULERS}
+TAKEN, REFUSED, ABSENT = "Taken", "Refused", "Without a counterpart"
+SINGLE_FILES = {"from_single_file"}  # of another page
+
+
+def names(section: str, kind: str) -> list[str]:
+    """The names in a part of the page: the first column of its table, or all of a list."""
+    part = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    text = part.split(f"\n### {kind}\n")[1].split("\n### ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [name for row in rows or [text] for name in re.findall(r"`(\w+)`", row)]
+
+
+def pairs(section: str) -> Iterator[tuple[type, type]]:
+    """The classes of a section, theirs and ours."""
+    for name in CLASSES[section]:
+        if hasattr(diffusers, name) and hasattr(vramkit, name):
+            yield getattr(diffusers, name), getattr(vramkit, name)
+
+
+def public(kind: type, section: str) -> set[str]:
+    """Public names of a class of diffusers; what a module of torch has, and the adapters' calls, are not in question."""
+    found = {name for name in dir(kind) if not name.startswith("_")} - SINGLE_FILES
+    if section == "Models":
+        return found - {*dir(torch.nn.Module)}
+    if section == "Pipelines":
+        mixins = (value for module in (lora_base, lora_pipeline) for value in vars(module).values())
+        found -= {name for each in mixins if inspect.isclass(each) and each in kind.__mro__ for name in vars(each)}
+    return found
+
+
+@pytest.mark.parametrize("section", CLASSES)
+class TestNames:
+    def test_every_public_name_is_on_the_page(self, section: str) -> None:
+        listed = {name for kind in (TAKEN, REFUSED, ABSENT) for name in names(section, kind)}
+        theirs = set().union(*(public(each, section) for each, _ in pairs(section)))
+        assert theirs - listed == set()
+        assert listed - theirs <= {name for _, ours in pairs(section) for name in dir(ours)}
+
+    def test_taken_ones_are_there(self, section: str) -> None:
+        for theirs, ours in pairs(section):
+            for name in set(names(section, TAKEN)) & public(theirs, section):
+                is_set_in_constructor = section != "Pipelines" and name == "config"
+                assert is_set_in_constructor or hasattr(ours, name), (ours.__name__, name)
+                assert name not in names(section, REFUSED)
+
+    def test_absent_ones_are_not(self, section: str) -> None:
+        for _, ours in pairs(section):
+            assert not {name for name in names(section, ABSENT) if hasattr(ours, name)} - {*dir(torch.nn.Module)}
+
+
+@pytest.mark.parametrize("family", ["Wan2.1"])
+def test_refused_names_say_the_way(family: str, stock: Stock) -> None:
+    pipeline = stock.pipeline(family)
+    for section, objects in (
+        ("Pipelines", [pipeline]),
+        ("Models", [pipeline.transformer, pipeline.vae]),
+        ("Schedulers", [pipeline.scheduler]),
+    ):
+        for name in names(section, REFUSED):
+            for each in objects:
+                with pytest.raises(ConfigError, match=rf"{type(each).__name__} has no {name}\(\): \w"):
+                    getattr(each, name)()
+
+
+@pytest.mark.parametrize("family", ["Wan2.1"])
+def test_arguments_of_from_pretrained(family: str, stock: Stock) -> None:
+    folder = stock.folder(family)
+    taken, refused = names("Arguments of from_pretrained", TAKEN), names("Arguments of from_pretrained", REFUSED)
+    source = inspect.getsource(diffusers.DiffusionPipeline.from_pretrained)
+    assert {*re.findall(r'kwargs\.pop\("(\w+)"', source)} - {*taken, *refused} == set()
+    without: dict[str, Any] = {"transformer": None, "text_encoder": None, "vae": None, "tokenizer": None}
+    harmless = {"device_map": "cpu", "dtype": "auto", "torch_dtype": "auto", "use_safetensors": True}
+    vramkit.WanPipeline.from_pretrained(folder, **without, **{name: harmless.get(name) for name in taken})
+    for name in refused:
+        with pytest.raises(ConfigError, match=f"{name}=1 is not taken; \\w"):
+            vramkit.WanPipeline.from_pretrained(folder, **without, **{name: 1})
+
+
+@pytest.mark.parametrize("family", ["Wan2.1"])
+def test_the_thread_recipe_of_the_page(family: str, stock: Stock) -> None:
+    pipe = stock.pipeline(family)
+    recipe = re.search(r"`(from_pipe\(pipe, scheduler=.*?\))`:", PAGE.read_text())
+    assert recipe is not None
+    other = eval(f"type(pipe).{recipe[1]}", {"pipe": pipe})
+    assert other.transformer is pipe.transformer
+    assert other.scheduler is not pipe.scheduler
