@@ -1,0 +1,161 @@
+"""Whole clips of the families: with the transformers on the device, streamed under a cap, and planned for it.
+
+Told are the seconds of a step (s), of the step in which a second expert takes over, of the decode, and the peaks of both.
+The resident run is not decoded. What slots and residents take (held_bytes) and the activations of the resident run
+(activation_bytes) together are what the peak of the steps should be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.bench import Bench
+from benchmarks.clips import FAMILIES, Family
+from benchmarks.emulation import capped
+from benchmarks.measure import digest, host_memory, peaks, release_memory, reset_peaks, seconds_of, synchronize
+from benchmarks.rows import Row, Setting
+from vramkit.memory import GIB, module_bytes
+from vramkit.offload import apply_group_offloading
+from vramkit.planning import fit
+
+_STEPS, _STEPS_OF_EXPERTS = 3, 6
+WAYS = ("resident", "vramkit leaf", "vramkit fit")
+
+
+def settings(scale: str) -> Iterator[Setting]:
+    """Each family by each way."""
+    for name, family in FAMILIES.items():
+        for way in WAYS:
+            cap = family.cap_gib
+            yield Setting(
+                case="clip",
+                subject=f"{name} {family.clip(scale)}",
+                way=way,
+                machine="" if way == "resident" else f"card {cap:g} GiB",
+                options={"family": name, "card_bytes": None if way == "resident" else int(cap * GIB)},
+            )
+
+
+@dataclasses.dataclass
+class _Steps:
+    """A step callback that notes the seconds of each step, the peak of all, and what they gave."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    since: float = 0.0
+    peaks: Row = dataclasses.field(default_factory=dict)
+    digest: str = ""
+
+    def __call__(self, _pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> None:
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.since)
+        self.peaks = {
+            name: max(value or 0, self.peaks.get(name) or 0) or None for name, value in peaks().items()
+        }  # fmt: skip
+        self.digest = digest(tensors["latents"])
+        reset_peaks()
+        self.since = time.perf_counter()
+
+
+def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
+    """Make a clip."""
+    family, way = FAMILIES[setting.options["family"]], setting.way
+    card_bytes = setting.options["card_bytes"]
+    row: Row = {"link_gbps": bench.link_gbps}
+    family.load(bench, setting.options["family"])  # writes the files, which no figure contains
+    with contextlib.ExitStack() as stack:
+        if card_bytes is not None:
+            row["is_capped"] = stack.enter_context(capped(bench.device, card_bytes))
+        with seconds_of(row, "load_s"):
+            pipeline = family.load(bench, setting.options["family"])
+        with seconds_of(row, "setup_s"):
+            offloads = _applied(way, pipeline, family, bench, card_bytes, stack)
+        steps = _denoised(pipeline, family, bench, "latent" if way == "resident" or family.vae is None else "pt")
+        if way != "resident" and family.vae is not None:
+            row |= {"decode_s": round(time.perf_counter() - steps.since, 3), **peaks("decode_")}
+        row |= _figures(steps, _switch_of(pipeline, family), family)
+        moved = family.passes * (offloads["transformer"].stats().streamed_bytes if "transformer" in offloads else 0)
+        row |= {"moved_bytes": moved, "digest": steps.digest, **host_memory()}
+        stats = [offload.stats() for offload in offloads.values()]
+        row["held_bytes"] = sum(each.slots * each.slot_bytes + each.resident_bytes for each in stats)
+        if way == "resident" and row["allocated_bytes"]:
+            row["activation_bytes"] = row["allocated_bytes"] - sum(map(module_bytes, _transformers(pipeline)))
+    yield setting.row(**row)
+
+
+def _applied(
+    way: str, pipeline: Any, family: Family, bench: Bench, card_bytes: int | None, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    if way == "resident":
+        for model in _transformers(pipeline):
+            model.to(bench.device)
+        if family.has_image:
+            pipeline.vae.to(bench.device)
+        return {}
+    if way == "vramkit fit":
+        vram = GIB if bench.is_smoke else card_bytes
+        assert vram is not None
+        more = {"output_type": "latent"} if family.vae is None else {}
+        fitted = stack.enter_context(fit(pipeline, vram=vram, device=bench.device, **family.arguments(bench), **more))
+        return fitted.offloads
+    offloads = {}
+    for name in ("transformer", "transformer_2", "vae"):
+        model = getattr(pipeline, name, None)
+        if model is not None:
+            offloads[name] = apply_group_offloading(model, bench.device, offload_type="leaf_level")
+            stack.callback(offloads[name].remove)
+    if family.vae is not None:
+        pipeline.vae.enable_tiling()
+    return offloads
+
+
+def _transformers(pipeline: Any) -> list[Any]:
+    found = (pipeline.transformer, getattr(pipeline, "transformer_2", None))
+    return [model for model in found if model is not None]
+
+
+def _denoised(pipeline: Any, family: Family, bench: Bench, output_type: str) -> _Steps:
+    given = family.arguments(bench)
+    release_memory()
+    reset_peaks()
+    steps = _Steps(since=time.perf_counter())
+    pipeline(
+        **given,
+        num_inference_steps=_STEPS_OF_EXPERTS if family.has_two_experts else _STEPS,
+        generator=torch.Generator().manual_seed(0),
+        output_type=output_type,
+        callback_on_step_end=steps,
+    )
+    synchronize()
+    return steps
+
+
+def _switch_of(pipeline: Any, family: Family) -> int | None:
+    """Return the step in which the second expert runs first."""
+    if not family.has_two_experts:
+        return None
+    pipeline.scheduler.set_timesteps(_STEPS_OF_EXPERTS)
+    boundary = pipeline.boundary_ratio * pipeline.scheduler.config["num_train_timesteps"]
+    return sum(bool(timestep >= boundary) for timestep in pipeline.scheduler.timesteps.tolist())
+
+
+def _figures(steps: _Steps, switch: int | None, family: Family) -> Row:
+    """The median of the steps, without the first, which warms up, and the one of the switch."""
+    others = [seconds for at, seconds in enumerate(steps.seconds) if at not in (0, switch)]
+    row: Row = {
+        "s": round(statistics.median(others), 6),
+        "slowest_s": round(max(others), 6),
+        "first_s": round(steps.seconds[0], 6),
+        "repeats": len(others),
+        "passes": family.passes,
+        **steps.peaks,
+    }
+    if switch is not None:
+        row["switch_s"] = round(steps.seconds[switch], 6)
+    return row

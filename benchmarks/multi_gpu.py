@@ -1,0 +1,335 @@
+"""Several cards beside one, in one run: streamed weights, shared tokens, branches of guidance, tiles of a decode.
+
+    python -m benchmarks.multi_gpu --out results/multi_gpu                       # every case on two cards
+    python -m benchmarks.multi_gpu --cases link,guidance --ranks 4 --folder /data
+    python -m benchmarks.multi_gpu --tiny                                        # toy sizes on the CPU, by gloo
+
+Random bf16 weights at the published shapes, written once to safetensors files and mapped by every rank. Of each case the
+first card runs it alone while the others wait, then all cards together; a row tells seconds (the slowest rank's median), the
+ratio and its target, the allocator's peak on each side, and whether the results are the same bytes. NCCL's buffers are
+outside the allocator's peaks; `used_gib` is what the driver says of the fullest card. Needs 32 GiB of disk and of RAM for
+each of the two models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import gc
+import json
+import os
+import platform
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import vramkit
+from vramkit.distributed import Mesh, connect
+from vramkit.distributed.branches import GuidanceBranches
+from vramkit.distributed.sequence import SequenceRanks
+from vramkit.distributed.tiles import TileRanks
+from vramkit.memory import probe_link_gbps
+from vramkit.offload import Offload, apply_group_offloading, load_mapped, parameters_on_meta
+from vramkit.offload.checkpoint import write_checkpoint
+
+Row = dict[str, Any]
+GIB = 2**30
+# Of the seconds of one card, on two.
+TARGETS = {"link": 0.53, "compute": 0.54, "guidance": 0.51, "hunyuan": 0.54, "decode": 0.56, "decode_720p": 0.56}
+MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # class, published config, tiny one
+    "wan": (
+        "WanTransformer3DModel",
+        {},
+        {
+            "num_attention_heads": 3,
+            "attention_head_dim": 24,
+            "text_dim": 32,
+            "freq_dim": 32,
+            "ffn_dim": 96,
+            "num_layers": 3,
+        },
+    ),
+    "hunyuan": (
+        "HunyuanVideoTransformer3DModel",
+        {},
+        {
+            "num_attention_heads": 3,
+            "attention_head_dim": 24,
+            "rope_axes_dim": (8, 8, 8),
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 32,
+            "pooled_projection_dim": 16,
+        },
+    ),
+    "vae": ("AutoencoderKLWan", {}, {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}),
+}
+SHAPES = {  # model, (height, width, frames), and those of --tiny
+    "link": ("wan", (480, 832, 5), (32, 48, 5)),
+    "compute": ("wan", (480, 832, 81), (32, 48, 13)),
+    "guidance": ("wan", (480, 832, 33), (32, 48, 9)),
+    "hunyuan": ("hunyuan", (720, 1280, 129), (32, 48, 9)),
+    "decode": ("vae", (480, 832, 81), (96, 96, 5)),
+    "decode_720p": ("vae", (720, 1280, 81), (96, 144, 5)),
+}
+
+
+class Bench:
+    """One rank of the run."""
+
+    def __init__(self, mesh: Mesh, branched: Mesh, folder: Path, *, is_tiny: bool, repeats: int) -> None:
+        self.mesh, self.branched = mesh, branched
+        self.device, self.is_tiny, self.repeats = mesh.device, is_tiny, repeats
+        self.dtype = torch.float32 if is_tiny else torch.bfloat16
+        self._folder = folder
+
+    def model(self, name: str) -> nn.Module:
+        """A model whose weights are views of a file that the first rank has written."""
+        kind, published, tiny = MODELS[name]
+        file = self._folder / f"{name}.safetensors"
+        with parameters_on_meta():
+            model: nn.Module = getattr(vramkit, kind).from_config(tiny if self.is_tiny else published).eval()
+        if self.mesh.is_first and not file.exists():
+            generator = torch.Generator(device=self.device).manual_seed(0)
+            weights = {}
+            for key, parameter in model.named_parameters():
+                values = torch.empty(parameter.shape, device=self.device, dtype=self.dtype)
+                weights[key] = values.normal_(0, 0.02, generator=generator).cpu()
+            write_checkpoint(file, weights)
+        self.mesh.all.barrier()
+        return load_mapped(model, file)
+
+    def inputs(self, case: str, seed: int = 1) -> dict[str, Any]:
+        """Random inputs, the same on all ranks."""
+        name, full, tiny = SHAPES[case]
+        height, width, frames = tiny if self.is_tiny else full
+        generator = torch.Generator().manual_seed(seed)
+        latent = (frames - 1) // 4 + 1, height // 8, width // 8
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+        if name == "vae":
+            return {"z": draw(1, 16, *latent)}
+        given: dict[str, Any] = {
+            "hidden_states": draw(1, 16, *latent),
+            "timestep": torch.tensor([500], device=self.device),
+        }
+        text = {"wan": 32 if self.is_tiny else 4096, "hunyuan": 32 if self.is_tiny else 4096}[name]
+        given["encoder_hidden_states"] = draw(1, 16 if self.is_tiny else 512 if name == "wan" else 256, text)
+        if name == "hunyuan":
+            given |= {
+                "encoder_attention_mask": (given["encoder_hidden_states"].shape[1],),
+                "pooled_projections": draw(1, 16 if self.is_tiny else 768),
+                "guidance": torch.tensor([6000.0], device=self.device, dtype=self.dtype),
+            }
+        return given | {"return_dict": False}
+
+    def measured(self, run: Callable[[], Tensor]) -> tuple[float, float, float, Tensor]:
+        """Seconds (median), allocator peak in GiB, what the driver counts in GiB, and the result on the host."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        result, seconds = run(), []  # the first one records orders and warms up
+        for _ in range(self.repeats):
+            self._synchronize()
+            start = time.perf_counter()
+            result = run()
+            self._synchronize()
+            seconds.append(time.perf_counter() - start)
+        peak = used = 0.0
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / GIB
+            free, total = torch.cuda.mem_get_info()
+            used = (total - free) / GIB
+        return statistics.median(seconds), peak, used, result.cpu()
+
+    def row(self, case: str, alone: Callable[[], Tensor], together: Callable[[], Tensor]) -> Row | None:
+        """Measure a case on the first card alone, then on all; the row is on the first rank."""
+        one = self.measured(alone) if self.mesh.is_first else None
+        self.mesh.all.barrier()
+        s, peak, used, result = self.measured(together)
+        figures = self.mesh.all.collect([s, peak, used])
+        if one is None:
+            return None
+        slowest, peaks, fullest = (max(each) for each in zip(*figures, strict=True))
+        error = float((result.float() - one[3].float()).norm() / one[3].float().norm())
+        return {
+            "case": case,
+            "ranks": self.mesh.size,
+            "one_s": round(one[0], 4),
+            "s": round(slowest, 4),
+            "ratio": round(slowest / one[0], 3),
+            "target": TARGETS[case],
+            "one_gib": round(one[1], 3),
+            "gib": round(peaks, 3),
+            "one_used_gib": round(one[2], 2),
+            "used_gib": round(fullest, 2),
+            "same_bytes": torch.equal(result, one[3]),
+            "relative_error": error,
+        }
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def forward(bench: Bench, case: str) -> Row | None:
+    """One forward: its weights streamed by one rank, then shared by all, as are the tokens."""
+    given = bench.inputs(case)
+    alone = _Streamed(bench, case, None)
+    with torch.no_grad():
+        return bench.row(case, lambda: alone.run(given), lambda: alone.replaced(bench.mesh).run(given))
+
+
+def guidance(bench: Bench, case: str) -> Row | None:
+    """Two predictions: in turn on one card, then on a branch of ranks each."""
+    prompts = [bench.inputs(case, seed) for seed in (1, 2)]
+    prompts[1]["hidden_states"] = prompts[0]["hidden_states"]
+    streamed = _Streamed(bench, case, None)
+    branches = GuidanceBranches(bench.branched.in_guidance)
+
+    def predict(given: Mapping[str, Any]) -> tuple[Tensor]:
+        return (streamed.run(given),)
+
+    def together() -> Tensor:
+        streamed.replaced(bench.branched)
+        return torch.stack(branches.predictions(predict, *prompts))
+
+    with torch.no_grad():
+        return bench.row(case, lambda: torch.stack([streamed.run(each) for each in prompts]), together)
+
+
+def decode(bench: Bench, case: str) -> Row | None:
+    """A decode in tiles: all by one card, then some by each."""
+    vae: Any = bench.model("vae").to(bench.device)
+    tiles = {f"tile_sample_{what}": 32 for what in ("min_height", "min_width", "stride_height", "stride_width")}
+    vae.enable_tiling(**(tiles if bench.is_tiny else {}))
+    z = bench.inputs(case)["z"]
+
+    def together() -> Tensor:
+        vae.tile_ranks = TileRanks(bench.mesh.all)
+        sample: Tensor = vae.decode(z).sample
+        return sample
+
+    return bench.row(case, lambda: vae.decode(z).sample, together)
+
+
+class _Streamed:
+    """A transformer, offloaded by its own rank when it first runs, or by all of a mesh."""
+
+    def __init__(self, bench: Bench, case: str, mesh: Mesh | None) -> None:
+        self._model: Any = bench.model(SHAPES[case][0])
+        self._bench, self._mesh = bench, mesh
+        self._offload: Offload | None = None
+
+    def replaced(self, mesh: Mesh) -> _Streamed:
+        """The same shared by all ranks of `mesh`."""
+        if self._mesh is None:
+            if self._offload is not None:
+                self._offload.remove()
+            self._mesh, self._offload = mesh, None
+        return self
+
+    def run(self, given: Mapping[str, Any]) -> Tensor:
+        if self._offload is None:
+            self._offload = apply_group_offloading(self._model, self._bench.device, mesh=self._mesh)
+            if self._mesh is not None and self._mesh.sequence > 1:
+                self._model.set_token_ranks(SequenceRanks(self._mesh.in_sequence))
+        result: Tensor = self._model(**given)[0]
+        return result
+
+
+CASES: Mapping[str, Callable[[Bench, str], Row | None]] = {
+    "link": forward,
+    "compute": forward,
+    "guidance": guidance,
+    "hunyuan": forward,
+    "decode": decode,
+    "decode_720p": decode,
+}
+
+
+def work(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
+    """What one rank does."""
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": args.ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    if args.tiny:
+        torch.set_num_threads(1)
+    device = "cpu" if args.tiny else None
+    rows: list[Row] = []
+    with connect(device=device, timeout_s=600) as mesh:
+        branched = mesh.with_branches(2) if args.ranks % 2 == 0 else mesh
+        link_gbps = None if args.tiny else round(probe_link_gbps(mesh.device), 1)
+        notes = environment(mesh.device) | {"links_at_once_gbps": mesh.all.collect(link_gbps)}
+        bench = Bench(mesh, branched, Path(folder), is_tiny=args.tiny, repeats=args.repeats)
+        for case in args.cases.split(","):
+            start = time.perf_counter()
+            row = CASES[case](bench, case)
+            if row is not None:
+                rows.append(row)
+                print(row, f"-- {time.perf_counter() - start:.0f} s", flush=True)
+                write(args.out, rows, notes)
+
+
+def environment(device: torch.device) -> Row:
+    """What the run was on."""
+    nccl: Any = torch.cuda.nccl
+    return {
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, nccl.version())) if device.type == "cuda" else None,
+    }
+
+
+def write(out: Path, rows: list[Row], notes: Row) -> None:
+    """Write the rows as JSON and as a table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"benchmark": "multi_gpu", **notes, "rows": rows}, indent=1) + "\n")
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([str(row[name]) for name in columns] for row in rows)]
+    facts = "".join(f"- {name}: {value}\n" for name, value in notes.items())
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    out.with_suffix(".md").write_text(f"# Several cards beside one\n\n{facts}\n{table}\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/multi_gpu"), help="path without an ending")
+    parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
+    parser.add_argument("--ranks", type=int, default=2, help="cards")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side of a case, after a first one")
+    parser.add_argument("--folder", type=Path, default=None, help="where to keep the checkpoints (default: temporary)")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU")
+    args = parser.parse_args(arguments)
+    if unknown := [name for name in args.cases.split(",") if name not in CASES]:
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    with tempfile.TemporaryDirectory() as temporary, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        start: Any = mp.start_processes  # type: ignore[attr-defined]
+        start(work, (args, port, str(folder)), nprocs=args.ranks, start_method="forkserver" if args.tiny else "spawn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Tables of README and docs, made from files of results: each between ``<!-- results: NAME -->`` and ``<!-- end -->``."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.rows import Results, Row, compared
+
+__all__ = ["PAGES", "TABLES", "rendered"]
+
+PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "docs/figures.md"))
+_RESULTS = Path(__file__).parent / "results"
+_BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_GIB = 2**30
+
+
+def rendered(text: str) -> str:
+    """Return the text of a page with the tables between its marks made anew.
+
+    Raises:
+        KeyError: a mark names a table that there is not.
+    """
+    return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    first, *rest = ["|" + "|".join(f" {text} " if text else " " for text in line) + "|" for line in (heads, *lines)]
+    return "\n".join([first, "|" + "---|" * len(heads), *rest])
+
+
+@functools.cache
+def _rows(name: str) -> tuple[Row, ...]:
+    return tuple(compared(Results.read(_RESULTS / f"{name}.json")))
+
+
+def _found(name: str, **wanted: object) -> Row:
+    """Return the one row of a file with these values, or an empty one."""
+    found = [row for row in _rows(name) if all(row.get(key) == value for key, value in wanted.items())]
+    return found[0] if found else {}
+
+
+def _figure(row: Row, name: str, form: str) -> str:
+    if row.get(name) is None:
+        return ""
+    text = format(row[name], form)
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def _seconds(row: Row, form: str = ".3f", ratio: str = ".2f", name: str = "s") -> str:
+    """Seconds, and how often their floor they are."""
+    times = f" ({row['ratio']:{ratio}})" if row.get("ratio") else ""
+    return _figure(row, name, form) + times
+
+
+def _wan14b() -> str:
+    names = {
+        "diffusers, resident": "resident diffusers",
+        "diffusers, block + stream": "diffusers block + stream",
+        "diffusers, leaf + stream": "diffusers leaf + stream",
+        "vramkit, block, diffusers' module": "block, diffusers' module",
+        "vramkit, leaf, diffusers' module": "leaf, diffusers' module",
+        "vramkit, leaf, vramkit's module": "leaf, our module",
+        "the same, blocks compiled, block level": "block, our module compiled",
+        "the same, fp8 storage, block level": "block, our module in fp8",
+    }
+    lines = []
+    for label, case in names.items():
+        at = {frames: _found("wan14b", case=case, shape=f"480p f{frames}") for frames in (5, 33, 81)}
+        ready = _figure(at[81], "ready_s", ".1f")
+        lines.append(
+            [label, *map(_seconds, at.values()), _figure(at[81], "reserved_gib", "#.3g"), f"{ready} s" if ready else ""]
+        )
+    heads = (
+        "", "5 frames, s (of its floor)", "33 frames", "81 frames", "reserved at 81 frames, GiB", "ready after",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _quant14b() -> str:
+    names = {
+        "diffusers, nf4, leaf + stream": "diffusers-nf4",
+        "vramkit, nf4, leaf": "ours-nf4",
+        "diffusers, fp8 casting, resident": "diffusers-fp8",
+        "vramkit, fp8 storage, leaf": "ours-fp8",
+        "vramkit, fp8 products, leaf": "ours-fp8-mm",
+    }
+    lines = []
+    for label, case in names.items():
+        resident = {frames: _found("quant14b", case=f"{case} resident", frames=frames) for frames in (5, 81)}
+        streamed = {frames: _found("quant14b", case=f"{case} leaf level", frames=frames) for frames in (5, 81)}
+        reserved = [_figure(row, "reserved_gib", "#.3g") for row in (resident[81], streamed[81])]
+        lines.append(
+            [
+                label,
+                _seconds(resident[5]),
+                _seconds(streamed[5]),
+                _seconds(resident[81]),
+                _seconds(streamed[81]),
+                ", ".join(filter(None, reserved)),
+                _figure(resident[81], "forward_db", ".0f"),
+            ]
+        )
+    heads = (
+        "", "resident, 5 frames", "streamed, s (of its floor)", "resident, 81 frames", "streamed, s (of its floor)",
+        "reserved, resident and streamed", "dB",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _families() -> str:
+    names = {
+        "HunyuanVideo, 1280x720, 129 frames": "hunyuan",
+        "CogVideoX-5B, 720x480, 49 frames": "cogvideox-5b",
+        "CogVideoX-2B, 720x480, 49 frames": "cogvideox-2b",
+        "LTX-Video, 768x512, 161 frames": "ltx",
+    }
+    lines = []
+    for label, family in names.items():
+        resident = _found("families", family=family, case="transformer resident")
+        row = _found("families", family=family, case="streamed, tiled decode")
+        weights = _figure(resident, "weights_gib", ".1f")
+        lines.append(
+            [
+                f"{label} ({weights} GiB of weights)" if weights else label,
+                _seconds(row, ".4g", ".3f", "step_s"),
+                _figure(row, "step_gib", ".2f"),
+                _figure(row, "decode_s", ".1f"),
+                _figure(row, "decode_gib", ".2f"),
+                f"{_figure(row, 'cap_gib', '.0f')} GiB",
+            ]
+        )
+    heads = (
+        "", "step, s (of its floor)", "peak of steps, GiB", "decode, s", "peak of decode, GiB", "ran under a cap of",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _guide() -> str:
+    lines = []
+    for label, case in {"everything on the device": "resident", "diffusers": "diffusers", "vramkit": "vramkit"}.items():
+        row = _found("guide", case=case)
+        phases = [_figure(row, f"{phase}_gib", ".1f") for phase in ("encode", "steps", "decode")]
+        lines.append(
+            [
+                label,
+                _figure(row, "setup_s", ".1f"),
+                _figure(row, "encode_s", ".2f"),
+                _figure(row, "step_s", ".2f"),
+                _figure(row, "decode_s", ".2f"),
+                ", ".join(phases),
+                _figure(row, "ram_taken_gib", ".1f"),
+            ]
+        )
+    heads = (
+        "", "set-up, s", "encode, s", "step, s", "decode, s", "peak of encode, steps, decode, GiB", "RAM taken, GiB",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _loaders() -> str:
+    names = {
+        "diffusers' `from_pretrained`": "from_pretrained",
+        "`safetensors.torch.load_file`, assigned": "load_file_assigned",
+        "`torch.load(mmap=True)`, assigned": "torch_load_mapped",
+        "`load_mapped`": "mapped",
+        "constructed in memory": "constructed",
+    }
+    lines = []
+    for label, loader in names.items():
+        row = _found("loaders", loader=loader)
+        lines.append(
+            [
+                label,
+                _figure(row, "ready_s", ".1f"),
+                _figure(row, "grown_gib", ".1f"),
+                ", ".join(row.get("stores", {})),
+                _figure(row, "steady_s", ".3f"),
+            ]
+        )
+    return _table(("loaded by", "ready after, s", "memory it took, GiB", "rests", "forward, s"), lines)
+
+
+def _peers() -> str:
+    """Every way on the transformer of diffusers, from ``suite.json``: seconds, memory, set-up; errors as they are."""
+    shapes = [f"wan-14b diffusers bf16 832x480x{frames}" for frames in (5, 81)]
+    rows = [row for row in _rows("suite") if row.get("case") == "forward" and row.get("subject") in shapes]
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        short, long = (_found("suite", case="forward", subject=subject, way=way) for subject in shapes)
+        setup = sum(long.get(name) or 0 for name in ("load_s", "setup_s", "first_s"))
+        error = long.get("error") or short.get("error")
+        lines.append(
+            [
+                way,
+                _seconds(short),
+                error[:80].replace("|", "/") if error else _seconds(long),
+                _figure({"gib": long["reserved_bytes"] / _GIB} if long.get("reserved_bytes") else {}, "gib", ".2f"),
+                f"{setup:.1f}" if setup else "",
+                {True: "yes", False: "no", None: ""}[long.get("same_bytes")],
+            ]
+        )
+    heads = (
+        "", "5 frames, s (of its floor)", "81 frames", "reserved at 81 frames, GiB", "load to first step, s", "same bytes",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _cards() -> str:
+    """Who finishes on which emulated card, from ``suite.json``: seconds, or a dash."""
+    rows = [row for row in _rows("suite") if row.get("case") == "cards"]
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    lines = []
+    for subject, way in dict.fromkeys((row["subject"], row["way"]) for row in rows):
+        own = [_found("suite", case="cards", subject=subject, way=way, machine=machine) for machine in machines]
+        lines.append([f"{way}, {subject.split(' ')[1]}", *(_figure(row, "s", ".2f") or "-" for row in own)])
+    return _table(("", *(machine.removeprefix("card ") for machine in machines)), lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "wan14b": _wan14b,
+    "quant14b": _quant14b,
+    "families": _families,
+    "guide": _guide,
+    "loaders": _loaders,
+    "peers": _peers,
+    "cards": _cards,
+}
