@@ -48,7 +48,7 @@ def test_streamed_is_resident(options: dict[str, Any], rank: int, dtype: torch.d
     for each in (net, resident):  # what stays on the device is written to: the copy queue comes after
         up, down, _ = each[3].weight.products[0]
         up.mul_(2)
-        down.add_(0.1)
+        down.add_(0.125)  # a number of bfloat16: the host and the device round 0.1 differently
     assert torch.equal(net(x), resident(x))
     handle.remove()
     assert all(torch.equal(layer.weight.base, base) for layer, base in zip(net, bases, strict=True))
