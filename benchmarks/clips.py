@@ -43,6 +43,12 @@ class Family:
     passes: int = 2
     """Forwards in a step."""
     cap_gib: float
+    """What the allocator has where every part is offloaded by hand."""
+    fit_gib: float
+    """What `fit` is given, and the allocator has."""
+    size: Clip | None = None
+    """The clip at full scale, if it is not that of the network."""
+    steps: int = 3
     absent: tuple[str, ...] = ("tokenizer", "text_encoder")
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_two_experts: bool = False
@@ -50,9 +56,9 @@ class Family:
 
     def clip(self, scale: str) -> Clip:
         """Return the published clip, or a tiny one."""
-        return self.tiny_clip if scale == "smoke" else NETWORKS[self.network].clip
+        return self.tiny_clip if scale == "smoke" else self.size or NETWORKS[self.network].clip
 
-    def load(self, bench: Bench, name: str) -> Any:
+    def load(self, bench: Bench) -> Any:
         """Build the pipeline, its weights mapped from files, which are written if they are not there."""
         network = NETWORKS[self.network]
         config = network.config_at(bench.scale) | (self.transformer if bench.is_smoke else {})
@@ -62,7 +68,7 @@ class Family:
         if self.vae is not None:
             configs["vae"] = self.vae | (self.tiny_vae if bench.is_smoke else {})
         models = {
-            part: _mapped(bench, f"clip-{name}-{part}", given)
+            part: _mapped(bench, f"clip-{self.network}-{part}", given)
             for part, given in configs.items()
         }  # fmt: skip
         nothing = dict.fromkeys((*self.absent, *(() if "vae" in models else ("vae",))))
@@ -129,11 +135,30 @@ def _ddim() -> Any:
     return CogVideoXDDIMScheduler()
 
 
+def _wan(size: Clip, *, fit_gib: float, steps: int = 3) -> Family:
+    return Family(
+        pipeline="WanPipeline",
+        network="wan-14b",
+        vae={"_class_name": "AutoencoderKLWan"},
+        tiny_vae={"base_dim": 4, "num_res_blocks": 1},
+        scheduler=_unipc,
+        text=_t5(512),
+        size=size,
+        tiny_clip=Clip(64, 96, 5),
+        cap_gib=5.0,
+        fit_gib=fit_gib,
+        steps=steps,
+    )
+
+
 _COG_VAE: dict[str, Any] = {"_class_name": "AutoencoderKLCogVideoX"}
 _TINY_COG = {"in_channels": 4, "out_channels": 4}
 _TINY_COG_VAE = _GROUPS | {"sample_height": 96, "sample_width": 80}
 
 FAMILIES: dict[str, Family] = {
+    "wan2.1-14b": _wan(Clip(480, 832, 81), fit_gib=2.5),
+    "wan2.1-14b-720p": _wan(Clip(720, 1280, 81), fit_gib=3.8, steps=2),
+    "wan2.1-14b-short": _wan(Clip(480, 832, 5), fit_gib=2.5),
     "hunyuan": Family(
         pipeline="HunyuanVideoPipeline",
         network="hunyuan",
@@ -145,6 +170,8 @@ FAMILIES: dict[str, Family] = {
         tiny_clip=Clip(32, 48, 5),
         passes=1,  # the guidance is a number that the model is told
         cap_gib=5.0,
+        fit_gib=3.8,
+        steps=2,
         absent=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     ),
     "ltx": Family(
@@ -161,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         text=_t5(128, masks=True),
         tiny_clip=Clip(64, 96, 9),
         cap_gib=2.0,
+        fit_gib=1.5,
     ),
     "cogvideox-2b": Family(
         pipeline="CogVideoXPipeline",
@@ -172,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         text=_t5(226),
         tiny_clip=Clip(32, 48, 5),
         cap_gib=3.0,
+        fit_gib=1.8,
     ),
     "cogvideox-5b": Family(
         pipeline="CogVideoXPipeline",
@@ -183,6 +212,7 @@ FAMILIES: dict[str, Family] = {
         text=_t5(226),
         tiny_clip=Clip(32, 48, 5),
         cap_gib=3.0,
+        fit_gib=1.8,
     ),
     "wan2.2-a14b": Family(
         pipeline="WanPipeline",
@@ -192,6 +222,8 @@ FAMILIES: dict[str, Family] = {
         text=_t5(512),
         tiny_clip=Clip(64, 96, 5),
         cap_gib=8.0,
+        fit_gib=2.3,
+        steps=6,
         options={"boundary_ratio": 0.875},
         has_two_experts=True,
     ),
@@ -208,6 +240,7 @@ FAMILIES: dict[str, Family] = {
         text=_t5(512),
         tiny_clip=Clip(64, 96, 5),
         cap_gib=8.0,
+        fit_gib=6.0,
         options={"expand_timesteps": True},
         has_image=True,
     ),

@@ -23,9 +23,8 @@ from benchmarks.measure import digest, host_memory, peaks, release_memory, reset
 from benchmarks.rows import Row, Setting
 from vramkit.memory import GIB, module_bytes
 from vramkit.offload import apply_group_offloading
-from vramkit.planning import fit
+from vramkit.planning import Plan, fit
 
-_STEPS, _STEPS_OF_EXPERTS = 3, 6
 WAYS = ("resident", "vramkit leaf", "vramkit fit")
 
 
@@ -33,7 +32,7 @@ def settings(scale: str) -> Iterator[Setting]:
     """Each family by each way."""
     for name, family in FAMILIES.items():
         for way in WAYS:
-            cap = family.cap_gib
+            cap = family.fit_gib if way == "vramkit fit" else family.cap_gib
             yield Setting(
                 case="clip",
                 subject=f"{name} {family.clip(scale)}",
@@ -68,14 +67,14 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
     family, way = FAMILIES[setting.options["family"]], setting.way
     card_bytes = setting.options["card_bytes"]
     row: Row = {"link_gbps": bench.link_gbps}
-    family.load(bench, setting.options["family"])  # writes the files, which no figure contains
+    family.load(bench)  # writes the files, which no figure contains
     with contextlib.ExitStack() as stack:
         if card_bytes is not None:
             row["is_capped"] = stack.enter_context(capped(bench.device, card_bytes))
         with seconds_of(row, "load_s"):
-            pipeline = family.load(bench, setting.options["family"])
+            pipeline = family.load(bench)
         with seconds_of(row, "setup_s"):
-            offloads = _applied(way, pipeline, family, bench, card_bytes, stack)
+            offloads, plan = _applied(way, pipeline, family, bench, card_bytes, stack)
         steps = _denoised(pipeline, family, bench, "latent" if way == "resident" or family.vae is None else "pt")
         if way != "resident" and family.vae is not None:
             row |= {"decode_s": round(time.perf_counter() - steps.since, 3), **peaks("decode_")}
@@ -86,24 +85,26 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
         row["held_bytes"] = sum(each.slots * each.slot_bytes + each.resident_bytes for each in stats)
         if way == "resident" and row["allocated_bytes"]:
             row["activation_bytes"] = row["allocated_bytes"] - sum(map(module_bytes, _transformers(pipeline)))
+        if plan is not None:
+            row |= _predicted(plan)
     yield setting.row(**row)
 
 
 def _applied(
     way: str, pipeline: Any, family: Family, bench: Bench, card_bytes: int | None, stack: contextlib.ExitStack
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Plan | None]:
     if way == "resident":
         for model in _transformers(pipeline):
             model.to(bench.device)
         if family.has_image:
             pipeline.vae.to(bench.device)
-        return {}
+        return {}, None
     if way == "vramkit fit":
         vram = GIB if bench.is_smoke else card_bytes
         assert vram is not None
         more = {"output_type": "latent"} if family.vae is None else {}
         fitted = stack.enter_context(fit(pipeline, vram=vram, device=bench.device, **family.arguments(bench), **more))
-        return fitted.offloads
+        return fitted.offloads, fitted.plan
     offloads = {}
     for name in ("transformer", "transformer_2", "vae"):
         model = getattr(pipeline, name, None)
@@ -112,7 +113,15 @@ def _applied(
             stack.callback(offloads[name].remove)
     if family.vae is not None:
         pipeline.vae.enable_tiling()
-    return offloads
+    return offloads, None
+
+
+def _predicted(plan: Plan) -> Row:
+    """What the plan says of the call, to be compared with what it took."""
+    row: Row = {"decoded": None if plan.decode is None else str(plan.decode), "guidance": plan.guidance}
+    for phase in plan.phases:
+        row |= {f"predicted_{phase.name}_bytes": phase.peak_bytes, f"predicted_{phase.name}_s": round(phase.seconds, 3)}
+    return row
 
 
 def _transformers(pipeline: Any) -> list[Any]:
@@ -127,7 +136,7 @@ def _denoised(pipeline: Any, family: Family, bench: Bench, output_type: str) -> 
     steps = _Steps(since=time.perf_counter())
     pipeline(
         **given,
-        num_inference_steps=_STEPS_OF_EXPERTS if family.has_two_experts else _STEPS,
+        num_inference_steps=family.steps,
         generator=torch.Generator().manual_seed(0),
         output_type=output_type,
         callback_on_step_end=steps,
@@ -140,7 +149,7 @@ def _switch_of(pipeline: Any, family: Family) -> int | None:
     """Return the step in which the second expert runs first."""
     if not family.has_two_experts:
         return None
-    pipeline.scheduler.set_timesteps(_STEPS_OF_EXPERTS)
+    pipeline.scheduler.set_timesteps(family.steps)
     boundary = pipeline.boundary_ratio * pipeline.scheduler.config["num_train_timesteps"]
     return sum(bool(timestep >= boundary) for timestep in pipeline.scheduler.timesteps.tolist())
 
