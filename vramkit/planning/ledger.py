@@ -52,6 +52,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._owners = owners
         self._results = results
         self._seen: set[int] = set()
+        self._in_host_memory: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator on what its arguments are, and enter what it made."""
@@ -66,8 +67,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             result = _made(func, args, kwargs)
         self._count_flops(func, args, kwargs, result)
+        note = self.ignore if self._is_on_host(given) else self.enter
         for tensor in _tensors(result):
-            self.enter(tensor)
+            note(tensor)
         return result
 
     def enter(self, tensor: torch.Tensor) -> None:
@@ -87,10 +89,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, forget)
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Do not count `tensor`, nor views of it."""
+        """Do not count `tensor`, which lies in host memory, nor views of it, nor what is made of such tensors alone."""
         key = tensor.untyped_storage()._cdata  # noqa: SLF001
-        self._seen.add(key)
-        weakref.finalize(tensor.untyped_storage(), self._seen.discard, key)
+        if key in self._owners or key in self._seen:
+            return
+        for keys in (self._seen, self._in_host_memory):
+            keys.add(key)
+            weakref.finalize(tensor.untyped_storage(), keys.discard, key)
 
     def raise_peak(self, more_bytes: int) -> None:
         """Note that `more_bytes` beside what lives are alive for a moment."""
@@ -108,6 +113,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Add work to the current segment."""
         self.flops += flops
         self.segments[-1].flops += flops
+
+    def _is_on_host(self, given: list[torch.Tensor]) -> bool:
+        large = [tensor.untyped_storage()._cdata for tensor in given if tensor.is_meta]  # noqa: SLF001
+        return bool(large) and all(key in self._in_host_memory for key in large)
 
     def _attribute(self, given: list[torch.Tensor]) -> None:
         for tensor in given:
