@@ -208,6 +208,51 @@ def _peers() -> str:
     return _table(heads, lines)
 
 
+def _fits() -> str:
+    """Whole clips under a budget that the allocator is held to, from ``suite.json``, beside what their plans predicted."""
+    lines = []
+    for row in _rows("suite"):
+        if row.get("case") != "clip" or row.get("way") != "vramkit fit":
+            continue
+        gib = {name: value / _GIB for name, value in row.items() if name.endswith("_bytes") and value is not None}
+        lines.append(
+            [
+                row["subject"],
+                row["machine"].removeprefix("card "),
+                _seconds(row, ".3f", ".3f"),
+                f"{_figure(gib, 'predicted_denoise_bytes', '.2f')}, {_figure(gib, 'allocated_bytes', '.2f')}",
+                row.get("decoded") or "",
+                _figure(row, "decode_s", ".1f"),
+                f"{_figure(gib, 'predicted_decode_bytes', '.2f')}, {_figure(gib, 'decode_allocated_bytes', '.2f')}",
+                {True: "yes", False: "no", None: ""}[row.get("same_bytes")],
+            ]
+        )
+    heads = (
+        "", "budget", "step, s (of its floor)", "peak of steps predicted, measured, GiB", "decode", "s",
+        "peak of decode predicted, measured, GiB", "latents of the resident run",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _decodes() -> str:
+    """Ways to decode a clip, from ``suite.json``: seconds as a share of the whole decode, and the peak."""
+    rows = [row for row in _rows("suite") if row.get("case") == "decode"]
+    lines = []
+    for row in rows:
+        peak = {} if row.get("allocated_bytes") is None else {"gib": row["allocated_bytes"] / _GIB}
+        lines.append(
+            [
+                row["subject"],
+                row["way"],
+                _seconds(row, ".2f", ".3f"),
+                _figure(peak, "gib", ".2f"),
+                _figure(row, "relative", ".1g"),
+            ]
+        )
+    heads = ("", "", "s (of the whole decode)", "peak, GiB", "distance to the whole decode")
+    return _table(heads, lines)
+
+
 def _cards() -> str:
     """Who finishes on which emulated card, from ``suite.json``: seconds, or a dash."""
     rows = [row for row in _rows("suite") if row.get("case") == "cards"]
@@ -227,4 +272,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "loaders": _loaders,
     "peers": _peers,
     "cards": _cards,
+    "fits": _fits,
+    "decodes": _decodes,
 }

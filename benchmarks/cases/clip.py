@@ -79,7 +79,8 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
         if way != "resident" and family.vae is not None:
             row |= {"decode_s": round(time.perf_counter() - steps.since, 3), **peaks("decode_")}
         row |= _figures(steps, _switch_of(pipeline, family), family)
-        moved = family.passes * (offloads["transformer"].stats().streamed_bytes if "transformer" in offloads else 0)
+        passes = 1 if plan is not None and plan.guidance == "paired" else family.passes
+        moved = passes * (offloads["transformer"].stats().streamed_bytes if "transformer" in offloads else 0)
         row |= {"moved_bytes": moved, "digest": steps.digest, **host_memory()}
         stats = [offload.stats() for offload in offloads.values()]
         row["held_bytes"] = sum(each.slots * each.slot_bytes + each.resident_bytes for each in stats)

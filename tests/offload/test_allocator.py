@@ -1,4 +1,4 @@
-"""Settings of the process are made only where nobody made them and nothing is allocated: with a device made of paper."""
+"""Settings of the process are made only where nobody made them: with a device made of paper."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    for name, answer in {
-        "is_available": True, "get_allocator_backend": "native", "memory_reserved": 0
-    }.items():  # fmt: skip
+    for name, answer in {"is_available": True, "get_allocator_backend": "native"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(allocator, "_set", made.append)
     return made
 
 
-def test_segments_grow_by_pages_where_nothing_is_reserved_yet(settings: list[str]) -> None:
+def test_segments_grow_by_pages(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_expandable_segments("cuda")
-    assert settings == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    assert use_expandable_segments("cuda:0")
+    assert settings == ["expandable_segments:True"] * 2
     assert not use_expandable_segments("cpu")
 
 
 @pytest.mark.parametrize(
     ("holder", "name", "answer"),
     [
-        (torch.cuda, "memory_reserved", lambda _device: 2**21),
         (torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync"),
         (torch.cuda, "is_available", lambda: False),
         (torch.version, "cuda", None),

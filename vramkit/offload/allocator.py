@@ -13,20 +13,19 @@ _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def use_expandable_segments(device: torch.device | str) -> bool:
-    """Let the memory that torch reserves on a CUDA device grow and shrink by pages, before there is any; tell if it does.
+    """Let the memory that torch reserves on a CUDA device from now on grow and shrink by pages; tell if it does.
 
     Segments of a fixed size, which are the default, leave holes between activations of many sizes: 1.6 GiB of 5.5 reserved
     for a 14B transformer at 81 frames. Segments that grow leave fewer. What the user has set by an environment variable
-    stands, and so does what is reserved already: then nothing is changed.
+    stands.
     """
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    asked = next((os.environ[name] for name in _VARIABLES if name in os.environ), None)
+    asked = next(filter(None, (os.environ.get(name) for name in _VARIABLES)), None)
     if asked is not None:
         return _SETTING in asked
-    is_native = torch.cuda.get_allocator_backend() == "native"
-    if not is_native or torch.version.cuda is None or torch.cuda.memory_reserved(device):
+    if torch.cuda.get_allocator_backend() != "native" or torch.version.cuda is None:
         return False
     _set(_SETTING)
     return True

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from vramkit.errors import ConcurrentUseError, ConfigError, ConflictError, PlanInfeasible
 from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload import Offload, OffloadStats, offload_of
+from vramkit.offload.allocator import use_expandable_segments
 from vramkit.planning.apply import Applied
 from vramkit.planning.calls import Arguments, PlannedCall, arguments_of, module_calls, pipeline_call
 from vramkit.planning.components import Component, components_of
@@ -51,6 +52,9 @@ def fit(
     before it begins. After a call that took more device memory than the budget, although less was predicted, a warning says
     so, and later calls are planned with as much more kept free.
 
+    On CUDA torch's allocator is told to reserve memory in segments that grow, for the process, unless an environment variable
+    says otherwise: what it reserves then stays near to what is in use.
+
     Args:
         target: a pipeline of vramkit or diffusers (anything with ``.components``), a mapping of names to modules, or a
             module. Weights may be in RAM or views of files.
@@ -81,6 +85,7 @@ def fit(
     budget = Budget(vram, ram, allow)
     _refuse_offloaded(target)
     device = device_of(device) if mesh is None else mesh.device
+    use_expandable_segments(device)
     planner = Planner(target, budget, device, ranks=1 if mesh is None else mesh.size)
     plans: Any = planner if mesh is None else _planner_of_first(planner, mesh)
     examples: dict[str, Arguments] = {}
@@ -114,6 +119,7 @@ def fit_decode(
     Raises:
         PlanInfeasible, ConfigError: as `fit`.
     """
+    use_expandable_segments(device)
     planner = Planner(pipeline, Budget(vram, ram, "exact"), device_of(device))
     options = {name: value for name, value in decoding.items() if name != "generator"}  # which would have drawn
     args, _ = arguments_of(latents)

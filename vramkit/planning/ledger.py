@@ -26,6 +26,9 @@ Made: TypeAlias = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 # What operators made of such arguments: shape, strides and dtype of each result.
 Results: TypeAlias = dict[Any, Made]
 _KNOWN_BYTES = 2**18  # what is computed for real is at most this large
+# Convolutions of video autoencoders run at a quarter of the rate of a transformer's products (docs/architecture.md).
+_OF_CONVOLUTIONS = 4
+_CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}  # noqa: SLF001
 
 
 @dataclasses.dataclass(slots=True)
@@ -158,7 +161,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
-            self.add_flops(int(count(*args, **kwargs, out_val=result)))
+            times = _OF_CONVOLUTIONS if func.overloadpacket in _CONVOLUTIONS else 1
+            self.add_flops(times * int(count(*args, **kwargs, out_val=result)))
 
 
 class Device(TorchFunctionMode):

@@ -17,6 +17,10 @@ _ASSUMED_LINK_GBPS, _ASSUMED_TFLOPS = 25.0, 60.0
 _CPU_LINK_GBPS, _CPU_TFLOPS = 2.0, 0.1
 # Beside what tensors take: workspaces of the matrix libraries, and what the caching allocator rounds up.
 _ACCELERATOR_MARGIN_BYTES = 64 * MIB
+# What is only faster on the device leaves as much again: the allocator's holes grow with the number of weights that stay.
+_ACCELERATOR_SLACK_BYTES = 64 * MIB
+# Of the rate of large square products, what transformers reach: 0.48 to 0.66 on an H100 (docs/architecture.md).
+_REACHED = 0.6
 _PROBE_SIZE = 4096
 
 
@@ -30,6 +34,8 @@ class Machine:
     is_measured: bool
     card_bytes: int | None = None  # memory of the device, None where none was asked
     margin_bytes: int = 0
+    slack_bytes: int = 0
+    """Of the budget, left free beside the margin by weights that stay although they could travel."""
 
     @classmethod
     def of(cls, device: torch.device | str) -> Machine:
@@ -44,14 +50,16 @@ class Machine:
                 tflops=_ASSUMED_TFLOPS,
                 is_measured=False,
                 margin_bytes=_ACCELERATOR_MARGIN_BYTES,
+                slack_bytes=_ACCELERATOR_SLACK_BYTES,
             )
         return cls(
             device=str(device),
             link_gbps=probe_link_gbps(device),
-            tflops=_probe_tflops(device),
+            tflops=_probe_tflops(device) * _REACHED,
             is_measured=True,
             card_bytes=getattr(torch, device.type).get_device_properties(device).total_memory,
             margin_bytes=_ACCELERATOR_MARGIN_BYTES,
+            slack_bytes=_ACCELERATOR_SLACK_BYTES,
         )
 
     def times(self, ranks: int) -> Machine:
@@ -74,7 +82,7 @@ class Machine:
 
 
 def _probe_tflops(device: torch.device) -> float:
-    """Multiply square matrices in bf16 for a moment; a model reaches most of that."""
+    """Multiply square matrices in bf16 for a moment."""
     one = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=torch.bfloat16, device=device)
     out = torch.empty_like(one)
     torch.mm(one, one, out=out)

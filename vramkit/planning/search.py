@@ -149,13 +149,12 @@ class _Fit:
         """Return the fastest choices under the budget, None where nothing fits."""
         if self.least()[0] > budget_bytes:
             return None
-        caps = {name: budget_bytes - self._activations(name) for name in self._profiles}
+        least = {name: _least(each).device_bytes for name, each in self._profiles.items()}
+        room = budget_bytes - self._machine.slack_bytes
+        caps = {name: max(least[name], room - self._activations(name)) for name in self._profiles}
         found = [{name: self._best(each, caps[name], reloads=True) for name, each in self._profiles.items()}]
-        if (
-            sum(_least(each).device_bytes for each in self._profiles.values())
-            <= budget_bytes - self._most_activations()
-        ):
-            found.append(self._dealt(budget_bytes))
+        if sum(least.values()) <= budget_bytes - self._most_activations():
+            found.append(self._dealt(max(sum(least.values()), room - self._most_activations())))
         return min(found, key=lambda choices: self.seconds(choices, budget_bytes))
 
     def seconds(self, choices: Mapping[str, _Choice], budget_bytes: int) -> float:
@@ -163,10 +162,9 @@ class _Fit:
         reloads = not _fit_together(choices, self._works, budget_bytes)
         return _seconds(choices, self._works, self._machine, reloads=reloads)
 
-    def _dealt(self, budget_bytes: int) -> dict[str, _Choice]:
-        """Deal memory out to components that hold it all the time."""
+    def _dealt(self, shared: int) -> dict[str, _Choice]:
+        """Deal bytes out to components that hold them all the time."""
         choices = {name: _least(profile) for name, profile in self._profiles.items()}
-        shared = budget_bytes - self._most_activations()
         for by_time in (True, False):  # first where it saves time, then wherever there is room
             for name in self._by_value():
                 room = shared - sum(choice.device_bytes for other, choice in choices.items() if other != name)
