@@ -52,8 +52,8 @@ def fit(
     before it begins. After a call that took more device memory than the budget, although less was predicted, a warning says
     so, and later calls are planned with as much more kept free.
 
-    On CUDA torch's allocator is told to reserve memory in segments that grow, for the process, unless an environment variable
-    says otherwise: what it reserves then stays near to what is in use.
+    On CUDA torch's allocator is told, for the process, to reserve memory in segments that grow, unless an environment
+    variable says otherwise: what it reserves then stays near to what is in use.
 
     Args:
         target: a pipeline of vramkit or diffusers (anything with ``.components``), a mapping of names to modules, or a

@@ -11,12 +11,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
 from vramkit.errors import ConfigError
+from vramkit.offload import offload_of
 from vramkit.pipelines.calling.decoding import decode_in_memory
 from vramkit.pipelines.calling.inputs import check_choices, check_positive, check_scheduler, check_size, warn_caller
 from vramkit.pipelines.calling.known import Known, timestep_of_each_token
@@ -369,7 +370,8 @@ class TextToVideoPipeline(Pipeline):
             inputs["timestep"] = timestep_of_each_token(inputs["timestep"], inputs.pop("timestep_tokens"))
 
         def predict(told: Mapping[str, Any], *others: Mapping[str, Any]) -> Sequence[Tensor]:
-            noise: Sequence[Tensor] = self._expert(
+            expert = partial(
+                self._expert,
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
                 **inputs,
@@ -377,7 +379,13 @@ class TextToVideoPipeline(Pipeline):
                 **told,
                 **({"others": others} if others else {}),
             )
-            return noise
+            try:
+                return cast("Sequence[Tensor]", expert())
+            except torch.OutOfMemoryError:  # of several ranks, the error ends all
+                if offload_of(self._expert) is None or self.together is not None:
+                    raise
+            # What is offloaded has let go of what it could, and here nothing holds the tensors of the first try.
+            return cast("Sequence[Tensor]", expert())
 
         if not self.do_classifier_free_guidance:  # a callback may have ended it
             return predict(conditions.positive)[0]
