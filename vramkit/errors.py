@@ -5,7 +5,7 @@
     VramkitError
     ├── ConfigError (ValueError)         an option or argument that cannot be used, said before anything is changed
     │   └── PlanInfeasible               no plan fits the budget; names the nearest that does and what binds
-    ├── ConflictError (RuntimeError)     two mechanisms on one module; names both and the way out
+    ├── ConflictError (RuntimeError, and ValueError as in diffusers)  two mechanisms on one module; names both and the way out
     ├── CheckpointError (ValueError)     a file that is damaged, unsafe or does not fit; names file and tensor
     ├── UnsupportedTensorError (TypeError)  a tensor kind that cannot be taken apart and moved
     ├── TrainingError (RuntimeError)     gradients asked of streamed weights
@@ -57,7 +57,7 @@ class PlanInfeasible(ConfigError):  # noqa: N818 - it says what the plan is
         self.binds = binds
 
 
-class ConflictError(VramkitError, RuntimeError):
+class ConflictError(VramkitError, RuntimeError, ValueError):
     """Two mechanisms that cannot share one module."""
 
 

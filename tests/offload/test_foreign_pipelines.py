@@ -214,3 +214,16 @@ def test_components_of_a_loaded_pipeline_take_turns_and_keep_a_budget(tmp_path: 
     for offload in offloads.values():
         offload.remove()
     assert_equal(quietly("WanPipeline", pipe), expected, "removed")
+
+
+def test_another_librarys_offloading_is_refused_over_ours() -> None:
+    pipe = PIPELINES["WanPipeline"].make("WanPipeline")
+    offload = apply_group_offloading(pipe.transformer, "cpu")
+    for enable in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
+        with pytest.raises(ConflictError, match=r"model/sequential CPU offloading to WanTransformer3DModel.*remove\(\)"):
+            enable(device="cpu")
+    assert not any(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
+    pipe.remove_all_hooks()
+    offload.remove()
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.transformer, "_hf_hook")

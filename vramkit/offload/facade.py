@@ -107,15 +107,32 @@ def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
             engine.is_stale |= not engine.is_inside()
 
 
+class _NoForwardOfAccelerate:
+    """In the place of the attribute that accelerate sets first when it begins to move a module's weights."""
+
+    def __get__(self, module: nn.Module | None, _kind: type[nn.Module]) -> Any:
+        raise AttributeError("_old_forward")
+
+    def __set__(self, module: nn.Module, _forward: Any) -> None:
+        raise ConflictError(
+            f"You are trying to apply model/sequential CPU offloading to {type(module).__name__}, whose weights vramkit moves "
+            "already; call offload_of(module).remove() first, or leave its offloading as it is"
+        )
+
+
 def _report_device(module: nn.Module, device: torch.device, record: list[hooks.Attachment]) -> None:
-    """Let a module whose class has a property `device` (where its first parameter lies) say where it computes."""
+    """Let a module whose class has a property `device` (where its first parameter lies) say where it computes.
+
+    Such modules are those of pipelines, whose ``enable_model_cpu_offload()`` is refused by them as well.
+    """
     kind = type(module)
     if not isinstance(getattr(kind, "device", None), property):
         return
     of_copies = getattr(kind, "offloaded_kind", kind)
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "offloaded_kind": of_copies}
     derive: Any = type(kind)
-    derived = derive(kind.__name__, (kind,), {**named, "device": property(lambda _self: device)})
+    answers = {"device": property(lambda _self: device), "_old_forward": _NoForwardOfAccelerate()}
+    derived = derive(kind.__name__, (kind,), named | answers)
 
     def undo() -> None:
         if type(module) is derived:
