@@ -5,7 +5,7 @@
     VramkitError
     ├── ConfigError (ValueError)         an option or argument that cannot be used, said before anything is changed
     │   └── PlanInfeasible               no plan fits the budget; names the nearest that does and what binds
-    ├── ConflictError (RuntimeError, and ValueError as in diffusers)  two mechanisms on one module; names both and the way out
+    ├── ConflictError (RuntimeError, ValueError)  two mechanisms on one module; names both and the way out
     ├── CheckpointError (ValueError)     a file that is damaged, unsafe or does not fit; names file and tensor
     ├── UnsupportedTensorError (TypeError)  a tensor kind that cannot be taken apart and moved
     ├── TrainingError (RuntimeError)     gradients asked of streamed weights

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from modules import CASES, BlockNet, Codec, OrderNet, mapped_copy, tokens
+from modules import CASES, WIDTH, BlockNet, Codec, OrderNet, mapped_copy, tokens
 from torch import nn
 
 from vramkit.offload import apply_group_offloading, offload_of
@@ -272,3 +272,44 @@ def test_an_encoder_layer_that_is_offloaded_by_itself_is_known_and_left(options:
     offload.remove()
     assert offload_of(layer) is None
     assert "forward" not in vars(layer)
+
+
+class Noting(nn.Linear):
+    """Notes whether its weight asks for gradients."""
+
+    asks = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asks = self.weight.requires_grad
+        return torch.tanh(super().forward(x.transpose(0, 1)).transpose(0, 1))
+
+
+class Folding(nn.Module):
+    """Products of a batch with weights, which torch folds into one product or not by whether they ask for gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Noting(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("level", ["block", "leaf", "half_resident", "model"])
+def test_weights_ask_for_gradients_as_they_do_at_rest_where_nothing_is_recorded(level: str) -> None:
+    model = Folding().eval()
+    model.blocks[2].requires_grad_(False)
+    module = copy.deepcopy(model)
+    offload = apply_group_offloading(module, "cpu", **LEVELS[level])
+    x = torch.randn(3, 5, WIDTH)
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.no_grad):
+        is_recording = mode is torch.enable_grad
+        with mode():
+            result, expected = module(x), model(x)
+        assert is_recording or torch.equal(result, expected)
+        torch.testing.assert_close(result, expected.detach(), rtol=1e-5, atol=1e-6)
+        assert [block.asks for block in module.blocks] == [not is_recording, not is_recording, False, not is_recording]
+    offload.remove()
+    assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in model.parameters()]

@@ -220,7 +220,9 @@ def test_another_librarys_offloading_is_refused_over_ours() -> None:
     pipe = PIPELINES["WanPipeline"].make("WanPipeline")
     offload = apply_group_offloading(pipe.transformer, "cpu")
     for enable in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
-        with pytest.raises(ConflictError, match=r"model/sequential CPU offloading to WanTransformer3DModel.*remove\(\)"):
+        with pytest.raises(
+            ConflictError, match=r"model/sequential CPU offloading to WanTransformer3DModel.*remove\(\)"
+        ):
             enable(device="cpu")
     assert not any(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
     pipe.remove_all_hooks()

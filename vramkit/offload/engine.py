@@ -275,6 +275,7 @@ class Engine:
             self.wake()
             self._began = self._backend.moment() if self._streamer.track is not None else None
             self.owner.begin_turn()
+            self.assembly.residents.ask()
         if not is_outermost and name == "forward":
             self._end_pass()  # generate() called an encoder first: that is no part of the passes of its tokens
         if is_whole and (is_outermost or name == "forward"):

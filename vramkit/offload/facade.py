@@ -115,8 +115,8 @@ class _NoForwardOfAccelerate:
 
     def __set__(self, module: nn.Module, _forward: Any) -> None:
         raise ConflictError(
-            f"You are trying to apply model/sequential CPU offloading to {type(module).__name__}, whose weights vramkit moves "
-            "already; call offload_of(module).remove() first, or leave its offloading as it is"
+            f"You are trying to apply model/sequential CPU offloading to {type(module).__name__}, whose weights vramkit "
+            "moves already; call offload_of(module).remove() first, or leave its offloading as it is"
         )
 
 

@@ -17,7 +17,12 @@ from vramkit.offload.placement import Placement
 from vramkit.offload.stores import JointStore, Store
 from vramkit.offload.watch import shown, stands_for
 
-__all__ = ["ModuleGroup", "TensorSlot"]
+__all__ = ["ModuleGroup", "TensorSlot", "asks_for_gradients"]
+
+
+def asks_for_gradients(rest: torch.Tensor) -> bool:
+    """Tell whether torch takes `rest` for trainable: what was made in inference mode may say so and is not."""
+    return rest.requires_grad and not tensors.is_inference_made(rest)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -137,6 +142,7 @@ class ModuleGroup:
             if part is not None and part.data_ptr() != leaf.data_ptr()
         ]
         self._staying = [(leaf, part, tensors.version(leaf)) for leaf, part in staying]  # at rest, and on the device
+        self._may_ask = any(asks_for_gradients(slot.rest) for slot, _ in bindings)
         self._placed: dict[int, Placement] = {}
         self._on_show: Placement | None = None
         self._kept: tuple[int, int] | None = None
@@ -225,6 +231,10 @@ class ModuleGroup:
         else:
             placement.begin(memory)
         self._on_show = placement
+        asks = self._may_ask and not torch.is_grad_enabled()
+        if placement.asks is not asks:
+            placement.ask([asks and asks_for_gradients(binding.slot.rest) for binding in self._bindings])
+            placement.asks = asks
         for binding, tensor in zip(self._bindings, placement.tensors, strict=True):
             binding.slot.show(tensor)
 

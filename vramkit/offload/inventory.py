@@ -110,15 +110,17 @@ def refuse_foreign_hooks(name: str, module: nn.Module) -> None:
     """Raise ConflictError where another library moves or casts the weights of `module`."""
     if hasattr(module, "_hf_hook"):
         raise ConflictError(
-            f"Cannot apply group offloading: {name} carries an accelerate hook ({type(module._hf_hook).__name__}), which moves weights too; "  # noqa: SLF001
+            f"Cannot apply group offloading: {name} carries an accelerate hook "
+            f"({type(module._hf_hook).__name__}), which moves weights too; "  # noqa: SLF001
             "call accelerate.hooks.remove_hook_from_module(module, recurse=True) first"
         )
     registry = getattr(module, "_diffusers_hook", None)
     hooks = [hook for hook in getattr(registry, "hooks", {}) if "offload" in hook or "casting" in hook]
     if hooks:
         raise ConflictError(
-            f"Cannot apply group offloading: {name} carries diffusers' hook {hooks[0]!r}, which moves or casts weights too; remove it first "
-            f"(module._diffusers_hook.remove_hook({hooks[0]!r}, recurse=True)) and use vramkit's instead"
+            f"Cannot apply group offloading: {name} carries diffusers' hook {hooks[0]!r}, which moves or casts weights "
+            f"too; remove it first (module._diffusers_hook.remove_hook({hooks[0]!r}, recurse=True)) and use vramkit's "
+            "instead"
         )
 
 

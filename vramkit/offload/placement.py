@@ -37,7 +37,14 @@ class Placement:
         self._is_held = False
         self.is_replaced = False
         """Whether the module was given other tensors for some of these, so that they are what others have and no more."""
+        self.asks = False
+        """Whether those ask for gradients that do so at rest."""
         self.begin(memory)
+
+    def ask(self, flags: Iterable[bool]) -> None:
+        """Let tensors ask for gradients, or not, one flag for each."""
+        for tensor, flag in zip(self.tensors, flags, strict=True):
+            tensor.requires_grad_(flag)
 
     def begin(self, memory: torch.Tensor) -> None:
         """Count who refers to the storage of `memory`, where the tensors are: nobody will see them before this.

@@ -12,7 +12,7 @@ from vramkit import tensors
 from vramkit.errors import StoreError
 from vramkit.memory import tensor_bytes
 from vramkit.offload.disk import check_files_of
-from vramkit.offload.group import TensorSlot
+from vramkit.offload.group import TensorSlot, asks_for_gradients
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.watch import shown, with_data, written_through_data
 
@@ -57,7 +57,7 @@ class Resident:
             moved[0] = moved[0].clone() if moved[0] is leaves[0] else moved[0]
             self.on_device = shown(tensors.materialize(rest, moved), like=rest)
             return
-        # A parameter that asks for gradients is shown frozen, as streamed ones are, also where it need not move.
+        # A parameter that asks for gradients is shown as another tensor, as streamed ones are, also where it need not move.
         unmoved = not rest.requires_grad and all(new is old for new, old in zip(moved, leaves, strict=True))
         self.on_device = rest if unmoved else shown(tensors.rebuild(rest, moved), like=rest)
 
@@ -153,6 +153,7 @@ class Residents:
         self.are_loaded = False
         self._each = list(each)
         self._place = place
+        self._asking = [each for each in self._each if asks_for_gradients(each.slot.rest)]
 
     def __iter__(self) -> Iterator[Resident]:
         return iter(self._each)
@@ -181,6 +182,13 @@ class Residents:
         """Let them go from the device; return the bytes copied back."""
         self.are_loaded = False
         return sum(resident.rest() for resident in self)
+
+    def ask(self) -> None:
+        """Let those that ask for gradients at rest do so here while nothing is recorded; see `ModuleGroup.show_device`."""
+        asks = not torch.is_grad_enabled()
+        for each in self._asking:
+            if each.on_device is not each.slot.rest and each.on_device.requires_grad is not asks:
+                each.on_device.requires_grad_(asks)
 
     def unwritten(self) -> dict[int, torch.Tensor]:
         """Return those that are as they rest, by the id of the tensor at rest."""
