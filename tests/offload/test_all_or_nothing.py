@@ -84,12 +84,12 @@ class Case:
     """A module with what it was before, and a way of offloading it."""
 
     def __init__(self, place: str, level: str, folder: Path) -> None:
-        self.model = Codec().eval()
+        self.model = Codec(1, 3).eval()
         self.options: dict[str, Any] = {"offload_type": level}
         if place == "mapped":
             self.module = mapped_copy(self.model, folder)
         else:
-            self.module = Codec().eval()
+            self.module = Codec(1, 3).eval()
             self.module.load_state_dict(self.model.state_dict())
         if place == "spilled":
             self.options["offload_to_disk_path"] = folder / "spill"
