@@ -243,13 +243,13 @@ class StridedNet(nn.Module):
 class Codec(nn.Module):
     """An autoencoder whose methods call its parts and never its forward; whole, or tile by tile."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder_blocks: int = 3, decoder_blocks: int = 4) -> None:
         super().__init__()
         self.use_tiling = False
-        self.encoder = nn.Sequential(nn.Linear(8, WIDTH), *(Block() for _ in range(3)))
+        self.encoder = nn.Sequential(nn.Linear(8, WIDTH), *(Block() for _ in range(encoder_blocks)))
         self.quant = nn.Linear(WIDTH, WIDTH)
         self.decoder = nn.Module()
-        self.decoder.layers = nn.ModuleList(Block() for _ in range(4))
+        self.decoder.layers = nn.ModuleList(Block() for _ in range(decoder_blocks))
         self.out = nn.Linear(WIDTH, 8)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

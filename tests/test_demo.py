@@ -156,10 +156,18 @@ class TestCheckpoint:
 
 @pytest.fixture(scope="module")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[job.Outcome, str, Path]:
-    """The whole demo on the tiny checkpoint: its outcome, what it printed, its output folder."""
+    """The whole demo on the tiny checkpoint: its outcome, what it printed, its output folder.
+
+    Its workers start from a folder where modules have the names of theirs.
+    """
     out, text = tmp_path_factory.mktemp("out") / "made", io.StringIO()
+    working = tmp_path_factory.mktemp("working")
+    (working / "vramkit").mkdir()
+    for path in (working / "vramkit" / "__init__.py", working / "numpy.py"):
+        path.write_text("raise ImportError('of the working folder')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VRAMKIT_CACHE", str(cache))
+        patch.chdir(working)
         outcome = job.run_demo(TINY, out=out, device="cpu", console=Console(file=text, width=100))
     return outcome, text.getvalue(), out
 
@@ -213,21 +221,11 @@ class TestJob:
         assert "(above)" in text.getvalue()
         assert "NO" in text.getvalue()
 
-    def test_a_failing_worker_is_an_error(self, own_cache: Path, tmp_path: Path, capfd: Any) -> None:
-        shutil.rmtree(own_cache / "demo-tiny" / "vae")
+    def test_a_failing_worker_is_an_error(self, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+        monkeypatch.setattr(job, "_START", "import sys; sys.exit('error: its own message')")
         with pytest.raises(VramkitError, match="exit status 1"):
-            job._run_worker(own_cache / "demo-tiny", TINY, "cpu", budget_bytes=None)
-        assert "vae is missing" in capfd.readouterr().err
-
-    def test_starts_its_worker_from_any_folder(
-        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (tmp_path / "vramkit").mkdir()
-        (tmp_path / "vramkit" / "__init__.py").write_text("raise ImportError('of the working folder')")
-        (tmp_path / "numpy.py").write_text("raise ImportError('of the working folder')")
-        monkeypatch.chdir(tmp_path)
-        run = job._run_worker(cache / "demo-tiny", TINY, "cpu", budget_bytes=None)
-        assert run.frames.shape[0] == TINY.num_frames
+            job._run_worker(cache / "demo-tiny", TINY, "cpu", budget_bytes=None)
+        assert capfd.readouterr().err == "error: its own message\n"
 
     def test_a_budget_below_the_floor_is_refused_before_a_run(
         self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +265,15 @@ class TestWorker:
         assert np.load(tmp_path / worker.FRAMES).dtype == np.float32
         assert Trace.load(tmp_path / worker.TRACE).kind == "process memory"
 
+    def test_a_damaged_checkpoint_is_an_error(self, own_cache: Path, tmp_path: Path, capsys: Any) -> None:
+        checkpoint = own_cache / "demo-tiny"
+        shutil.rmtree(checkpoint / "vae")
+        request = worker.Request(
+            checkpoint=str(checkpoint), preset="tiny", device="cpu", folder=str(tmp_path), budget_bytes=None
+        )
+        assert worker.main(request.to_json()) == 1
+        assert "vae is missing" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("error", "status", "said"),
         [
@@ -292,9 +299,11 @@ class TestWorker:
 
 @pytest.mark.slow
 def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`vramkit demo` as a new user runs it: half a GiB of weights under half of that."""
+    """`vramkit demo` as a new user runs it, less its further budgets: half a GiB of weights under half of that."""
     monkeypatch.setenv("VRAMKIT_CACHE", str(tmp_path / "cache"))
-    outcome = job.run_demo(SMALL, out=tmp_path, device="cpu", console=Console(file=io.StringIO()))
+    outcome = job.run_demo(
+        dataclasses.replace(SMALL, sweep=()), out=tmp_path, device="cpu", console=Console(file=io.StringIO())
+    )
     assert outcome.identical
     assert outcome.within_budget
     assert outcome.weights_bytes > 1.9 * outcome.budgeted[0].budget_bytes

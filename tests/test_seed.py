@@ -34,8 +34,8 @@ BLOCKS = dict(
 
 
 def write_wan(folder: Path) -> Path:
-    """Tokens of 7 x 32 x 32 latents; an autoencoder of 2 channels."""
-    transformer = {"patch_size": (7, 4, 4), "num_layers": 1}
+    """Tokens of 3 x 4 x 4 latents; an autoencoder of 2 channels."""
+    transformer = {"patch_size": (3, 4, 4), "num_layers": 1}
     vae = {"base_dim": 2, "dim_mult": [1] * 4, "num_res_blocks": 0}
     return write_wan_checkpoint(folder, transformer=transformer, vae=vae)
 
@@ -47,7 +47,7 @@ def write_style(folder: Path) -> Path:
 
 
 def write_hunyuan(folder: Path) -> Path:
-    transformer = {"patch_size": 10, "patch_size_t": 4, "num_single_layers": 1}
+    transformer = {"patch_size": 10, "patch_size_t": 2, "num_single_layers": 1}
     vae = {"block_out_channels": (2, 2, 2, 2), "norm_num_groups": 1, "layers_per_block": 0}
     return write_hunyuan_checkpoint(folder, transformer=transformer, vae=vae)
 
@@ -70,7 +70,7 @@ WRITERS = {
 
 
 # Frames on the CPU for frames on a GPU: latents that are whole patches of these models.
-SHORTER = {"num_frames=81": "num_frames=25", "num_frames=61": "num_frames=13", "num_frames=161": "num_frames=33"}
+SHORTER = {"num_frames=81": "num_frames=9", "num_frames=61": "num_frames=5", "num_frames=161": "num_frames=9"}
 
 # Of the published transformers and text encoders: with them, layers have 32 MiB and more.
 _T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64}

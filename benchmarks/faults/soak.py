@@ -27,23 +27,24 @@ def run(count: int, seed: int) -> dict[str, int]:
     """Make `count` forwards with one module, and a twentieth as many lives."""
     counts: Counter[str] = Counter()
     draw = random.Random(seed)
+    threads = threading.active_count()  # of others
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         case = Case(drawn_graph(draw), Path(folder), level="block_level", place="mapped")
         case.apply()
         _forwards(case, draw, 20, counts)
-        before = _census(Path(folder))
+        before = _census(Path(folder), threading.active_count())
         _forwards(case, draw, count, counts)
-        _compare("forwards", before, _census(Path(folder)), counts)
+        _compare("forwards", before, _census(Path(folder), before["threads"]), counts)
         assert case.offload is not None
         case.offload.remove()
     with tempfile.TemporaryDirectory() as folder:
         _life(Path(folder), draw)
-        before = _census(Path(folder))
+        before = _census(Path(folder), threads)
         for _ in range(max(1, count // 20)):
             _life(Path(folder), draw)
             counts["lives"] += 1
-        _compare("lives", before, _census(Path(folder)), counts)
+        _compare("lives", before, _census(Path(folder), threads), counts)
     return dict(counts)
 
 
@@ -62,8 +63,8 @@ def _life(folder: Path, draw: random.Random) -> None:
         offload.remove()
 
 
-def _census(folder: Path) -> dict[str, int]:
-    threads = settled_threads(1)
+def _census(folder: Path, wanted: int) -> dict[str, int]:
+    threads = settled_threads(wanted)
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

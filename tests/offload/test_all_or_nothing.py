@@ -30,6 +30,7 @@ from vramkit.offload.streamer import Streamer
 from vramkit.offload.workers import Workers
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
+PLACES = ["pageable", "mapped", "spilled"]
 SEAMS: list[tuple[Any, str]] = [
     *((CpuBackend, name) for name in ("memory", "queue", "fence")),
     *((hooks, name) for name in ("attach", "mark", "wrap_method")),
@@ -84,12 +85,12 @@ class Case:
     """A module with what it was before, and a way of offloading it."""
 
     def __init__(self, place: str, level: str, folder: Path) -> None:
-        self.model = Codec().eval()
+        self.model = Codec(1, 3).eval()
         self.options: dict[str, Any] = {"offload_type": level}
         if place == "mapped":
             self.module = mapped_copy(self.model, folder)
         else:
-            self.module = Codec().eval()
+            self.module = Codec(1, 3).eval()
             self.module.load_state_dict(self.model.state_dict())
         if place == "spilled":
             self.options["offload_to_disk_path"] = folder / "spill"
@@ -120,9 +121,17 @@ class Case:
         assert self.threads.issuperset(threading.enumerate()), threading.enumerate()
 
 
-@pytest.fixture(params=["pageable", "mapped", "spilled"])
-def case(request: pytest.FixtureRequest, tmp_path: Path, level: str) -> Case:
-    return Case(request.param, level, tmp_path)
+@pytest.fixture
+def case(place: str, level: str, tmp_path: Path) -> Case:
+    return Case(place, level, tmp_path)
+
+
+def in_cases_of(*levels: str) -> pytest.MarkDecorator:
+    """Of the levels beyond the first, one place each is enough by default."""
+    kinds = {*((place, "block_level") for place in PLACES), ("mapped", "leaf_level"), ("pageable", "model_level")}
+    pairs = [(place, level) for level in levels for place in PLACES]
+    cases = [pytest.param(*pair, marks=() if pair in kinds else pytest.mark.thorough) for pair in pairs]
+    return pytest.mark.parametrize(("place", "level"), cases)
 
 
 def each_failure(work: Callable[[], object], check: Callable[[], object]) -> int:
@@ -153,7 +162,7 @@ def each_failure(work: Callable[[], object], check: Callable[[], object]) -> int
     return count
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@in_cases_of(*LEVELS)
 def test_module_is_as_it_was_whatever_fails_while_applying(case: Case) -> None:
     applied: list[Offload] = []
 
@@ -169,7 +178,7 @@ def test_module_is_as_it_was_whatever_fails_while_applying(case: Case) -> None:
     case.check_plain()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@in_cases_of(*LEVELS)
 def test_remove_goes_to_its_end_whatever_fails_in_it(case: Case) -> None:
     case.apply().remove()
 
@@ -190,7 +199,7 @@ def test_remove_goes_to_its_end_whatever_fails_in_it(case: Case) -> None:
     case.check_plain()
 
 
-@pytest.mark.parametrize("level", ["block_level", "model_level"])
+@in_cases_of("block_level", "model_level")
 def test_module_is_offloaded_or_as_it_was_whatever_fails_in_edit(case: Case) -> None:
     offloads = [case.apply()]
 

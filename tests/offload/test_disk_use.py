@@ -116,7 +116,7 @@ with torch.no_grad():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="unique pages are counted on Linux")
 @pytest.mark.parametrize("how", ["constructed", "load_state_dict"])
-@pytest.mark.parametrize(("blocks", "width"), [(24, 2048), (96, 512)])
+@pytest.mark.parametrize(("blocks", "width"), [(24, 1024), (96, 512)])
 def test_memory_falls_by_the_weights(blocks: int, width: int, how: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(blocks), str(width), how, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

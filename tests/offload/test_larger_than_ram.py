@@ -81,7 +81,7 @@ def offloaded(path: Path, blocks: int, *, direct_io: bool) -> nn.Module:
     "part",
     [
         pytest.param(0.02, id="a_few_blocks"),
-        pytest.param(1.0, id="all_blocks", marks=pytest.mark.slow),
+        pytest.param(1.0, id="all_blocks", marks=[pytest.mark.slow, pytest.mark.thorough]),
     ],
 )
 def test_it_streams_and_answers(part: float, blocks: int, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from vramkit.wrapper import WrapperTensor
 
 LEAST_DB = {"nf4": 20, "nf4_double": 20, "fp4": 17, "int8": 40, "int8_no_outliers": 40}
 LEAST_DB |= {"quanto_int8": 40, "quanto_int4": 20, "quanto_int2": 6, "quanto_float8": 31, "fp8": 31}
+ALIKE_COMPILED = {"nf4", "fp4", "int8_no_outliers", "quanto_int2", "quanto_float8"}  # to others that are here
 COUNT = 4
 
 
@@ -122,8 +123,14 @@ def test_an_expert_is_what_it_would_be_alone(kind: str) -> None:
         assert torch.equal(F.linear(x, own.up[i]), alone(x))
 
 
-@pytest.mark.parametrize("way", ["eager", "inference", "compiled"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=pytest.mark.thorough if way == "compiled" and kind in ALIKE_COMPILED else ())
+        for kind in CONFIGS
+        for way in ("eager", "inference", "compiled")
+    ],
+)
 def test_every_way_of_use_gives_the_values(kind: str, way: str) -> None:
     _, own, plain = quantized(kind)
     x = torch.randn(8, 64)

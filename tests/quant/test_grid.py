@@ -48,8 +48,15 @@ def compiled(net: nn.Module, *, whole: bool) -> None:
         block.compile(fullgraph=whole, backend="aot_eager")
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
-@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("compiles", "lora"),
+    [
+        pytest.param(False, False, id="eager-plain"),
+        pytest.param(False, True, id="eager-lora"),
+        pytest.param(True, False, id="compiled-plain", marks=pytest.mark.thorough),
+        pytest.param(True, True, id="compiled-lora"),
+    ],
+)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_streamed_bytes_are_resident_bytes(kind: str, compiles: bool, lora: bool, tmp_path: Path) -> None:
     net = network(lora=lora)
