@@ -94,6 +94,8 @@ def test_known_models_are_what_was_published(name: str) -> None:
     published = {
         "wan2.1-14b": (14.3, 5.68),
         "wan2.1-1.3b": (1.42, 5.68),
+        "wan2.2-t2v-a14b": (14.3, 5.68),
+        "wan2.2-ti2v-5b": (5.0, 5.68),
         "hunyuanvideo": (12.8, 7.51),
         "ltx-video-2b": (1.92, 4.76),
         "cogvideox-2b": (1.69, 4.76),

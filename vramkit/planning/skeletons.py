@@ -75,6 +75,9 @@ def _of_configs(configs: Mapping[str, Any], dtype: torch.dtype, with_image: bool
     for name, config in configs.items():
         if name == "pipeline":
             continue
+        if not isinstance(config, dict):
+            parts[name] = config  # an option of the pipeline
+            continue
         options = dict(config)
         class_name = options.pop("class")
         if class_name in SCHEDULERS:
