@@ -205,8 +205,8 @@ class Model(nn.Module):
         saved = config.get("quantization_config") if isinstance(config, Mapping) else None
         model = cls.described_by(config, source=source, most=most_parameters(files))
         options: dict[str, Any] = {} if key_map is None else {"key_map": key_map}
-        keep = cls._keep_in_fp32 if torch_dtype is not None else ()
-        load_weights(model, files, saved, quantization_config, dtype=torch_dtype, keep_fp32=keep, **options)
+        options |= {"dtype": torch_dtype, "keep_fp32": cls._keep_in_fp32}
+        load_weights(model, files, saved, quantization_config, **options)
         return model.eval().requires_grad_(requires_grad=False)
 
     @classmethod
