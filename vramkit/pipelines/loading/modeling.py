@@ -102,8 +102,9 @@ class Model(nn.Module):
         Args:
             path_or_repo: a folder, or a repo id of the Hugging Face hub.
             subfolder: folder of the component inside it, such as "transformer".
-            torch_dtype: floating dtype of the weights, or its name; None and "auto" keep what the file holds. Parameters
-                that the model keeps in fp32 stay fp32.
+            torch_dtype: floating dtype of the weights, or its name; None and "auto" keep what the file holds, or
+                make it the dtype of most where it mixes them, with a warning. Parameters that the model keeps in fp32 stay
+                fp32.
             dtype: another name of ``torch_dtype``.
             variant: as in diffusion_pytorch_model.<variant>.safetensors.
             revision: branch, tag or commit on the hub.
