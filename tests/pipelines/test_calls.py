@@ -138,6 +138,9 @@ class TestArguments:
         assert torch.equal(made[0], expected["frames"])
         assert expected.to_tuple()[0] is expected[0] is expected.frames
 
+    def test_a_scale_of_one_changes_nothing(self, pipeline: Any) -> None:
+        assert torch.equal(frames(pipeline, **CLIP, attention_kwargs={"scale": 1.0}), frames(pipeline, **CLIP))
+
     def test_attention_arguments(self, idle: Any) -> None:
         with pytest.raises(ConfigError, match=r"attention_kwargs: scale=0.5 is not taken; set_adapters"):
             idle("a cat", **CLIP, attention_kwargs={"scale": 0.5})

@@ -302,6 +302,29 @@ def test_switching_moves_nothing_and_keeps_memory(wan_folder: Path, loras: dict[
     assert held[1] == held[0]  # twenty switches later
 
 
+@pytest.mark.parametrize(
+    "turn", ["deleted", "deleted while disabled", "one of two that count", "one that does not count"]
+)
+def test_what_counts_after_another_adapter_is_deleted(wan_folder: Path, loras: dict[str, Path], turn: str) -> None:
+    """The clips of diffusers, where the oldest adapter counts once none that counted is left, at its own weight."""
+    turns: dict[str, Callable[[Any], object]] = {
+        "deleted": lambda p: None,
+        "deleted while disabled": lambda p: p.disable_lora(),
+        "one of two that count": lambda p: p.set_adapters(["cat", "dog"], [0.3, 0.9]),
+        "one that does not count": lambda p: p.set_adapters("cat", 0.7),
+    }
+    clips = []
+    for pipeline in (load(wan_folder), load_oracle(wan_folder)):
+        with warnings_of_diffusers():
+            pipeline.load_lora_weights(loras["cat"], adapter_name="cat")
+            pipeline.set_adapters("cat", 0.5)
+            pipeline.load_lora_weights(loras["dog"], adapter_name="dog")
+            turns[turn](pipeline)
+            pipeline.delete_adapters("dog")
+        clips.append(clip(pipeline, num_inference_steps=1))
+    assert (clips[0] - clips[1]).abs().max() <= 1e-4
+
+
 def test_loading_and_unloading_keeps_memory_and_disk(wan_folder: Path, loras: dict[str, Path], tmp_path: Path) -> None:
     pipeline = load_transformer(wan_folder)
     pipeline.transformer.enable_group_offload("cpu", offload_to_disk_path=tmp_path)

@@ -7,6 +7,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.memory import module_bytes
@@ -15,6 +16,7 @@ from vramkit.pipelines.loading.auto_model import AutoModel
 from vramkit.pipelines.loading.registry import MODELS
 from vramkit.pipelines.wan.pipeline import WanPipeline
 from vramkit.pipelines.wan.transformer import WanTransformer3DModel
+from vramkit.quant import Fp8Config
 
 TINY = {
     "num_attention_heads": 2,
@@ -83,6 +85,33 @@ def test_a_lower_dtype_leaves_some_parameters_fp32(model, tmp_path):
     assert loaded.dtype == torch.bfloat16
     assert loaded.scale_shift_table.dtype == torch.float32
     assert loaded.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("quantizing", [{}, {"quantization_config": Fp8Config()}], ids=["as it is", "quantizing"])
+def test_a_file_of_mixed_dtypes_is_as_if_asked_for_that_of_most(model, tmp_path, narrow, quantizing):
+    """As some tools write them: biases and norms of another dtype than the matrices that they stand beside."""
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    other = torch.bfloat16 if narrow == torch.float8_e4m3fn else torch.float32
+    weights = {
+        name: tensor.to(narrow if "ffn" in name and tensor.ndim == 2 else other if tensor.ndim == 1 else torch.bfloat16)
+        for name, tensor in load_file(file).items()
+    }
+    weights |= {name: tensor.float() for name, tensor in weights.items() if name.startswith("proj_out")}
+    save_file(weights, file)
+    with pytest.warns(UserWarning, match=r"hold torch.bfloat16 and torch.float32, .* made torch.bfloat16, the dtype"):
+        loaded = WanTransformer3DModel.from_pretrained(tmp_path, **quantizing)
+    asked = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, **quantizing)
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in asked.named_parameters()}
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 1, 4, 4),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 3, 16),
+    }
+    inputs = {name: each.bfloat16() for name, each in inputs.items()}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs)[0], asked(**inputs)[0])
 
 
 @pytest.mark.parametrize("loader", [AutoModel, WanTransformer3DModel])

@@ -294,7 +294,8 @@ class TextToVideoPipeline(Pipeline):
     def _begin(self, *, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> None:
         """Set the state that properties show, at the beginning of a call."""
         if isinstance(self.transformer, Model) and attention_kwargs:
-            refuse_arguments("attention_kwargs", {**attention_kwargs}, _ATTENTION_KWARGS)
+            given = {name: value for name, value in attention_kwargs.items() if (name, value) != ("scale", 1)}
+            refuse_arguments("attention_kwargs", given, _ATTENTION_KWARGS)
             attention_kwargs = None
         self._guidance_scale = self._given_guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs

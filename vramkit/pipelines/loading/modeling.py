@@ -102,8 +102,9 @@ class Model(nn.Module):
         Args:
             path_or_repo: a folder, or a repo id of the Hugging Face hub.
             subfolder: folder of the component inside it, such as "transformer".
-            torch_dtype: floating dtype of the weights, or its name; None and "auto" keep what the file holds. Parameters
-                that the model keeps in fp32 stay fp32.
+            torch_dtype: floating dtype of the weights, or its name; None and "auto" keep what the file holds, or
+                make it the dtype of most where it mixes them, with a warning. Parameters that the model keeps in fp32 stay
+                fp32.
             dtype: another name of ``torch_dtype``.
             variant: as in diffusion_pytorch_model.<variant>.safetensors.
             revision: branch, tag or commit on the hub.
@@ -205,8 +206,8 @@ class Model(nn.Module):
         saved = config.get("quantization_config") if isinstance(config, Mapping) else None
         model = cls.described_by(config, source=source, most=most_parameters(files))
         options: dict[str, Any] = {} if key_map is None else {"key_map": key_map}
-        keep = cls._keep_in_fp32 if torch_dtype is not None else ()
-        load_weights(model, files, saved, quantization_config, dtype=torch_dtype, keep_fp32=keep, **options)
+        options |= {"dtype": torch_dtype, "keep_fp32": cls._keep_in_fp32}
+        load_weights(model, files, saved, quantization_config, **options)
         return model.eval().requires_grad_(requires_grad=False)
 
     @classmethod

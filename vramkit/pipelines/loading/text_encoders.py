@@ -121,7 +121,7 @@ def _filled(  # noqa: PLR0917
     def rename(name: str) -> str | None:
         return _name_in(known, own, names.get(name, name))
 
-    fragile = model._keep_in_fp32_modules or () if torch_dtype == torch.float16 else ()  # noqa: SLF001
+    fragile = model._keep_in_fp32_modules or () if torch_dtype in (torch.float16, None) else ()  # noqa: SLF001
     load_weights(
         model,
         files,

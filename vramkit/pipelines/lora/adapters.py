@@ -190,6 +190,8 @@ class LoraAdapters:
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Unload some adapters; the others go on as they were.
 
+        Where none that counted is left, the oldest of the others counts from now on, as in diffusers.
+
         Raises:
             ConfigError: an adapter that is not loaded.
             ConflictError: adapters are fused.

@@ -182,12 +182,15 @@ class ModelAdapters:
         self._show_again(before)
 
     def delete(self, name: str) -> None:
-        """Unload an adapter."""
+        """Unload an adapter; where it alone counted, the oldest of the others does from now on."""
         with editable(self.model):
             layers.delete(self.model, name)
             self.differences.drop(self.model, name)
             del self._state.weights[name]
-            self._state.active = [each for each in self.active if each != name]
+            others = self.names[:1] if self.active == [name] else [each for each in self.active if each != name]
+            if others != self.active:
+                self._state.active = others
+                layers.activate(self.model, others, self.scale)
             self._state.owned.discard(name)
             self._show()
 
