@@ -156,6 +156,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bare_args, bare_kwargs = tree_unflatten(bare, spec)
         result = func(*bare_args, **bare_kwargs)
         originals = {id(new): old for new, old in zip(bare, flat, strict=True) if isinstance(old, torch.Tensor)}
+        if isinstance(result, torch.Tensor):
+            return originals.get(id(result), result)
         return tree_map_only(torch.Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
     def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -189,8 +191,8 @@ class Device(TorchFunctionMode):
         if isinstance(first, torch.Tensor) and first.is_meta and name in _VALUES:
             return _VALUES[name](first)
         to_host = self._device.type != "cpu" and _asks_for_host(name, args, kwargs)
-        if self._device.type != "cpu":
-            args, kwargs = tree_map_only((torch.device, str), self._inner, (args, kwargs))
+        if self._device.type != "cpu" and any(isinstance(value, _PLACES) for value in (*args, *kwargs.values())):
+            args, kwargs = tree_map_only(_PLACES, self._inner, (args, kwargs))
         result = func(*args, **kwargs)
         return self._on_host(result) if to_host and isinstance(result, torch.Tensor) else result
 
@@ -222,6 +224,7 @@ class Device(TorchFunctionMode):
         return result
 
 
+_PLACES = (torch.device, str)
 _DEVICE = torch.Tensor.device
 _IS_CUDA = torch.Tensor.is_cuda
 
@@ -260,7 +263,7 @@ def _forgotten(result: Any) -> Any:
     def shed(tensor: torch.Tensor) -> torch.Tensor:
         return _bare(tensor) if tensor.untyped_storage().nbytes() > _KNOWN_BYTES else tensor
 
-    return tree_map_only(torch.Tensor, shed, result)
+    return shed(result) if isinstance(result, torch.Tensor) else tree_map_only(torch.Tensor, shed, result)
 
 
 def _bare(tensor: torch.Tensor) -> torch.Tensor:
