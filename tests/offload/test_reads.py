@@ -368,6 +368,21 @@ def test_whatever_is_called_finds_its_weights(device: str, call: str, way: str, 
     assert vars(module).keys() == vars(reference).keys()
 
 
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_a_generator_goes_on_with_the_units_that_were_formed_since_it_began(level: str, strict: None) -> None:
+    module, reference = pair(Clip, "cpu")
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    with torch.no_grad():
+        steps, expected = module.steps(tokens()), list(reference.steps(tokens()))
+        assert_equal(next(steps), expected[0])
+        with offload.edit():
+            pass
+        assert_equal(next(steps), expected[1])
+        offload.remove()
+        assert_equal(next(steps), expected[2])
+        assert not list(steps)
+
+
 @on_devices
 @pytest.mark.parametrize("call", ["a part", "a layer", "a method", "a generator"])
 def test_components_that_take_turns_are_loaded_by_any_call(device: str, call: str, strict: None) -> None:
