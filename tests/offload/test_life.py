@@ -107,6 +107,32 @@ def test_buffers_keep_what_forwards_write(level: str, place: str, tmp_path: Path
         assert torch.equal(module.get_buffer(name), buffer)
 
 
+class Grows(nn.Module):
+    """A buffer that a forward makes longer, and one whose rows are one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("cache", torch.zeros(1, WIDTH))
+        self.register_buffer("bias", torch.randn(1, WIDTH).expand(4, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = torch.cat([self.cache, x.mean((0, 1))[None]])
+        return self.lin(x) + self.cache.mean(0) + self.bias.mean(0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_buffers_whose_memory_cannot_take_what_the_module_has_keep_it(level: str, strict: None) -> None:
+    model = nn.Sequential(Grows(), Grows()).eval()
+    module = copy.deepcopy(model)
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    for change in (offload.rest, lambda: offload.adapt(slots=3), offload.rest, offload.remove):
+        assert_equal(module, model, calls=2, channels=WIDTH)
+        change()
+    assert_equal(module, model, calls=1, channels=WIDTH)
+    assert all(torch.equal(held, expected) for held, expected in zip(module.buffers(), model.buffers(), strict=True))
+
+
 # --- what the module looks like from outside
 
 

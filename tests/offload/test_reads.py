@@ -557,6 +557,33 @@ class AssignsData(ActNorm):
         self.scale.data = self.scale.data / factor
 
 
+class AssignsDataTwice(AssignsData):
+    def write(self, factor: torch.Tensor) -> None:
+        super().write(factor)
+        super().write(factor)
+
+
+class KeepsWhatItAssignsOver(AssignsData):
+    """Its views are of memory that the parameter has left."""
+
+    def write(self, factor: torch.Tensor) -> None:
+        self.views = [self.scale[:4], self.scale.t()]
+        super().write(factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.views[0].sum() + self.views[1].sum()
+
+
+class AssignsMemory(ActNorm):
+    def write(self, factor: torch.Tensor) -> None:
+        self.scale.set_(self.scale / factor)
+
+
+class Swaps(ActNorm):
+    def write(self, factor: torch.Tensor) -> None:
+        torch.utils.swap_tensors(self.scale, nn.Parameter(self.scale / factor, requires_grad=False))
+
+
 class AddsToData(ActNorm):
     def write(self, factor: torch.Tensor) -> None:
         self.scale.data += factor
@@ -577,6 +604,12 @@ class WritesToAnother(ActNorm):
             other.scale.div_(factor)
 
 
+WRITING = [
+    *(ActNorm, WritesThroughData, AssignsData, AssignsDataTwice),
+    *(KeepsWhatItAssignsOver, AssignsMemory, Swaps, AddsToData),
+]
+
+
 def writing(kind: type[ActNorm]) -> nn.Module:
     blocks = [kind() for _ in range(4)]
     for block, following in itertools.pairwise(blocks):
@@ -587,7 +620,7 @@ def writing(kind: type[ActNorm]) -> nn.Module:
 
 @on_devices
 @pytest.mark.parametrize("way", ["block", "block_1", "two_blocks", "model"])
-@pytest.mark.parametrize("kind", [ActNorm, WritesThroughData, AssignsData, AddsToData, Replaces, WritesToAnother])
+@pytest.mark.parametrize("kind", [*WRITING, Replaces, WritesToAnother])
 def test_what_a_forward_writes_to_a_weight_is_kept(device: str, kind: type[ActNorm], way: str) -> None:
     module, reference = pair(lambda: writing(kind), device)
     offload = apply_group_offloading(module, device, **WAYS[way])
@@ -599,6 +632,20 @@ def test_what_a_forward_writes_to_a_weight_is_kept(device: str, kind: type[ActNo
 
 
 # --- tables
+
+
+@pytest.mark.parametrize("kind", WRITING)
+def test_what_a_forward_writes_to_a_weight_that_stays_is_kept(kind: type[ActNorm], strict: None) -> None:
+    module, reference = pair(lambda: writing(kind))
+    offload = apply_group_offloading(module, "cpu", offload_type="leaf_level")  # where blocks' own weights stay
+    for change in (lambda: offload.adapt(slots=2), offload.rest, offload.remove):
+        for block in (*module, *reference):
+            block.ready.zero_()
+        same(module, reference)
+        change()
+        same(module, reference, calls=1)
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(module.state_dict()[name], weight)
 
 
 class Learned(nn.Embedding):

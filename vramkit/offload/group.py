@@ -317,7 +317,8 @@ class ModuleGroup:
                 )
             tensors.copy_values(rest, value)
             changed += tensors.leaves(rest)
-        if placement.is_replaced or not placement.is_whole():
+        placement.is_replaced |= not placement.is_whole()
+        if placement.is_replaced:
             self._placed.pop(placement.address, None)
         self._kept = before, self.version()
         self._find_stores(changed)

@@ -279,7 +279,7 @@ def written_through_data(tensor: torch.Tensor) -> bool:
     """Tell whether somebody wrote to a shown tensor through ``.data`` (`with_data`) since this was asked last."""
     alias, before = _noted(tensor)
     vars(tensor)[_ALIAS] = alias, tensors.version(alias)
-    return alias.data_ptr() != tensor.data_ptr() or tensors.version(alias) != before
+    return tensors.version(alias) != before
 
 
 def _without_notes(attributes: Any) -> Any:
@@ -401,18 +401,20 @@ def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         alias: torch.Tensor = held[_ALIAS][0]
         return alias
 
+    def note_other_memory(self: Any) -> None:
+        vars(self)[_ALIAS] = cast("Any", kind.data).__get__(self), -1  # no version: that is how the change is found
+
     def set_data(self: Any, value: torch.Tensor) -> None:
-        alias = get_data(self)
         cast("Any", kind.data).__set__(self, value)
-        vars(self)[_ALIAS] = alias, -1  # of the memory before: that is how the change is found
+        note_other_memory(self)
 
     def set_(self: Any, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Torch's parametrizations set a parameter to itself at every use, which would count as a write.
-        is_itself = isinstance(source, torch.Tensor) and not args and not kwargs and _has_memory_of(self, source)
-        same: torch.Tensor = (
-            self if is_itself else kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
-        )
-        return same
+        if isinstance(source, torch.Tensor) and not args and not kwargs and _has_memory_of(self, source):
+            return cast("torch.Tensor", self)
+        kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
+        note_other_memory(self)
+        return cast("torch.Tensor", self)
 
     return _derived(kind, _Shown, {"data": property(get_data, set_data), "set_": set_})
 
