@@ -386,6 +386,48 @@ def test_changes_in_place_between_calls_are_seen_or_refused(
     assert_equal(module, model, calls=1)
 
 
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "[]": lambda weight: weight[2:],
+    "narrow": lambda weight: weight.narrow(0, 1, 5),
+    "t": lambda weight: weight.t(),
+    "unbind": lambda weight: weight.unbind()[3],
+    "chunk": lambda weight: weight.chunk(2)[1],
+    "expand_as": lambda weight: weight.expand_as(weight),
+    "real": lambda weight: weight.real,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_changes_through_views_that_torch_does_not_count_are_seen_or_refused(
+    view: str, place: str, tmp_path: Path
+) -> None:
+    model = BlockNet().eval().requires_grad_(False)
+    module, options = placed(model, place, tmp_path)
+    offload = apply_group_offloading(module, "cpu", **options)
+    assert_equal(module, model, calls=1)
+    for net in (model, module):
+        VIEWS[view](net.blocks[0].up.weight).data.mul_(-1)  # it is on its way already
+        VIEWS[view](net.blocks[6].up.weight).numpy()[:] = 0.5
+    try:
+        assert_equal(module, model)
+    except ConflictError as error:
+        assert "edit()" in str(error)  # noqa: PT017 (either outcome is right)
+    offload.remove()
+    assert_equal(module, model, calls=1)
+
+
+def test_a_parameter_made_of_an_offloaded_weight_is_refused_with_what_to_do() -> None:
+    module = BlockNet().eval()
+    offload = apply_group_offloading(module, "cpu")
+    with pytest.raises(ConflictError, match=r"give it `weight.detach\(\)`"):
+        nn.Parameter(module.blocks[3].up.weight)
+    with pytest.raises(ConflictError, match=r"edit\(\)"):
+        nn.utils.parametrizations.weight_norm(module.blocks[1].up)
+    assert torch.equal(nn.Parameter(module.blocks[3].up.weight.detach()), module.blocks[3].up.weight)
+    offload.remove()
+
+
 @pytest.mark.parametrize("through_data", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
 def test_changes_of_what_stays_on_the_device_are_seen(
