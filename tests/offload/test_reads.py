@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vramkit import hooks
+from vramkit.errors import ConflictError
 from vramkit.offload import apply_group_offloading, apply_model_offload
 from vramkit.offload.group import TensorSlot
 from vramkit.offload.tables import TableHook
@@ -646,6 +647,111 @@ def test_what_a_forward_writes_to_a_weight_that_stays_is_kept(kind: type[ActNorm
         same(module, reference, calls=1)
     for name, weight in reference.state_dict().items():
         assert torch.equal(module.state_dict()[name], weight)
+
+
+class CallsWithOthers(nn.Module):
+    """Puts other tensors in the place of a block's weights, for one call of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FeedForward() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            halves = {name: weight * 0.5 for name, weight in block.named_parameters()}
+            x = torch.func.functional_call(block, halves, (x,)) + block(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["block", "block_1", "leaf_small"])
+def test_tensors_of_a_functional_call_are_never_taken_for_the_weights(way: str, strict: None) -> None:
+    module, _ = pair(CallsWithOthers)
+    weights = {name: weight.clone() for name, weight in module.state_dict().items()}
+    offload = apply_group_offloading(module, "cpu", **WAYS[way])
+    with torch.no_grad(), pytest.raises(ConflictError, match="functional_call"):
+        module(tokens())
+    offload.remove()
+    assert all(torch.equal(weight, weights[name]) for name, weight in module.state_dict().items())
+
+
+class GivesAway(Block):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return super().forward(x), *self.parameters()
+
+
+class Collects(nn.Module):
+    """Gives the weights of its last block away; units are formed anew after the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GivesAway() for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        weights: list[torch.Tensor] = []
+        for block in self.blocks:
+            x, *weights = block(x)
+        return [x, *weights]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_writes_to_weights_that_were_given_away_are_kept(way: str) -> None:
+    module, reference = pair(Collects)
+    offload = apply_group_offloading(module, "cpu", **WAYS[way])
+    with torch.no_grad():
+        for _ in range(3):
+            (got, *weights), (expected, *others) = module(tokens()), reference(tokens())
+            assert_equal(got, expected)
+            for weight in (*weights, *others):
+                weight.mul_(0.9)
+    offload.remove()
+    assert_equal(module(tokens())[0], reference(tokens())[0])
+
+
+class TiedInside(nn.Module):
+    """A weight of a layer that the block has too: it stays for the one and travels for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.shift = self.up.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x)) @ self.scale + self.shift.sum()
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_writes_to_a_tied_weight_reach_all_that_have_it(way: str, through_data: bool, strict: None) -> None:
+    module, reference = pair(lambda: nn.Sequential(*(TiedInside() for _ in range(4))))
+    offload = apply_group_offloading(module, "cpu", **WAYS[way])
+    same(module, reference)
+    for net in (module, reference):
+        (net[1].shift.data if through_data else net[1].shift).mul_(3)
+    same(module, reference)
+    offload.remove()
+    same(module, reference, calls=1)
+
+
+class ReplacesABlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FeedForward() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.blocks, *self.blocks[:2]):
+            x = block(x)
+        torch.manual_seed(4)
+        self.blocks[1] = FeedForward().eval().requires_grad_(False)
+        return x
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_a_forward_may_replace_modules(level: str) -> None:
+    module, reference = pair(ReplacesABlock)
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    same(module, reference)
+    offload.remove()
 
 
 class Learned(nn.Embedding):

@@ -300,7 +300,7 @@ class Engine:
                 self.owner.give_memory()
             elif error is None or error is self._handled:
                 self._place.check_files()  # what was written to meanwhile may be in what was computed
-                if self._uses.has_returned:
+                if self._uses.has_returned and not self.kept_bytes:  # who has a weight may write to it
                     self.owner.rearrange()
         finally:
             if not self._open:

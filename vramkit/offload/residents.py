@@ -106,16 +106,22 @@ class Resident:
         """Let owners have the tensor at rest, with what was written on the device since; return the bytes copied back."""
         if self.is_buffer:
             return self._restore_buffer()
-        returned = 0
         try:
-            if self.on_device is not self.slot.rest and self._is_written():
-                returned = self._copy_back(self.on_device)
-                self.version = tensors.version(self.on_device)
+            returned = self.keep_writes()
         except StoreError:  # the file of what rests is lost, so there is no place to copy to, also later
             self.version = tensors.version(self.on_device)
             self.slot.show(self.slot.rest)
             raise
         self.slot.show(self.slot.rest)
+        return returned
+
+    def keep_writes(self) -> int:
+        """Let the parameter at rest have what was written on the device since; return the bytes copied back."""
+        if self.on_device is self.slot.rest or not self._is_written():
+            return 0
+        returned = self._copy_back(self.on_device)
+        self.version = tensors.version(self.on_device)
+        self._rest_version = sum(map(tensors.version, self._at_rest))
         return returned
 
     def _is_written(self) -> bool:
