@@ -674,9 +674,13 @@ def test_tensors_of_a_functional_call_are_never_taken_for_the_weights(way: str, 
     assert all(torch.equal(weight, weights[name]) for name, weight in module.state_dict().items())
 
 
-class GivesAway(Block):
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return super().forward(x), *self.parameters()
+class GivesAway(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x + self.down(torch.tanh(self.up(self.norm(x)))), self.up.weight, self.down.weight[:3]
 
 
 class Collects(nn.Module):
@@ -690,6 +694,7 @@ class Collects(nn.Module):
         weights: list[torch.Tensor] = []
         for block in self.blocks:
             x, *weights = block(x)
+            weights[0].mul_(0.9)
         return [x, *weights]
 
 
