@@ -22,6 +22,7 @@ __all__ = [
     "copy_values",
     "dense_like",
     "is_dense",
+    "is_expanded",
     "is_inference_made",
     "is_plain",
     "kind_of",
@@ -188,6 +189,11 @@ def is_dense(leaf: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def is_expanded(leaf: torch.Tensor) -> bool:
+    """Tell whether elements of a strided `leaf` share memory (``expand``), so that it cannot be written to."""
+    return any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True))
 
 
 def dense_like(leaf: torch.Tensor) -> tuple[int, ...]:

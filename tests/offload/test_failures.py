@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,31 @@ def test_weights_are_whole_after_an_interrupt_and_remove(tmp_path: Path, monkeyp
         module(tokens(8))
     offload.remove()
     assert all(parameter is before[name] for name, parameter in module.named_parameters())
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ending", ["call", "remove"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_written_after_an_interrupt_is_kept(level: str, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BlockNet().eval()
+    module = copy.deepcopy(model)
+    offload = apply_group_offloading(module, "cpu", offload_type=level, slots=1)
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            layer = module.blocks[3].down
+            patch.setattr(layer, "forward", raising(layer.forward, KeyboardInterrupt, 0))
+            with pytest.raises(KeyboardInterrupt):
+                module(tokens(8))
+        for net in (model, module):  # the units that ran are still on the device
+            for block in net.blocks:
+                block.up.weight.mul_(2)
+                block.down.weight.data.mul_(0.5)
+                block.up.bias.copy_(block.up.bias + 1)
+        if ending == "remove":
+            offload.remove()
+        x = tokens(8)
+        assert torch.equal(module(x), model(x))
+    offload.remove()
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), model.parameters(), strict=True))
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from modules import BlockNet, Codec, OrderNet, mapped_copy, tokens
+from torch import nn
 
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload import apply_group_offloading, apply_model_offload
@@ -51,7 +54,12 @@ def test_blocks_per_group_at_leaf_level_is_said_to_do_nothing(tmp_path: Path) ->
         apply_group_offloading(module, "cpu", offload_type="leaf_level").remove()
 
 
-def test_tracing_an_offloaded_module_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "trace", [torch.jit.trace, lambda module, x: torch.export.export(module, (x,))], ids=["jit.trace", "export"]
+)
+def test_tracing_an_offloaded_module_is_refused(
+    trace: Callable[[nn.Module, torch.Tensor], Any], tmp_path: Path
+) -> None:
     model = BlockNet(4).eval()
     module = mapped_copy(model, tmp_path)
     offload = apply_group_offloading(module, "cpu")
@@ -59,7 +67,7 @@ def test_tracing_an_offloaded_module_is_refused(tmp_path: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with pytest.raises(ConflictError, match="BlockNet is offloaded and is being traced"):
-            torch.jit.trace(module, x)
+            trace(module, x)
         assert torch.equal(module(x), model(x))
     offload.remove()
 

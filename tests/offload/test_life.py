@@ -107,6 +107,32 @@ def test_buffers_keep_what_forwards_write(level: str, place: str, tmp_path: Path
         assert torch.equal(module.get_buffer(name), buffer)
 
 
+class Grows(nn.Module):
+    """A buffer that a forward makes longer, and one whose rows are one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("cache", torch.zeros(1, WIDTH))
+        self.register_buffer("bias", torch.randn(1, WIDTH).expand(4, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = torch.cat([self.cache, x.mean((0, 1))[None]])
+        return self.lin(x) + self.cache.mean(0) + self.bias.mean(0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_buffers_whose_memory_cannot_take_what_the_module_has_keep_it(level: str, strict: None) -> None:
+    model = nn.Sequential(Grows(), Grows()).eval()
+    module = copy.deepcopy(model)
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    for change in (offload.rest, lambda: offload.adapt(slots=3), offload.rest, offload.remove):
+        assert_equal(module, model, calls=2, channels=WIDTH)
+        change()
+    assert_equal(module, model, calls=1, channels=WIDTH)
+    assert all(torch.equal(held, expected) for held, expected in zip(module.buffers(), model.buffers(), strict=True))
+
+
 # --- what the module looks like from outside
 
 
@@ -358,6 +384,48 @@ def test_changes_in_place_between_calls_are_seen_or_refused(
             return
     offload.remove()
     assert_equal(module, model, calls=1)
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "[]": lambda weight: weight[2:],
+    "narrow": lambda weight: weight.narrow(0, 1, 5),
+    "t": lambda weight: weight.t(),
+    "unbind": lambda weight: weight.unbind()[3],
+    "chunk": lambda weight: weight.chunk(2)[1],
+    "expand_as": lambda weight: weight.expand_as(weight),
+    "real": lambda weight: weight.real,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_changes_through_views_that_torch_does_not_count_are_seen_or_refused(
+    view: str, place: str, tmp_path: Path
+) -> None:
+    model = BlockNet().eval().requires_grad_(False)
+    module, options = placed(model, place, tmp_path)
+    offload = apply_group_offloading(module, "cpu", **options)
+    assert_equal(module, model, calls=1)
+    for net in (model, module):
+        VIEWS[view](net.blocks[0].up.weight).data.mul_(-1)  # it is on its way already
+        VIEWS[view](net.blocks[6].up.weight).numpy()[:] = 0.5
+    try:
+        assert_equal(module, model)
+    except ConflictError as error:
+        assert "edit()" in str(error)  # noqa: PT017 (either outcome is right)
+    offload.remove()
+    assert_equal(module, model, calls=1)
+
+
+def test_a_parameter_made_of_an_offloaded_weight_is_refused_with_what_to_do() -> None:
+    module = BlockNet().eval()
+    offload = apply_group_offloading(module, "cpu")
+    with pytest.raises(ConflictError, match=r"give it `weight.detach\(\)`"):
+        nn.Parameter(module.blocks[3].up.weight)
+    with pytest.raises(ConflictError, match=r"edit\(\)"):
+        nn.utils.parametrizations.weight_norm(module.blocks[1].up)
+    assert torch.equal(nn.Parameter(module.blocks[3].up.weight.detach()), module.blocks[3].up.weight)
+    offload.remove()
 
 
 @pytest.mark.parametrize("through_data", [False, True])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vramkit import hooks
+from vramkit.errors import ConflictError
 from vramkit.offload import apply_group_offloading, apply_model_offload
 from vramkit.offload.group import TensorSlot
 from vramkit.offload.tables import TableHook
@@ -368,6 +369,21 @@ def test_whatever_is_called_finds_its_weights(device: str, call: str, way: str, 
     assert vars(module).keys() == vars(reference).keys()
 
 
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_a_generator_goes_on_with_the_units_that_were_formed_since_it_began(level: str, strict: None) -> None:
+    module, reference = pair(Clip, "cpu")
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    with torch.no_grad():
+        steps, expected = module.steps(tokens()), list(reference.steps(tokens()))
+        assert_equal(next(steps), expected[0])
+        with offload.edit():
+            pass
+        assert_equal(next(steps), expected[1])
+        offload.remove()
+        assert_equal(next(steps), expected[2])
+        assert not list(steps)
+
+
 @on_devices
 @pytest.mark.parametrize("call", ["a part", "a layer", "a method", "a generator"])
 def test_components_that_take_turns_are_loaded_by_any_call(device: str, call: str, strict: None) -> None:
@@ -542,6 +558,33 @@ class AssignsData(ActNorm):
         self.scale.data = self.scale.data / factor
 
 
+class AssignsDataTwice(AssignsData):
+    def write(self, factor: torch.Tensor) -> None:
+        super().write(factor)
+        super().write(factor)
+
+
+class KeepsWhatItAssignsOver(AssignsData):
+    """Its views are of memory that the parameter has left."""
+
+    def write(self, factor: torch.Tensor) -> None:
+        self.views = [self.scale[:4], self.scale.t()]
+        super().write(factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.views[0].sum() + self.views[1].sum()
+
+
+class AssignsMemory(ActNorm):
+    def write(self, factor: torch.Tensor) -> None:
+        self.scale.set_(self.scale / factor)
+
+
+class Swaps(ActNorm):
+    def write(self, factor: torch.Tensor) -> None:
+        torch.utils.swap_tensors(self.scale, nn.Parameter(self.scale / factor, requires_grad=False))
+
+
 class AddsToData(ActNorm):
     def write(self, factor: torch.Tensor) -> None:
         self.scale.data += factor
@@ -562,6 +605,12 @@ class WritesToAnother(ActNorm):
             other.scale.div_(factor)
 
 
+WRITING = [
+    *(ActNorm, WritesThroughData, AssignsData, AssignsDataTwice),
+    *(KeepsWhatItAssignsOver, AssignsMemory, Swaps, AddsToData),
+]
+
+
 def writing(kind: type[ActNorm]) -> nn.Module:
     blocks = [kind() for _ in range(4)]
     for block, following in itertools.pairwise(blocks):
@@ -572,7 +621,7 @@ def writing(kind: type[ActNorm]) -> nn.Module:
 
 @on_devices
 @pytest.mark.parametrize("way", ["block", "block_1", "two_blocks", "model"])
-@pytest.mark.parametrize("kind", [ActNorm, WritesThroughData, AssignsData, AddsToData, Replaces, WritesToAnother])
+@pytest.mark.parametrize("kind", [*WRITING, Replaces, WritesToAnother])
 def test_what_a_forward_writes_to_a_weight_is_kept(device: str, kind: type[ActNorm], way: str) -> None:
     module, reference = pair(lambda: writing(kind), device)
     offload = apply_group_offloading(module, device, **WAYS[way])
@@ -584,6 +633,130 @@ def test_what_a_forward_writes_to_a_weight_is_kept(device: str, kind: type[ActNo
 
 
 # --- tables
+
+
+@pytest.mark.parametrize("kind", WRITING)
+def test_what_a_forward_writes_to_a_weight_that_stays_is_kept(kind: type[ActNorm], strict: None) -> None:
+    module, reference = pair(lambda: writing(kind))
+    offload = apply_group_offloading(module, "cpu", offload_type="leaf_level")  # where blocks' own weights stay
+    for change in (lambda: offload.adapt(slots=2), offload.rest, offload.remove):
+        for block in (*module, *reference):
+            block.ready.zero_()
+        same(module, reference)
+        change()
+        same(module, reference, calls=1)
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(module.state_dict()[name], weight)
+
+
+class CallsWithOthers(nn.Module):
+    """Puts other tensors in the place of a block's weights, for one call of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FeedForward() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            halves = {name: weight * 0.5 for name, weight in block.named_parameters()}
+            x = torch.func.functional_call(block, halves, (x,)) + block(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["block", "block_1", "leaf_small"])
+def test_tensors_of_a_functional_call_are_never_taken_for_the_weights(way: str, strict: None) -> None:
+    module, _ = pair(CallsWithOthers)
+    weights = {name: weight.clone() for name, weight in module.state_dict().items()}
+    offload = apply_group_offloading(module, "cpu", **WAYS[way])
+    with torch.no_grad(), pytest.raises(ConflictError, match="functional_call"):
+        module(tokens())
+    offload.remove()
+    assert all(torch.equal(weight, weights[name]) for name, weight in module.state_dict().items())
+
+
+class GivesAway(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x + self.down(torch.tanh(self.up(self.norm(x)))), self.up.weight, self.down.weight[:3]
+
+
+class Collects(nn.Module):
+    """Gives the weights of its last block away; units are formed anew after the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GivesAway() for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        weights: list[torch.Tensor] = []
+        for block in self.blocks:
+            x, *weights = block(x)
+            weights[0].mul_(0.9)
+        return [x, *weights]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_writes_to_weights_that_were_given_away_are_kept(way: str) -> None:
+    module, reference = pair(Collects)
+    offload = apply_group_offloading(module, "cpu", **WAYS[way])
+    with torch.no_grad():
+        for _ in range(3):
+            (got, *weights), (expected, *others) = module(tokens()), reference(tokens())
+            assert_equal(got, expected)
+            for weight in (*weights, *others):
+                weight.mul_(0.9)
+    offload.remove()
+    assert_equal(module(tokens())[0], reference(tokens())[0])
+
+
+class TiedInside(nn.Module):
+    """A weight of a layer that the block has too: it stays for the one and travels for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.shift = self.up.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x)) @ self.scale + self.shift.sum()
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_writes_to_a_tied_weight_reach_all_that_have_it(way: str, through_data: bool, strict: None) -> None:
+    module, reference = pair(lambda: nn.Sequential(*(TiedInside() for _ in range(4))))
+    offload = apply_group_offloading(module, "cpu", **WAYS[way])
+    same(module, reference)
+    for net in (module, reference):
+        (net[1].shift.data if through_data else net[1].shift).mul_(3)
+    same(module, reference)
+    offload.remove()
+    same(module, reference, calls=1)
+
+
+class ReplacesABlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FeedForward() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.blocks, *self.blocks[:2]):
+            x = block(x)
+        torch.manual_seed(4)
+        self.blocks[1] = FeedForward().eval().requires_grad_(False)
+        return x
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_a_forward_may_replace_modules(level: str) -> None:
+    module, reference = pair(ReplacesABlock)
+    offload = apply_group_offloading(module, "cpu", offload_type=level)
+    same(module, reference)
+    offload.remove()
 
 
 class Learned(nn.Embedding):

@@ -243,14 +243,22 @@ def _given(output: Any, engine: Engine, name: str) -> Any:
 
 
 def _in_passes(steps: Generator[Any, Any, Any], engine: Engine, name: str) -> Generator[Any, Any, Any]:
-    """Run each step of a generator in a pass of its own: between two steps the device may be used for other calls."""
+    """Run each step of a generator in a pass of its own: between two steps the device may be used for other calls.
+
+    Those may leave another engine, or none.
+    """
     given: Any = None
     while True:
-        engine.begin(name, frame=sys._getframe())  # noqa: SLF001 (see `passes`)
+        current = engine.owner.current_engine()
+        if current is not None:
+            current.begin(name, frame=sys._getframe())  # noqa: SLF001 (see `passes`)
         try:
-            value = with_tensors(steps.send(given), engine.given)
+            value = steps.send(given)
+            if current is not None:
+                value = with_tensors(value, current.given)
         except StopIteration as stop:
             return stop.value
         finally:
-            engine.end(name)
+            if current is not None:
+                current.end(name)
         given = yield value

@@ -301,7 +301,7 @@ class Engine:
                 self.owner.give_memory()
             elif error is None or error is self._handled:
                 self._place.check_files()  # what was written to meanwhile may be in what was computed
-                if self._uses.has_returned:
+                if self._uses.has_returned and not self.kept_bytes:  # who has a weight may write to it
                     self.owner.rearrange()
         finally:
             if not self._open:
@@ -498,10 +498,12 @@ class Engine:
 
     def _check_use(self) -> None:
         self._place.check_files()
-        if torch._C._get_tracing_state() is not None:  # noqa: SLF001 (`torch.jit.is_tracing` costs an import of it)
+        is_traced = torch._C._get_tracing_state() is not None  # noqa: SLF001 (`torch.jit.is_tracing` costs an import of it)
+        is_exported = getattr(torch.compiler, "is_exporting", bool)()  # since torch 2.7
+        if is_traced or is_exported:
             raise ConflictError(
-                f"{type(self.module).__name__} is offloaded and is being traced by torch.jit, which would keep slots for "
-                "weights; trace it before it is offloaded, or inside `with offload_of(module).edit():`"
+                f"{type(self.module).__name__} is offloaded and is being traced by torch.jit or torch.export, which would "
+                "keep slots for weights; trace it before it is offloaded, or inside `with offload_of(module).edit():`"
             )
         if self._trainable and self.module.training and torch.is_grad_enabled():
             raise TrainingError(

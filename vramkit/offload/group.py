@@ -13,6 +13,7 @@ from vramkit import tensors
 from vramkit.errors import ConflictError
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.layout import BufferLayout, LeafSpec
+from vramkit.offload.passes import is_in_functional_call
 from vramkit.offload.placement import Placement
 from vramkit.offload.stores import JointStore, Store
 from vramkit.offload.watch import shown, stands_for
@@ -268,6 +269,13 @@ class ModuleGroup:
             binding.slot.put_in_place_of(tensor)
             for binding, tensor in zip(self._bindings, placement.tensors, strict=True)
         ]
+        if any(value is not None for value in new) and is_in_functional_call():
+            self.show_rest()
+            raise ConflictError(
+                f"{self.name or 'a module'} was called through torch.func.functional_call while its module is offloaded; "
+                "that puts other tensors in the place of weights for a while, which would be taken for a change of them. "
+                "Call it so before it is offloaded, or inside `with offload_of(module).edit():`"
+            )
         written = placement.written()
         placement.is_replaced |= any(value is not None for value in new)
         if written or placement.is_replaced:
@@ -327,7 +335,8 @@ class ModuleGroup:
                 )
             tensors.copy_values(rest, value)
             changed += tensors.leaves(rest)
-        if placement.is_replaced or not placement.is_whole():
+        placement.is_replaced |= not placement.is_whole()
+        if placement.is_replaced:
             self._placed.pop(placement.address, None)
         self._kept = before, self.version()
         self._find_stores(changed)

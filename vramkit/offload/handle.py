@@ -325,6 +325,9 @@ class Offload:
         times = self._uses.times(self.module)
         if self._engine is None or times is None:
             return
+        present = set(self.module.modules())
+        if not all(present.issuperset(unit.holders) for unit in self._engine.assembly.units):
+            return  # the forward replaced modules
         units = parts_of(self.module, self._granted, times).units
         if moved_bytes(units, times) < moved_bytes(self._engine.assembly.units, times):
             with torch.inference_mode(mode=False):  # the call that ends may run in it, and the slots outlive the call

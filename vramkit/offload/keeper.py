@@ -81,6 +81,8 @@ class WeightKeeper:
         changed = [key for key, (alias, version) in self._aliases.items() if tensors.version(alias) != version]
         for key, resident in self._residents.items():
             resident.refresh(anyway=key in changed or key in self._handed_out)
+            if key in self._groups:  # a tied weight that travels for others
+                resident.keep_writes()
         if not changed and not self._handed_out:
             return []
         groups: dict[int, ModuleGroup] = {}

@@ -10,7 +10,9 @@ import dataclasses
 import sys
 from types import FrameType
 
-__all__ = ["OpenCall", "frame_of_module_call"]
+from torch.nn.utils import stateless
+
+__all__ = ["OpenCall", "frame_of_module_call", "is_in_functional_call"]
 
 _MODULE_CALL = ("inner", "_call_impl")  # functions of torch.nn.Module that run hooks and forward
 
@@ -46,3 +48,13 @@ def frame_of_module_call() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def is_in_functional_call() -> bool:
+    """Tell whether ``torch.func.functional_call`` is on the stack of the calling thread."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code is stateless._functional_call.__code__:  # noqa: SLF001
+            return True
+        frame = frame.f_back
+    return False

@@ -30,6 +30,7 @@ class Placement:
         self._counted = [
             [leaf for leaf in _leaves(tensor) if not tensors.is_inference_made(leaf)] for tensor in self.tensors
         ]
+        self._addresses = self._find()
         self._are_simple = all(len(leaves) == 1 for leaves in self._counted)
         self._versions = self._count_writes()
         self._references = _references(self.tensors)
@@ -65,8 +66,10 @@ class Placement:
         views: int = torch._C._storage_Use_Count(self._storage)  # noqa: SLF001
         references = _references(self.tensors)  # before anything here refers to them too
         noted = with_data(self.tensors)
+        # What was given other memory is noted, and neither it nor its ``.data`` is here any more.
+        gone = 0 if not noted or self.is_whole() else sum(map(operator.ne, self._find(), self._addresses))
         self._is_held = (
-            views > self._views + len(noted)
+            views > self._views + len(noted) - 2 * gone
             or (references != self._references and any(map(operator.gt, references, self._references)))
             or bool(noted and _is_referred_to([data_of(tensor) for tensor in noted]))
         )
@@ -87,8 +90,11 @@ class Placement:
         return [sum([leaf._version for leaf in leaves]) for leaves in self._counted]  # noqa: SLF001
 
     def is_whole(self) -> bool:
-        """Tell whether all tensors are still in this region: not where other memory was assigned to ``.data``."""
-        return all(data_of(tensor).data_ptr() == tensor.data_ptr() for tensor in with_data(self.tensors))
+        """Tell whether all tensors are still where they were: not where one was given other memory (``.data``, ``set_``)."""
+        return self._find() == self._addresses
+
+    def _find(self) -> list[list[int]]:
+        return [[leaf.data_ptr() for leaf in _leaves(tensor)] for tensor in self.tensors]
 
 
 def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -14,9 +14,11 @@ from vramkit.memory import tensor_bytes
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.group import TensorSlot, asks_for_gradients
 from vramkit.offload.resting import RestingPlace
-from vramkit.offload.watch import shown, with_data, written_through_data
+from vramkit.offload.watch import shown, stands_for, with_data, written_through_data
 
 __all__ = ["Resident", "Residents"]
+
+_WRITTEN = -1  # a version that no tensor has: written to, however often that is asked, until it is copied back
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -104,11 +106,8 @@ class Resident:
         """Let owners have the tensor at rest, with what was written on the device since; return the bytes copied back."""
         if self.is_buffer:
             return self._restore_buffer()
-        returned = 0
         try:
-            if self.on_device is not self.slot.rest and self._is_written():
-                returned = self._copy_back(self.on_device)
-                self.version = tensors.version(self.on_device)
+            returned = self.keep_writes()
         except StoreError:  # the file of what rests is lost, so there is no place to copy to, also later
             self.version = tensors.version(self.on_device)
             self.slot.show(self.slot.rest)
@@ -116,10 +115,20 @@ class Resident:
         self.slot.show(self.slot.rest)
         return returned
 
+    def keep_writes(self) -> int:
+        """Let the parameter at rest have what was written on the device since; return the bytes copied back."""
+        if self.on_device is self.slot.rest or not self._is_written():
+            return 0
+        returned = self._copy_back(self.on_device)
+        self.version = tensors.version(self.on_device)
+        self._rest_version = sum(map(tensors.version, self._at_rest))
+        return returned
+
     def _is_written(self) -> bool:
-        return tensors.version(self.on_device) != self.version or any(
-            map(written_through_data, with_data([self.on_device]))
-        )
+        is_replaced = not stands_for(self.on_device, self.slot.rest)  # by ``torch.utils.swap_tensors``
+        if is_replaced or any(map(written_through_data, with_data([self.on_device]))):
+            self.version = _WRITTEN
+        return tensors.version(self.on_device) != self.version
 
     def _restore_buffer(self) -> int:
         # A forward may write to a buffer or put another tensor in its place; what the module has now is what counts.
@@ -128,8 +137,10 @@ class Resident:
         if current is None or current is self.slot.rest:
             return 0
         rest = self.slot.rest
-        if (current.shape, current.dtype, current.layout) != (rest.shape, rest.dtype, torch.strided):
-            self.slot.show(current.to(self.slot.rest.device))
+        is_alike = (current.shape, current.dtype, current.layout) == (rest.shape, rest.dtype, torch.strided)
+        if not is_alike or tensors.is_expanded(rest):  # cannot take the values: what the module has rests from now on
+            self.slot.rest = current.to(rest.device)
+            self.slot.show(self.slot.rest)
             return tensor_bytes(current)
         try:
             returned = self._copy_back(current)

@@ -229,9 +229,18 @@ class Streamer:
         self._midway = False
 
     def reset(self) -> None:
-        """Forget what is on its way and held; owners hold their tensors at rest afterwards. Orders stay known."""
+        """Forget what is on its way and held; owners hold their tensors at rest afterwards, with what was written to them.
+
+        Orders stay known.
+        """
         self._begin_step()
         self._queue.drain()  # nothing may be written any more when regions are given up
+        try:
+            self.show_rest()
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
         for group in self._groups:
             group.show_rest()  # all, because a step that was cut short may have shown half of any
         self._counters.dropped_loads += len(self._ahead)

@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
+from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vramkit import tensors
-from vramkit.errors import TrainingError
+from vramkit.errors import ConflictError, TrainingError
 from vramkit.offload.arguments import any_requires_grad
 
 __all__ = [
@@ -86,12 +88,11 @@ _TELLING = frozenset(
 _PLACES = frozenset(["device", "is_cuda", "is_cpu", "is_xpu", "is_meta", "get_device", "layout"])
 _VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag"])
 _ANSWERED = _VIEWS | _PLACES | {"data"}  # attributes that are answered from the device
-# What hands out the memory itself, so that it may be changed later without a trace.
+# What hands out the memory itself, so that it may be changed later without a trace. So may views, which are seen as such.
 _HANDING_OUT = frozenset(
     ["numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"]
 )
-# Views of the whole: through what they hand out in turn, bytes may be changed without a trace.
-_ALIASING = frozenset(["detach", "view", "reshape", "flatten", "contiguous", "view_as", "cpu", "to"])
+_MAKES_PARAMETERS = nn.Parameter.__new__.__code__
 
 
 class Keeper(Protocol):
@@ -179,6 +180,8 @@ class _Resting(_Watched):
     ) -> Any:
         """Answer a read inside a pass from the device; let everything else happen as to the parameter it was."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.detach:
+            _refuse_making_a_parameter()
         found = {id(tensor): tensor for tensor in _resting_in((*args, *kwargs.values()))}
         inside: dict[int, Keeper] = {}
         for key, tensor in found.items():
@@ -195,7 +198,12 @@ class _Resting(_Watched):
             inside = {}
         if not inside:
             with _as_they_were(found.values()):
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            for tensor in found.values():
+                if _is_view_of(result, tensor):
+                    for keeper in _keepers_of(tensor):
+                        keeper.handed_out(tensor)
+            return result
         tells_place = name in _PLACES or attribute in _PLACES
 
         def answered(tensor: torch.Tensor) -> torch.Tensor:
@@ -279,7 +287,7 @@ def written_through_data(tensor: torch.Tensor) -> bool:
     """Tell whether somebody wrote to a shown tensor through ``.data`` (`with_data`) since this was asked last."""
     alias, before = _noted(tensor)
     vars(tensor)[_ALIAS] = alias, tensors.version(alias)
-    return alias.data_ptr() != tensor.data_ptr() or tensors.version(alias) != before
+    return tensors.version(alias) != before
 
 
 def _without_notes(attributes: Any) -> Any:
@@ -300,7 +308,7 @@ def _before_touching(
     name, attribute = _names(func)
     if not attribute and name not in _TELLING:
         keeper.check(tensor)
-    if name in _HANDING_OUT or name in _ALIASING or attribute in _VIEWS:
+    if name in _HANDING_OUT:
         keeper.handed_out(tensor)
     elif attribute == "data" and args[0] is tensor:
         if name == "__get__":
@@ -317,6 +325,29 @@ def _is_for_a_state_dict(func: Callable[..., Any]) -> bool:
         return False
     frame = sys._getframe(2)  # noqa: SLF001 (of whoever called the operation)
     return frame.f_code.co_name == "_save_to_state_dict"
+
+
+def _is_view_of(result: Any, tensor: torch.Tensor) -> bool:
+    if isinstance(result, list | tuple):
+        return any(_is_view_of(each, tensor) for each in result)
+    if not isinstance(result, torch.Tensor) or result is tensor or not _is_strided(result) or not _is_strided(tensor):
+        return False
+    with _as_they_were([tensor]):
+        mine, its = (each.untyped_storage()._cdata for each in (tensor, result))  # noqa: SLF001 (fake ones have no data_ptr)
+    return bool(mine == its)
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensors.is_plain(tensor) and tensor.layout == torch.strided and not is_functorch_wrapped_tensor(tensor)
+
+
+def _refuse_making_a_parameter() -> None:
+    """Say what to do instead where torch would say that it cannot make a Parameter of a class that it does not know."""
+    if sys._getframe(2).f_code is _MAKES_PARAMETERS:  # noqa: SLF001 (of whoever called the operation)
+        raise ConflictError(
+            "nn.Parameter was given a weight of an offloaded module; give it `weight.detach()`, or change the module "
+            "(weight norm, pruning, adapters) inside `with offload_of(module).edit():`"
+        )
 
 
 def _is_the_same_memory(tensor: torch.Tensor, other: Any) -> bool:
@@ -401,18 +432,20 @@ def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         alias: torch.Tensor = held[_ALIAS][0]
         return alias
 
+    def note_other_memory(self: Any) -> None:
+        vars(self)[_ALIAS] = cast("Any", kind.data).__get__(self), -1  # no version: that is how the change is found
+
     def set_data(self: Any, value: torch.Tensor) -> None:
-        alias = get_data(self)
         cast("Any", kind.data).__set__(self, value)
-        vars(self)[_ALIAS] = alias, -1  # of the memory before: that is how the change is found
+        note_other_memory(self)
 
     def set_(self: Any, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Torch's parametrizations set a parameter to itself at every use, which would count as a write.
-        is_itself = isinstance(source, torch.Tensor) and not args and not kwargs and _has_memory_of(self, source)
-        same: torch.Tensor = (
-            self if is_itself else kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
-        )
-        return same
+        if isinstance(source, torch.Tensor) and not args and not kwargs and _has_memory_of(self, source):
+            return cast("torch.Tensor", self)
+        kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
+        note_other_memory(self)
+        return cast("torch.Tensor", self)
 
     return _derived(kind, _Shown, {"data": property(get_data, set_data), "set_": set_})
 
