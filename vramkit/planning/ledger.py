@@ -207,8 +207,9 @@ class Device(TorchFunctionMode):
             if getattr(func, "__self__", None) is _IS_CUDA:
                 return self._device.type == "cuda"
             return func(*args, **kwargs)
-        if name in _RECURRENT:  # compares devices before the ledger sees it
-            args = tree_map_only(torch.Tensor, _bare, args)
+        if name in _RECURRENT:  # these compare devices before the ledger sees them
+            with _disable_current_modes():
+                args = tree_map_only(torch.Tensor, _bare, args)
         first = args[0] if args else None
         if isinstance(first, torch.Tensor) and first.is_meta and name in _VALUES:
             return _VALUES[name](first)
