@@ -57,6 +57,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: set[int] = set()
         self._in_host_memory: set[int] = set()
         self._choices: dict[int, int] = {}
+        self._answers = {**_ANSWERS, torch.ops.aten.bincount: self._counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator on what its arguments are, and enter what it made."""
@@ -136,9 +137,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _without_memory(self, func: Any, key: Any, args: Any, kwargs: Any) -> Any:
         if func is _TO_COPY and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             return torch.ops.aten.alias(args[0])  # it is there already
-        if func is _BINCOUNT:
-            return self._counted(*args, **kwargs)
-        answer = _ANSWERS.get(func.overloadpacket)
+        answer = self._answers.get(func.overloadpacket)
         if answer is not None:
             return answer(*args, **kwargs)
         schema = func._schema  # noqa: SLF001 (torch has no public reader)
@@ -323,20 +322,22 @@ def _all_of(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 def _named_by(mask: torch.Tensor) -> torch.Tensor:
     """Return the indices [n, dims] of what a mask takes: all where it is not known."""
-    return _all_of(mask) if mask.is_meta else mask.reshape(mask.shape or (1,)).nonzero()
+    return _all_of(mask) if mask.is_meta else mask.nonzero()
 
 
 def _without_masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Put indices in the place of masks: they have a size, also where nobody knows what they are."""
     found: list[torch.Tensor | None] = []
     for index in indices:
-        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8) and index.ndim
-        found.extend(_named_by(index).unbind(1) if is_mask else (index,))
+        if index is not None and index.dtype in (torch.bool, torch.uint8) and index.ndim:
+            found.extend(_named_by(index).unbind(1))
+        else:
+            found.append(index)
     return found
 
 
 def _selected(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    _, mask = torch.broadcast_tensors(_bare(tensor), mask)
+    mask = mask.expand(torch.broadcast_shapes(tensor.shape, mask.shape))  # type: ignore[no-untyped-call]
     return torch.empty(len(_named_by(mask)), dtype=tensor.dtype, device="meta")
 
 
@@ -371,13 +372,13 @@ _INDEX = torch.ops.aten.index.Tensor
 _TOPK = torch.ops.aten.topk.default
 _GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default  # noqa: SLF001
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-_BINCOUNT = torch.ops.aten.bincount.default
 _ANSWERS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.nonzero: _all_of,
     torch.ops.aten.masked_select: _selected,
     torch.ops.aten._local_scalar_dense: _scalar,  # noqa: SLF001
     torch.ops.aten.equal: lambda *_: False,
     torch.ops.aten.allclose: lambda *_: False,
+    torch.ops.aten._is_all_true: lambda _: torch.ones((), dtype=torch.bool),  # noqa: SLF001 - what is checked holds
     torch.ops.aten._unique2: lambda tensor, *_: _all_different(tensor),  # noqa: SLF001
     torch.ops.aten.unique_dim: lambda tensor, dim, *_: _all_different(tensor, dim),
     torch.ops.aten.unique_consecutive: lambda tensor, _places=0, _counts=0, dim=None: _all_different(tensor, dim),
