@@ -284,23 +284,6 @@ PIPELINES: dict[str, ForeignPipeline] = {
             "vision_num_semantic_tokens": 9,
         },
     ),
-    "LTX2Pipeline": ForeignPipeline(
-        parts=lambda: {
-            "tokenizer": None,
-            "text_encoder": None,
-            "connectors": inner("pipelines.ltx2", "LTX2TextConnectors", **_CONNECTORS),
-            "transformer": part("LTX2VideoTransformer3DModel", **_SOUND_AND_SIGHT),
-            "vae": part("AutoencoderKLLTX2Video"),
-            "audio_vae": part("AutoencoderKLLTX2Audio"),
-            "vocoder": inner("pipelines.ltx2.vocoder", "LTX2Vocoder", **_VOCODER),
-            "scheduler": flow(),
-        },
-        inputs=lambda: {
-            **masked(48, mask="prompt_attention_mask"),
-            "spatio_temporal_guidance_blocks": [1],
-            **frames(5, 32),
-        },
-    ),
     "MiniMaxH3ModularPipeline": ForeignPipeline(
         parts=lambda: {
             "transformer": part("MiniMaxH3Transformer3DModel"),
@@ -416,20 +399,6 @@ PIPELINES: dict[str, ForeignPipeline] = {
         },
         inputs=lambda: {**embedded(mask="prompt_embeds_mask", negative=True), "true_cfg_scale": 2.0, **square()},
     ),
-    "HiDreamImagePipeline": ForeignPipeline(
-        parts=lambda: {
-            **{f"tokenizer{at}": tokenizer() for at in ("", "_2", "_3", "_4")},
-            "text_encoder": clip("CLIPTextModelWithProjection", projection=16),
-            "text_encoder_2": clip("CLIPTextModelWithProjection", projection=16),
-            "text_encoder_3": part("T5EncoderModel", d_model=16),
-            "text_encoder_4": part("LlamaForCausalLM"),
-            "transformer": part("HiDreamImageTransformer2DModel", **_EXPERTS),
-            "vae": part("AutoencoderKL", shift_factor=0.1),
-            "scheduler": flow(),
-        },
-        inputs=lambda: worded(max_sequence_length=9, **square(32)),
-        settings={"default_sample_size": 16},
-    ),
     "StableDiffusion3Pipeline": ForeignPipeline(
         parts=lambda: {
             **{f"tokenizer{at}": tokenizer() for at in ("", "_2", "_3")},
@@ -533,8 +502,40 @@ def flux_parts() -> dict[str, Any]:
     return PIPELINES["FluxPipeline"].parts()
 
 
-# Others that do what those above do not: begin with a picture or a clip, take a second network beside the first.
+# Others that do what those above do not: begin with a picture or a clip, take a second network beside the first, make
+# sound, choose experts.
 MORE_PIPELINES: dict[str, ForeignPipeline] = {
+    "LTX2Pipeline": ForeignPipeline(
+        parts=lambda: {
+            "tokenizer": None,
+            "text_encoder": None,
+            "connectors": inner("pipelines.ltx2", "LTX2TextConnectors", **_CONNECTORS),
+            "transformer": part("LTX2VideoTransformer3DModel", **_SOUND_AND_SIGHT),
+            "vae": part("AutoencoderKLLTX2Video"),
+            "audio_vae": part("AutoencoderKLLTX2Audio"),
+            "vocoder": inner("pipelines.ltx2.vocoder", "LTX2Vocoder", **_VOCODER),
+            "scheduler": flow(),
+        },
+        inputs=lambda: {
+            **masked(48, mask="prompt_attention_mask"),
+            "spatio_temporal_guidance_blocks": [1],
+            **frames(5, 32),
+        },
+    ),
+    "HiDreamImagePipeline": ForeignPipeline(
+        parts=lambda: {
+            **{f"tokenizer{at}": tokenizer() for at in ("", "_2", "_3", "_4")},
+            "text_encoder": clip("CLIPTextModelWithProjection", projection=16),
+            "text_encoder_2": clip("CLIPTextModelWithProjection", projection=16),
+            "text_encoder_3": part("T5EncoderModel", d_model=16),
+            "text_encoder_4": part("LlamaForCausalLM"),
+            "transformer": part("HiDreamImageTransformer2DModel", **_EXPERTS),
+            "vae": part("AutoencoderKL", shift_factor=0.1),
+            "scheduler": flow(),
+        },
+        inputs=lambda: worded(max_sequence_length=9, **square(32)),
+        settings={"default_sample_size": 16},
+    ),
     "WanVideoToVideoPipeline": ForeignPipeline(
         parts=PIPELINES["WanPipeline"].parts,
         inputs=lambda: worded(video=[photograph()] * 5, max_sequence_length=9, strength=1.0, **square()),
