@@ -274,6 +274,24 @@ def packed(ids_width: int = 3, **more: Any) -> Callable[[], dict[str, Any]]:
     return latents(1, 16, 8, img_ids=image, txt_ids=torch.zeros(9, ids_width), **more)
 
 
+def packed_with_sound() -> dict[str, Any]:
+    """One sequence of words, sounds and pictures, as MiniMax-H3 takes it: 9, 5 and 8 tokens."""
+    tags = torch.tensor([1] * 9 + [2] * 5 + [0] * 8)
+    positions = torch.zeros(22, 3)
+    positions[:, 0] = torch.arange(22.0)
+    named = {"text": 1, "audio": 2, "video": 0}
+    return {
+        "hidden_states": normal(1, 8, 16),
+        "audio_hidden_states": normal(1, 5, 6),
+        "encoder_hidden_states": normal(1, 9, 16),
+        "timestep": torch.tensor([0.7, 0.3]),
+        "timestep_indices": (tags == named["audio"]).long(),
+        "token_tags": tags,
+        "position_ids": positions,
+        **{f"{name}_indices": (tags == tag).nonzero().flatten() for name, tag in named.items()},
+    }
+
+
 def sample(*shape: int, **more: Any) -> Callable[[], dict[str, Any]]:
     return lambda: {"sample": normal(*shape), **_fresh(more)}
 
@@ -374,6 +392,9 @@ _DIFFUSERS: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = [
      "time_dim": 16, "model_dim": 32, "ff_dim": 48, "num_text_blocks": 1, "num_visual_blocks": 3,
      "axes_dims": (4, 6, 6)}, latents(1, 2, 8, 8, 4, pooled_projections=normal(1, 8), visual_rope_pos=[torch.arange(2),
      torch.arange(4), torch.arange(4)], text_rope_pos=torch.arange(9))),
+    ("MiniMaxH3Transformer3DModel", {**_HEADS, "hidden_size": 24, "num_layers": 3, "num_refiner_layers": 2,
+     "ffn_dim": 48, "in_channels": 4, "audio_in_channels": 6, "text_dim": 16, "freq_dim": 16,
+     "time_embed_hidden_dim": 24, "time_embed_dim": 16, "rope_freq_dim": 2}, packed_with_sound),
     # pictures
     ("FluxTransformer2DModel", {**_FLUX, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)},
      packed(pooled_projections=normal(1, 8))),
@@ -462,6 +483,15 @@ _DIFFUSERS: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = [
     ("AutoencoderKLWan", _WAN_VAE, sample(1, 3, 5, 16, 16)),
     ("AutoencoderKLQwenImage", _WAN_VAE, sample(1, 3, 1, 16, 16)),
     ("AutoencoderKLHunyuanVideo", {**_VAE, "block_out_channels": (8, 8, 16, 16)}, sample(1, 3, 5, 16, 16)),
+    ("AutoencoderKLHunyuanVideo15", {"latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1,
+     "spatial_compression_ratio": 4, "temporal_compression_ratio": 2, "downsample_match_channel": False,
+     "upsample_match_channel": False}, sample(1, 3, 5, 16, 16)),
+    ("AutoencoderKLLTX2Video", {"latent_channels": 4, "block_out_channels": (8,), "decoder_block_out_channels": (8,),
+     "layers_per_block": (1,), "decoder_layers_per_block": (1, 1), "spatio_temporal_scaling": (True,),
+     "decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False, False), "downsample_type": ("spatial",),
+     "upsample_residual": (False,), "upsample_factor": (1,), "patch_size": 1}, sample(1, 3, 5, 16, 16)),
+    ("AutoencoderKLLTX2Audio", {"base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "resolution": 32,
+     "latent_channels": 2, "mel_bins": 8}, sample(1, 2, 8, 8)),
     ("AutoencoderKLLTXVideo", {"latent_channels": 4, "block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
      "down_block_types": ("LTXVideoDownBlock3D",) * 2, "layers_per_block": (1, 1, 1),
      "decoder_layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, False),
@@ -476,6 +506,15 @@ _DIFFUSERS: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = [
     ("AutoencoderKLCosmos", {"latent_channels": 4, "encoder_block_out_channels": (8, 8, 8, 8),
      "decode_block_out_channels": (8, 8, 8, 8), "attention_resolutions": (8,), "resolution": 64, "num_layers": 1,
      "patch_size": 4, "latents_mean": [0.0] * 64, "latents_std": [1.0] * 64}, sample(1, 3, 9, 32, 32)),
+    ("AutoencoderKLMiniMaxH3", {"latent_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+     "spatial_downsample_factors": (2, 2), "temporal_downsample_factors": (2, 2), "norm_num_groups": 4,
+     "decoder_num_layers": 2, "decoder_num_attention_heads": 2, "decoder_attention_head_dim": 8,
+     "decoder_num_register_tokens": 2, "decoder_ffn_mult": 2, "latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4},
+     sample(1, 3, 22, 8, 8)),
+    ("AutoencoderKLMiniMaxH3Audio", {"encoder_dim": 4, "encoder_rates": (2, 2), "latent_dim": 24, "latent_channels": 6,
+     "num_attention_heads": 2, "decoder_dim": 16, "decoder_rates": (2, 2), "decoder_kernel_sizes": (4, 4),
+     "resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((1, 3),), "latents_mean": [0.0] * 6,
+     "latents_std": [1.0] * 6}, sample(2, 1, 32)),
     ("AutoencoderOobleck", {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2],
      "decoder_channels": 8, "decoder_input_channels": 4}, sample(1, 2, 64)),
 ]
@@ -496,6 +535,7 @@ _RENAMED = {
     "ViTModel",
 }
 _WARNS = {
+    "AutoencoderKLMiniMaxH3Audio": ".*weight_norm. is deprecated",
     "AutoencoderOobleck": ".*weight_norm. is deprecated",
     "MochiTransformer3DModel": "In CPU autocast, but the target dtype is not supported",
 }

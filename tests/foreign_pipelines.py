@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,16 @@ _PROMPT = "a cat swims"
 class ForeignPipeline:
     parts: Callable[[], dict[str, Any]]
     inputs: Callable[[], dict[str, Any]]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sizes that no argument of a call sets
+    of_blocks: Callable[..., Any] | None = None  # makes the pipeline where diffusers has it as blocks alone
 
     def make(self, name: str) -> Any:
         torch.manual_seed(0)
-        pipe = getattr(importlib.import_module("diffusers"), name.split(maxsplit=1)[0])(**self.parts())
+        kind = self.of_blocks or getattr(importlib.import_module("diffusers"), name.split(maxsplit=1)[0])
+        pipe = kind(**self.parts())
         pipe.set_progress_bar_config(disable=True)
+        for name, value in self.settings.items():
+            setattr(pipe, name, value)
         return pipe
 
     def call(self, pipe: Any) -> list[torch.Tensor]:
@@ -58,6 +63,7 @@ def tokenizer(length: int = 9) -> Any:
     core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
+        chat_template="{{ messages[-1].content }}",
         model_max_length=length,
         pad_token="<pad>",
         unk_token="<unk>",
@@ -105,6 +111,20 @@ def embedded(width: int = 16, tokens: int = 9, *, mask: str = "", negative: bool
     return given
 
 
+def inner(place: str, name: str, **options: Any) -> Any:
+    """What diffusers does not export: modules of one pipeline alone, and guiders."""
+    torch.manual_seed(0)
+    made = getattr(importlib.import_module(f"diffusers.{place}"), name)(**options)
+    return made.eval().requires_grad_(False) if isinstance(made, nn.Module) else made
+
+
+def masked(width: int, *, mask: str) -> dict[str, Any]:
+    """Embeddings of prompts of which the last tokens count for nothing."""
+    given = embedded(width, mask=mask, negative=True)
+    given[mask][:, 6:] = given[f"negative_{mask}"][:, 4:] = 0
+    return given
+
+
 def worded(**more: Any) -> dict[str, Any]:
     return {"prompt": _PROMPT, **more}
 
@@ -139,6 +159,16 @@ class Harmless(nn.Module):
         return video
 
 
+def minimax_h3(**parts: Any) -> Any:
+    """The blocks from embeddings of a prompt on: its text encoder is read at its layer 50."""
+    blocks = importlib.import_module("diffusers.modular_pipelines").MiniMaxH3Blocks()
+    for name in ("before_encode", "text_encoder", "vae_encoder"):
+        del blocks.sub_blocks[name]
+    pipe = blocks.init_pipeline()
+    pipe.update_components(**parts)
+    return pipe
+
+
 _SD_UNET = {"sample_size": 8, "cross_attention_dim": 16}
 _XL_UNET = {
     "sample_size": 8,
@@ -147,6 +177,45 @@ _XL_UNET = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 8 + 6 * 4,
     "transformer_layers_per_block": (1, 2),
+}
+_EXPERTS = {
+    "caption_channels": [16, 32],
+    "text_emb_dim": 32,
+    "num_routed_experts": 4,
+    "max_resolution": (16, 16),
+    "force_inference_output": False,
+}
+_SOUND_AND_SIGHT = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "audio_in_channels": 4,
+    "audio_out_channels": 4,
+    "caption_channels": 16,
+}
+_CONNECTORS = {
+    "caption_channels": 16,
+    "text_proj_in_factor": 3,
+    "video_connector_num_attention_heads": 2,
+    "video_connector_attention_head_dim": 8,
+    "video_connector_num_layers": 2,
+    "video_connector_num_learnable_registers": None,
+    "audio_connector_num_attention_heads": 2,
+    "audio_connector_attention_head_dim": 8,
+    "audio_connector_num_layers": 2,
+    "audio_connector_num_learnable_registers": None,
+    "connector_rope_base_seq_len": 32,
+    "rope_theta": 10000.0,
+    "rope_double_precision": False,
+    "causal_temporal_positioning": False,
+}
+_VOCODER = {
+    "in_channels": 16,
+    "hidden_channels": 16,
+    "upsample_kernel_sizes": [4, 4],
+    "upsample_factors": [2, 2],
+    "resnet_kernel_sizes": [3],
+    "resnet_dilations": [[1, 3]],
+    "output_sampling_rate": 16000,
 }
 PIPELINES: dict[str, ForeignPipeline] = {
     # video
@@ -195,6 +264,41 @@ PIPELINES: dict[str, ForeignPipeline] = {
             "scheduler": flow(shift=7.0),
         },
         inputs=lambda: worded(prompt_template={"template": "{}", "crop_start": 0}, max_sequence_length=9, **frames()),
+    ),
+    "HunyuanVideo15Pipeline": ForeignPipeline(
+        parts=lambda: {
+            "tokenizer": tokenizer(),
+            "text_encoder": part("Qwen2ForCausalLM").model,
+            "tokenizer_2": tokenizer(),
+            "text_encoder_2": part("T5EncoderModel", d_model=12),
+            "transformer": part("HunyuanVideo15Transformer3DModel", in_channels=9, text_embed_dim=32),
+            "vae": part("AutoencoderKLHunyuanVideo15"),
+            "scheduler": flow(shift=7.0),
+            "guider": inner("guiders", "ClassifierFreeGuidance", guidance_scale=2.0),
+        },
+        inputs=lambda: worded(**frames()) | {"prompt": 'a cat swims "a cat"'},
+        settings={
+            "tokenizer_max_length": 9,
+            "tokenizer_2_max_length": 9,
+            "prompt_template_encode_start_idx": 0,
+            "vision_num_semantic_tokens": 9,
+        },
+    ),
+    "MiniMaxH3ModularPipeline": ForeignPipeline(
+        parts=lambda: {
+            "transformer": part("MiniMaxH3Transformer3DModel"),
+            "vae": part("AutoencoderKLMiniMaxH3"),
+            "audio_vae": part("AutoencoderKLMiniMaxH3Audio"),
+            "scheduler": scheduler("MiniMaxH3Scheduler", shift=12.0),
+            "audio_scheduler": scheduler("MiniMaxH3Scheduler", shift=3.0),
+        },
+        inputs=lambda: {
+            "prompt_embeds": normal(1, 9, 16),
+            "text_token_tags": torch.ones(9, dtype=torch.long),
+            "num_inference_steps": 3,
+            **frames(124, 8),
+        },
+        of_blocks=minimax_h3,
     ),
     "CogVideoXPipeline": ForeignPipeline(
         parts=lambda: {
@@ -398,8 +502,40 @@ def flux_parts() -> dict[str, Any]:
     return PIPELINES["FluxPipeline"].parts()
 
 
-# Others that do what those above do not: begin with a picture or a clip, take a second network beside the first.
+# Others that do what those above do not: begin with a picture or a clip, take a second network beside the first, make
+# sound, choose experts.
 MORE_PIPELINES: dict[str, ForeignPipeline] = {
+    "LTX2Pipeline": ForeignPipeline(
+        parts=lambda: {
+            "tokenizer": None,
+            "text_encoder": None,
+            "connectors": inner("pipelines.ltx2", "LTX2TextConnectors", **_CONNECTORS),
+            "transformer": part("LTX2VideoTransformer3DModel", **_SOUND_AND_SIGHT),
+            "vae": part("AutoencoderKLLTX2Video"),
+            "audio_vae": part("AutoencoderKLLTX2Audio"),
+            "vocoder": inner("pipelines.ltx2.vocoder", "LTX2Vocoder", **_VOCODER),
+            "scheduler": flow(),
+        },
+        inputs=lambda: {
+            **masked(48, mask="prompt_attention_mask"),
+            "spatio_temporal_guidance_blocks": [1],
+            **frames(5, 32),
+        },
+    ),
+    "HiDreamImagePipeline": ForeignPipeline(
+        parts=lambda: {
+            **{f"tokenizer{at}": tokenizer() for at in ("", "_2", "_3", "_4")},
+            "text_encoder": clip("CLIPTextModelWithProjection", projection=16),
+            "text_encoder_2": clip("CLIPTextModelWithProjection", projection=16),
+            "text_encoder_3": part("T5EncoderModel", d_model=16),
+            "text_encoder_4": part("LlamaForCausalLM"),
+            "transformer": part("HiDreamImageTransformer2DModel", **_EXPERTS),
+            "vae": part("AutoencoderKL", shift_factor=0.1),
+            "scheduler": flow(),
+        },
+        inputs=lambda: worded(max_sequence_length=9, **square(32)),
+        settings={"default_sample_size": 16},
+    ),
     "WanVideoToVideoPipeline": ForeignPipeline(
         parts=PIPELINES["WanPipeline"].parts,
         inputs=lambda: worded(video=[photograph()] * 5, max_sequence_length=9, strength=1.0, **square()),

@@ -19,6 +19,8 @@ from vramkit.memory import GIB
 ROWS = PIPELINES | MORE_PIPELINES
 # Tables of positions that models keep as plain attributes are counted as made by a call, where they were there before.
 _KEPT_BESIDE_WEIGHTS = {"QwenImagePipeline", "QwenImageImg2ImgPipeline"}
+# Nobody knows which experts a router takes: it is planned for all tokens going to the same ones.
+_ROUTED = {"HiDreamImagePipeline"}
 
 
 def given(name: str) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def test_the_same_bytes_within_a_budget(name: str) -> None:
     ample = plan(pipe, GIB, device="cpu", **given(name))
     predicted = max(phase.activation_bytes for phase in ample.phases)
     if name not in _KEPT_BESIDE_WEIGHTS:
-        assert count.peak_bytes * 0.95 <= predicted <= count.peak_bytes * 1.05
+        assert count.peak_bytes * 0.95 <= predicted <= count.peak_bytes * (1.1 if name in _ROUTED else 1.05)
     with fit(pipe, int(ample.floor_bytes * 1.02), device="cpu", **given(name)) as fitted:
         found = called(name, pipe)
         assert sum(each.loaded_bytes for each in fitted.stats().values()) > 0

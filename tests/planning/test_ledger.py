@@ -1,13 +1,15 @@
-"""What a rehearsal counts: memory of the device alone."""
+"""What a rehearsal counts: memory of the device alone, and as much as there can be where sizes are values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from vramkit.planning import plan
+from vramkit import fit, plan
 
 
 class Net(nn.Module):
@@ -29,3 +31,91 @@ def activations_of(net: nn.Module) -> int:
 
 def test_what_is_computed_in_host_memory_takes_none_of_the_device() -> None:
     assert activations_of(Net(to_host=True)) <= activations_of(Net(to_host=False))
+
+
+class Normed(nn.Module):
+    """Layers of one kind, each of which keeps the weight that its norm computes before a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.utils.weight_norm(nn.Linear(64, 64))) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return nn.Sequential(*self.blocks)(x)
+
+
+class Chosen(nn.Module):
+    """A layer, and then what `choose` makes of its result."""
+
+    def __init__(self, choose: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.choose = nn.Linear(64, 64), choose
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.choose(self.layer(x))
+
+
+def rehearsed_bytes(choose: Callable[[torch.Tensor], Any]) -> int:
+    """What it takes beside its weights and its argument; half of the budget is kept where a call cannot be rehearsed."""
+    found = plan(Chosen(choose), "1GiB", device="cpu", example=(torch.ones(128, 64),)).phases[0].activation_bytes
+    assert found < 2**20
+    return found
+
+
+def experts_of(y: torch.Tensor) -> torch.Tensor:
+    """Each row by two of eight experts, as many rows at once as have chosen one."""
+    chosen = y[:, :8].topk(2).indices.view(-1)
+    rows, end = chosen.argsort() // 2, 0
+    for count in chosen.bincount(minlength=8).tolist():
+        y = y.index_add(0, rows[end : end + count], y[rows[end : end + count]])
+        end += count
+    return y
+
+
+MASK = torch.arange(128) < 32
+BY_VALUES: dict[str, tuple[Callable[[torch.Tensor], Any], int]] = {
+    # the most rows [64] in float32 that can be alive beside the result of the layer
+    "a mask that is known": (lambda y: y[MASK], 32),
+    "a mask of one axis that is not": (lambda y: y[y[:, 0] > 0], 128 + 2),
+    "selected by a known mask": (lambda y: y.masked_select(MASK[:, None]), 32 + 1),
+    "values once": (lambda y: y.unique_consecutive(dim=0), 128 + 8),
+    "experts": (experts_of, 3 * 128 + 16),
+}
+
+
+@pytest.mark.parametrize("name", BY_VALUES)
+def test_results_whose_size_is_a_value_are_as_large_as_they_can_be(name: str) -> None:
+    choose, rows = BY_VALUES[name]
+    alone = rehearsed_bytes(lambda y: y)
+    assert rehearsed_bytes(choose) - alone <= rows * 64 * 4
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda y: y[torch.tensor([True, False] * 64)[:, None].expand(128, 64)],
+        lambda y: y.unique(return_inverse=True, return_counts=True),
+        lambda y: y.unique(dim=0),
+        lambda y: y.argmax(-1).bincount(),
+        lambda y: y if torch.allclose(y, y) else -y,
+        lambda y: torch._grouped_mm(y, y.view(2, 64, 64), offs=torch.tensor([64, 128], dtype=torch.int32)),
+    ],
+)
+def test_what_needs_values_is_rehearsed(choose: Callable[[torch.Tensor], Any]) -> None:
+    rehearsed_bytes(choose)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_rehearsed(kind: type[nn.Module]) -> None:
+    found = plan(kind(8, 8), "1GiB", device="cpu", example=(torch.ones(4, 1, 8),))
+    assert found.phases[0].activation_bytes < 2**20
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_norms_compute_count_for_each_block_and_need_not_be_there_yet() -> None:
+    net, x = Normed(), torch.ones(2, 64)
+    assert not net.blocks[0][0].weight.is_leaf
+    with torch.no_grad(), fit(net, "1GiB", device="cpu", example=(x,)) as fitted:
+        found = net(x)
+    assert torch.equal(found, net(x))
+    assert 0 <= fitted.plan.phases[0].activation_bytes - 4 * 64 * 64 * 4 <= 4096

@@ -56,10 +56,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._results = results
         self._seen: set[int] = set()
         self._in_host_memory: set[int] = set()
+        self._choices: dict[int, int] = {}
+        self._answers = {**_ANSWERS, torch.ops.aten.bincount: self._counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator on what its arguments are, and enter what it made."""
         kwargs = kwargs or {}
+        if func is _INDEX:
+            args = args[0], _without_masks(args[1])
         given: list[torch.Tensor] = []
         key = func, _noted(args, given), _noted(tuple(kwargs.items()), given)
         self._attribute(given)
@@ -70,6 +74,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             result = _made(func, args, kwargs)
         self._count_flops(func, args, kwargs, result)
+        if func is _TOPK:
+            self._note_choices(result[1])
         note = self.ignore if self._is_on_host(given) else self.enter
         for tensor in _tensors(result):
             note(tensor)
@@ -131,7 +137,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _without_memory(self, func: Any, key: Any, args: Any, kwargs: Any) -> Any:
         if func is _TO_COPY and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             return torch.ops.aten.alias(args[0])  # it is there already
-        answer = _ANSWERS.get(func.overloadpacket)
+        answer = self._answers.get(func.overloadpacket)
         if answer is not None:
             return answer(*args, **kwargs)
         schema = func._schema  # noqa: SLF001 (torch has no public reader)
@@ -150,6 +156,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         new = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known]
         return new[0] if len(schema.returns) == 1 else tuple(new)
 
+    def _note_choices(self, chosen: torch.Tensor) -> None:
+        """Remember of how many different choices each row of `chosen` [..., choices] consists, for what is a view of it."""
+        storage = chosen.untyped_storage()
+        self._choices[storage._cdata] = chosen.shape[-1] if chosen.ndim else 1  # noqa: SLF001
+        weakref.finalize(storage, self._choices.pop, storage._cdata)  # noqa: SLF001
+
+    def _counted(self, chosen: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
+        """Count as if all rows chose the same: no bin can hold more, and all together hold as many as there are."""
+        choices = self._choices.get(chosen.untyped_storage()._cdata, 1)  # noqa: SLF001
+        counts = torch.zeros(max(minlength, choices), dtype=torch.int64 if weights is None else torch.float64)
+        counts[:choices] = chosen.numel() // choices
+        return counts
+
     def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
         flat, spec = tree_flatten((args, kwargs))
         bare = [_bare(value) if isinstance(value, torch.Tensor) else _placed(value) for value in flat]
@@ -161,6 +180,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tree_map_only(torch.Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
     def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func is _GROUPED_PRODUCT:  # each row by one matrix
+            self.add_flops(2 * args[0].numel() * args[1].shape[-1])
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             times = _OF_CONVOLUTIONS if func.overloadpacket in _CONVOLUTIONS else 1
@@ -187,6 +208,9 @@ class Device(TorchFunctionMode):
             if getattr(func, "__self__", None) is _IS_CUDA:
                 return self._device.type == "cuda"
             return func(*args, **kwargs)
+        if name in _RECURRENT:  # these compare devices before the ledger sees them
+            with _disable_current_modes():
+                args = tree_map_only(torch.Tensor, _bare, args)
         first = args[0] if args else None
         if isinstance(first, torch.Tensor) and first.is_meta and name in _VALUES:
             return _VALUES[name](first)
@@ -299,6 +323,41 @@ def _all_of(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return torch.zeros(tensor.numel(), max(1, tensor.ndim), dtype=torch.int64, device="meta")
 
 
+def _named_by(mask: torch.Tensor) -> torch.Tensor:
+    """Return the indices [n, dims] of what a mask takes: all where it is not known."""
+    return _all_of(mask) if mask.is_meta else mask.nonzero()
+
+
+def _without_masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Put indices in the place of masks: they have a size, also where nobody knows what they are."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8) and index.ndim:
+            found.extend(_named_by(index).unbind(1))
+        else:
+            found.append(index)
+    return found
+
+
+def _selected(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    mask = mask.expand(torch.broadcast_shapes(tensor.shape, mask.shape))  # type: ignore[no-untyped-call]
+    return torch.empty(len(_named_by(mask)), dtype=tensor.dtype, device="meta")
+
+
+def _all_different(tensor: torch.Tensor, dim: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return values, the place of each among them, and how often each is there, as if none were there twice."""
+    values = tensor.new_empty(tensor.numel()) if dim is None else torch.empty_like(tensor)
+    places = torch.empty(tensor.shape if dim is None else tensor.shape[dim], dtype=torch.int64, device="meta")
+    return values, places, torch.empty_like(places.flatten())
+
+
+def _grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offs: Any = None, *_: Any, **kwargs: Any) -> Any:
+    """Multiply by several matrices, in any dtype: the meta device insists on the one that one kernel takes."""
+    groups = {4: (0 if offs is None else len(offs),), 6: rows.shape[:1]}.get(rows.ndim + matrices.ndim, ())
+    shape = (*groups, rows.shape[-2], matrices.shape[-1])
+    return torch.empty(shape, dtype=kwargs.get("out_dtype") or rows.dtype, device="meta")
+
+
 def _scalar(tensor: torch.Tensor) -> Any:
     return False if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else 0
 
@@ -312,11 +371,21 @@ def _array(tensor: torch.Tensor) -> Any:
 
 
 _TO_COPY = torch.ops.aten._to_copy.default  # noqa: SLF001
+_INDEX = torch.ops.aten.index.Tensor
+_TOPK = torch.ops.aten.topk.default
+_GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default  # noqa: SLF001
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _ANSWERS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.nonzero: _all_of,
-    torch.ops.aten.masked_select: lambda tensor, _mask: torch.empty(tensor.numel(), dtype=tensor.dtype, device="meta"),
+    torch.ops.aten.masked_select: _selected,
     torch.ops.aten._local_scalar_dense: _scalar,  # noqa: SLF001
     torch.ops.aten.equal: lambda *_: False,
+    torch.ops.aten.allclose: lambda *_: False,
+    torch.ops.aten._is_all_true: lambda _: torch.ones((), dtype=torch.bool),  # noqa: SLF001 - what is checked holds
+    torch.ops.aten._unique2: lambda tensor, *_: _all_different(tensor),  # noqa: SLF001
+    torch.ops.aten.unique_dim: lambda tensor, dim, *_: _all_different(tensor, dim),
+    torch.ops.aten.unique_consecutive: lambda tensor, _places=0, _counts=0, dim=None: _all_different(tensor, dim),
+    torch.ops.aten._grouped_mm: _grouped_product,  # noqa: SLF001
 }
 _VALUES: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "item": _scalar,

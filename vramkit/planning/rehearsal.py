@@ -94,11 +94,9 @@ def rehearse(
         device: where the computation will be.
         known: what calls of components did in rehearsals before, and gets what they do in this one.
     """
-    owners = {
-        tensor.untyped_storage()._cdata: name  # noqa: SLF001 (see Ledger)
-        for name, module in reversed(list(shadows.items()))
-        for tensor in _held(module)
-    }
+    # Kept until the end: a call may put others in their place, which would else be taken for them.
+    held = [(tensor, name) for name, module in reversed(list(shadows.items())) for tensor in _held(module)]
+    owners = {tensor.untyped_storage()._cdata: name for tensor, name in held}  # noqa: SLF001 (see Ledger)
     known = Known() if known is None else known
     ledger = Ledger(owners, known.results)
     watch = _Watch(ledger, known)
@@ -214,7 +212,11 @@ def _alike(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(part, nn.ModuleList):
             blocks = [block for block in part if isinstance(block, nn.Module)]  # a list may hold None
             kinds = Counter(map(type, blocks))
-            yield from (block for block in blocks if kinds[type(block)] > 1 and "forward" not in vars(block))
+            for block in blocks:
+                # What is called before it may keep things for each block, as weight norms keep weights.
+                is_own = "forward" in vars(block) or any(inner._forward_pre_hooks for inner in block.modules())  # noqa: SLF001
+                if kinds[type(block)] > 1 and not is_own:
+                    yield block
 
 
 def _tensors_of(value: Any) -> list[torch.Tensor]:
