@@ -15,6 +15,9 @@ from vramkit.tensors import is_plain
 
 __all__ = ["load_weights", "most_parameters"]
 
+# Bytes of what layers compute in: fp8 is widened before, and positions in fp64 are rounded where they are added.
+_WIDTHS = (2, 4)
+
 
 def most_parameters(files: Any) -> int:
     """How many parameters a model may have whose weights are in `files`, where one tensor may be the rows of four."""
@@ -62,13 +65,19 @@ def load_weights(model: nn.Module, files: Any, saved: Any, quantization_config: 
         )
 
 
+_WIDTHS = (
+    2,
+    4,
+)  # of what layers compute in: fp8 is widened before, and positions in fp64 are rounded where they are added
+
+
 def _in_one_dtype(model: nn.Module, options: Mapping[str, Any]) -> None:
     if options.get("dtype") is not None:
         return
     wide = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and (not is_plain(parameter) or parameter.dtype.itemsize > 1)
+        if parameter.is_floating_point() and (not is_plain(parameter) or parameter.dtype.itemsize in _WIDTHS)
     }
     kept = {name for name in wide if any(part in name for part in options.get("keep_fp32", ()))}
     found: Counter[torch.dtype] = Counter()  # in what weights compute, however few bits they are stored in
