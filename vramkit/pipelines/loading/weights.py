@@ -65,12 +65,6 @@ def load_weights(model: nn.Module, files: Any, saved: Any, quantization_config: 
         )
 
 
-_WIDTHS = (
-    2,
-    4,
-)  # of what layers compute in: fp8 is widened before, and positions in fp64 are rounded where they are added
-
-
 def _in_one_dtype(model: nn.Module, options: Mapping[str, Any]) -> None:
     if options.get("dtype") is not None:
         return
