@@ -27,9 +27,7 @@ def shadows_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
             for buffer in part._buffers.values():  # noqa: SLF001
                 if buffer is not None and (buffer.is_meta or buffer.nbytes > _KNOWN_BYTES) and id(buffer) not in memo:
                     memo[id(buffer)] = _without_memory(buffer)
-            for held in vars(
-                part
-            ).values():  # weights that are computed from others before each call, as for weight norms
+            for held in vars(part).values():  # weights that are computed before each call, as weight norms do
                 if isinstance(held, torch.Tensor) and not held.is_leaf:
                     memo[id(held)] = _without_memory(held)
     kept = list(memo)  # deepcopy puts more into the memo, and keeps what it has copied alive there
