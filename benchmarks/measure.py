@@ -154,7 +154,7 @@ def environment(*, allocator: str = "", scale: str = "full", peers: Row | None =
     """Describe hardware, versions, allocator settings and date."""
     there = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if there else None
-    packages = versions()
+    packages = versions() | {"system": platform.system()}  # rows of another build of the kernel are comparable
     return {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "device": properties.name if properties else platform.processor() or platform.machine(),
