@@ -313,3 +313,15 @@ def test_weights_ask_for_gradients_as_they_do_at_rest_where_nothing_is_recorded(
         assert [block.asks for block in module.blocks] == [not is_recording, not is_recording, False, not is_recording]
     offload.remove()
     assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("level", ["block", "leaf", "half_resident", "model"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_the_first_pass_may_be_in_a_transform(level: str, mode: Any) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)) for _ in range(4))).eval()
+    module = copy.deepcopy(model)
+    offload = apply_group_offloading(module, "cpu", **LEVELS[level])
+    x = torch.randn(3, 5, WIDTH)
+    with mode():
+        torch.testing.assert_close(torch.vmap(module)(x), torch.vmap(model)(x).detach())
+    offload.remove()

@@ -14,6 +14,7 @@ from vramkit.memory import tensor_bytes
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.group import TensorSlot, asks_for_gradients
 from vramkit.offload.resting import RestingPlace
+from vramkit.offload.streamer import outside_transforms
 from vramkit.offload.watch import shown, stands_for, with_data, written_through_data
 
 __all__ = ["Resident", "Residents"]
@@ -194,6 +195,7 @@ class Residents:
         self.are_loaded = False
         return sum(resident.rest() for resident in self)
 
+    @outside_transforms
     def ask(self) -> None:
         """Let those that ask for gradients at rest do so here while nothing is recorded; see `ModuleGroup.show_device`."""
         asks = not torch.is_grad_enabled()
