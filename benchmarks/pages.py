@@ -15,6 +15,7 @@ PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "docs/f
 _RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _GIB = 2**30
+_YES = {True: "yes", False: "no", None: ""}
 
 
 def rendered(text: str) -> str:
@@ -47,6 +48,11 @@ def _figure(row: Row, name: str, form: str) -> str:
         return ""
     text = format(row[name], form)
     return text.lstrip("-") if float(text) == 0 else text
+
+
+def _gib(row: Row, name: str) -> str:
+    """A size of a row in GiB."""
+    return f"{row[name] / _GIB:.2f}" if row.get(name) else ""
 
 
 def _seconds(row: Row, form: str = ".3f", ratio: str = ".2f", name: str = "s") -> str:
@@ -197,9 +203,9 @@ def _peers() -> str:
                 way,
                 _seconds(short),
                 error[:80].replace("|", "/") if error else _seconds(long),
-                _figure({"gib": long["reserved_bytes"] / _GIB} if long.get("reserved_bytes") else {}, "gib", ".2f"),
+                _gib(long, "reserved_bytes"),
                 f"{setup:.1f}" if setup else "",
-                {True: "yes", False: "no", None: ""}[long.get("same_bytes")],
+                _YES[long.get("same_bytes")],
             ]
         )
     heads = (
@@ -214,17 +220,16 @@ def _fits() -> str:
     for row in _rows("suite"):
         if row.get("case") != "clip" or row.get("way") != "vramkit fit":
             continue
-        gib = {name: value / _GIB for name, value in row.items() if name.endswith("_bytes") and value is not None}
         lines.append(
             [
                 row["subject"],
                 row["machine"].removeprefix("card "),
                 _seconds(row, ".3f", ".3f"),
-                f"{_figure(gib, 'predicted_denoise_bytes', '.2f')}, {_figure(gib, 'allocated_bytes', '.2f')}",
+                f"{_gib(row, 'predicted_denoise_bytes')}, {_gib(row, 'allocated_bytes')}",
                 row.get("decoded") or "",
                 _figure(row, "decode_s", ".1f"),
-                f"{_figure(gib, 'predicted_decode_bytes', '.2f')}, {_figure(gib, 'decode_allocated_bytes', '.2f')}",
-                {True: "yes", False: "no", None: ""}[row.get("same_bytes")],
+                f"{_gib(row, 'predicted_decode_bytes')}, {_gib(row, 'decode_allocated_bytes')}",
+                _YES[row.get("same_bytes")],
             ]
         )
     heads = (
@@ -236,19 +241,17 @@ def _fits() -> str:
 
 def _decodes() -> str:
     """Ways to decode a clip, from ``suite.json``: seconds as a share of the whole decode, and the peak."""
-    rows = [row for row in _rows("suite") if row.get("case") == "decode"]
-    lines = []
-    for row in rows:
-        peak = {} if row.get("allocated_bytes") is None else {"gib": row["allocated_bytes"] / _GIB}
-        lines.append(
-            [
-                row["subject"],
-                row["way"],
-                _seconds(row, ".2f", ".3f"),
-                _figure(peak, "gib", ".2f"),
-                _figure(row, "relative", ".1g"),
-            ]
-        )
+    lines = [
+        [
+            row["subject"],
+            row["way"],
+            _seconds(row, ".2f", ".3f"),
+            _gib(row, "allocated_bytes"),
+            _figure(row, "relative", ".1g"),
+        ]
+        for row in _rows("suite")
+        if row.get("case") == "decode"
+    ]
     heads = ("", "", "s (of the whole decode)", "peak, GiB", "distance to the whole decode")
     return _table(heads, lines)
 
