@@ -48,6 +48,20 @@ def test_chunk_size_changes_rounding_only(chunk: int, pair: Any, given: dict[str
     assert relative_error(model(**given).sample, whole) <= 1e-6
 
 
+@pytest.mark.parametrize(("name", "told"), [("Wan2.1", 72), ("LTX-Video", 1)])  # how many may stand for all tokens
+def test_a_timestep_for_each_token_equals_diffusers(name: str, told: int, pair: Any, given: dict[str, Any]) -> None:
+    model, reference = pair
+    model.set_chunk_size(10)
+    first = torch.where(torch.arange(72) < 24, 0.0, 700.0)
+    for timestep in (torch.stack([first, first / 2]), torch.rand(2, 72).mul(1000), torch.full((2, told), 7.0)):
+        with torch.no_grad():
+            expected = reference(**given | {"timestep": timestep}).sample
+        assert relative_error(model(**given | {"timestep": timestep}).sample, expected) <= 1e-5
+    each = model(**given | {"timestep": torch.stack([first, first])}).sample
+    runs = model(**given | {"timestep": torch.tensor([[0.0, 700.0]])}, timestep_tokens=(24, 48)).sample
+    assert torch.equal(runs, each)
+
+
 def test_bfloat16_is_as_near_to_float32_as_diffusers(name: str, pair: Any, given: dict[str, Any]) -> None:
     model, oracle = pair
     exact = oracle(**given).sample

@@ -137,20 +137,6 @@ def test_wrong_configs_are_named(config, message):
         LTXVideoTransformer3DModel.from_config(TINY | config)
 
 
-def test_a_timestep_for_each_token_equals_diffusers():
-    model, reference = pair()
-    given = inputs(batch=2)
-    model.set_chunk_size(10)
-    first = torch.where(torch.arange(72) < 24, 0.0, 700.0)
-    for timestep in (torch.stack([first, first / 2]), torch.rand(2, 72).mul(1000), torch.full((2, 1), 7.0)):
-        with torch.no_grad():
-            expected = reference(**given | {"timestep": timestep}).sample
-        assert relative_error(model(**given | {"timestep": timestep}).sample, expected) <= 1e-5
-    each = model(**given | {"timestep": torch.stack([first, first])}).sample
-    runs = model(**given | {"timestep": torch.tensor([[0.0, 700.0]])}, timestep_tokens=(24, 48)).sample
-    assert torch.equal(runs, each)
-
-
 def test_the_table_of_coordinates_is_kept_until_they_change():
     model, reference = pair()
     given, places = inputs(), torch.rand(1, 3, 72) * 100
