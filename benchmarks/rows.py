@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ Row = dict[str, Any]
 Key = tuple[str, ...]
 
 KEY = ("case", "subject", "way", "machine")
-_SAME_MACHINE = ("device", "packages", "cuda", "allocator", "scale")  # what two rows must share to be compared
+_SAME_MACHINE = ("device", "cuda", "allocator", "scale")  # what two rows must share to be compared
+_SAME_PACKAGES = ("torch", "cudnn", "diffusers", "transformers")  # who chooses kernels, and whose models are measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ def key_of(row: Row) -> Key:
 
 def is_comparable(run: Row, other: Row) -> bool:
     """Whether rows of two runs may be compared: the same device, versions, allocator settings and scale."""
-    return all(run.get(name) == other.get(name) for name in _SAME_MACHINE)
+    return _machine_of(run) == _machine_of(other)
 
 
 @dataclasses.dataclass
@@ -116,12 +117,12 @@ def compared(results: Results) -> list[Row]:
     The floor is max(seconds of the reference, bytes / link) with the link of the row, emulated or not. Rows of another
     machine, other versions or another allocator are no reference.
     """
-    references = {(_machine_of(results.runs, row), key_of(row)): row for row in results.rows if "way" in row}
+    references = {(_machine_of(results.runs[row["run"]]), key_of(row)): row for row in results.rows if "way" in row}
     told = []
     for row in results.rows:
         names = {"machine": "", "way": "resident"} | row.get("reference", {})
         wanted = tuple((row | names).get(name, "") for name in KEY)
-        found = references.get((_machine_of(results.runs, row), wanted))
+        found = references.get((_machine_of(results.runs[row["run"]]), wanted))
         own = found is not None and key_of(found) == key_of(row)
         told.append(row if found is None or own else row | _against(row, found))
     return told
@@ -138,6 +139,6 @@ def _against(row: Row, reference: Row) -> Row:
     return figures
 
 
-def _machine_of(runs: Sequence[Row], row: Row) -> str:
-    run = runs[row["run"]]
-    return json.dumps({name: run.get(name) for name in _SAME_MACHINE}, sort_keys=True)
+def _machine_of(run: Row) -> tuple[Any, ...]:
+    packages = run.get("packages") or {}
+    return (*map(run.get, _SAME_MACHINE), *map(packages.get, _SAME_PACKAGES))

@@ -162,6 +162,7 @@ def _figures(steps: _Steps, switch: int | None, family: Family) -> Row:
         "s": round(statistics.median(others), 6),
         "slowest_s": round(max(others), 6),
         "first_s": round(steps.seconds[0], 6),
+        "steps_s": [round(seconds, 3) for seconds in steps.seconds],
         "repeats": len(others),
         "passes": family.passes,
         **steps.peaks,

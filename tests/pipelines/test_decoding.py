@@ -94,6 +94,29 @@ def test_a_failed_try_keeps_no_memory(pipeline: Any, family: str) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_what_is_offloaded_lets_go_and_decodes_once_more_in_the_same_way(*, is_tiled: bool) -> None:
+    vae: Any = build_pair("Wan2.1")[0].eval()
+    if is_tiled:
+        vae.enable_tiling()
+    latents = normal(1, 4, 1, 8, 8)
+    with torch.inference_mode():
+        expected, before, failed = vae.decode(latents).sample, settings(vae), []
+        offload = vramkit.apply_group_offloading(vae, "cpu", offload_type="leaf_level", resident="64KiB")
+
+        def fail_once(*_: Any) -> None:
+            if not failed:
+                failed.append(offload.stats().resident_bytes)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+        vae.decoder.norm_out.register_forward_pre_hook(fail_once)
+        with pytest.warns(RuntimeWarning, match="Let go of"):
+            clip = decode_in_memory(lambda: vae.decode(latents).sample, latents, vae=vae, generator=None)
+        assert offload.stats().resident_bytes < failed[0]
+    assert torch.equal(clip, expected)
+    assert settings(vae) == before
+
+
 def test_random_numbers_are_those_of_the_first_try() -> None:
     vae, generator = build_pair("Wan2.1")[0], seeded(3)
     drawn = []

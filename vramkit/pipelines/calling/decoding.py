@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vramkit.errors import VramkitError
+from vramkit.offload import offload_of
 from vramkit.pipelines.calling.inputs import Generators, warn_caller
 
 __all__ = ["DecodeMemoryError", "decode_in_memory"]
@@ -28,21 +29,21 @@ class DecodeMemoryError(VramkitError, torch.OutOfMemoryError):
 
 
 def decode_in_memory(decode: Callable[[], Tensor], latents: Tensor, *, vae: Any, generator: Generators) -> Tensor:
-    """What `decode` makes of `latents` [..., h, w]; where the device has no memory for it, once more in smaller pieces.
+    """What `decode` makes of `latents` [..., h, w]; on a device without the memory, once more, then in smaller pieces.
 
-    The pieces are those of `vae.smaller_ways`, each tried with the random numbers of the first try. Afterwards the
-    autoencoder decodes as it did before.
+    Once more, if `vae` is offloaded: what is has let go of what it could, here and of the other models. The pieces are those
+    of `vae.smaller_ways`. Each try has the random numbers of the first. Afterwards the autoencoder decodes as it did before.
 
     Raises:
         DecodeMemoryError: the smallest pieces are too large as well, or there are none.
     """
     states = [(each, each.get_state()) for each in _generators(generator)]
     clip, reason = _try(decode)
+    if clip is None and _has_let_go(vae):
+        clip, reason = _try(decode, states)
     for way in vae.smaller_ways(latents.shape[-2]) if clip is None and hasattr(vae, "smaller_ways") else ():
-        for each, state in states:
-            each.set_state(state)
         with _set(vae, way.settings):
-            clip, again = _try(decode)
+            clip, again = _try(decode, states)
         if clip is not None:
             warn_caller(
                 f"The device ran out of memory in the decode ({reason}). It was done again {way.words}. "
@@ -59,8 +60,18 @@ def decode_in_memory(decode: Callable[[], Tensor], latents: Tensor, *, vae: Any,
     )
 
 
-def _try(decode: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+def _has_let_go(vae: Any) -> bool:
+    """Whether a decode that ran out of memory made room for another try; of several ranks, one alone tries nothing again."""
+    is_alone = getattr(vae, "tile_ranks", None) is None
+    return is_alone and isinstance(vae, nn.Module) and offload_of(vae) is not None
+
+
+def _try(
+    decode: Callable[[], Tensor], states: Iterable[tuple[torch.Generator, Tensor]] = ()
+) -> tuple[Tensor | None, str]:
     """The clip, or what the device said; the exception, whose frames hold the tensors of the failed decode, is let go of."""
+    for generator, state in states:
+        generator.set_state(state)
     try:
         return decode(), ""
     except torch.OutOfMemoryError as error:
