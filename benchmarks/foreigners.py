@@ -325,7 +325,7 @@ FOREIGNERS: dict[str, Foreigner] = {
         given=_kandinsky,
         size=Clip(512, 768, 121),
         tiny=Clip(32, 32, 5),
-        fit_gib=6.0,
+        fit_gib=17.0,
     ),
     "z-image": Foreigner(
         pipeline="ZImagePipeline",
@@ -344,7 +344,7 @@ FOREIGNERS: dict[str, Foreigner] = {
                     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
                     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
                     "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
-                    "use_post_quant_conv": False,
+                    "use_post_quant_conv": False, "sample_size": 1024,
                 },
                 _TINY_VAE,
             ),
@@ -353,6 +353,6 @@ FOREIGNERS: dict[str, Foreigner] = {
         given=_z_image,
         size=Clip(1024, 1024, 1),
         tiny=Clip(32, 32, 1),
-        fit_gib=1.3,
+        fit_gib=1.9,
     ),
 }  # fmt: skip
