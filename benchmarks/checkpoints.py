@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ __all__ = [
     "write_adapter",
     "write_model",
     "write_network",
+    "write_parts",
     "write_wan",
 ]
 
@@ -44,6 +45,7 @@ _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _SHARD_BYTES = 5 * 10**9  # as the published ones
 _TINY_SHARD_BYTES = 100_000
 _THREADS = 8
+_MEMORY = Path("/dev/shm")
 _RAM_SHARE = 2.5  # files in RAM leave room for a copy of the weights, and for one that is rounded up
 _WAN_PARTS = {"transformer": "wan-14b", "text_encoder": "umt5-xxl"}
 _TINY_VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
@@ -77,8 +79,7 @@ def write_network(folder: Path, name: str, scale: str, device: torch.device) -> 
         make_room(folder, network.bytes)
     model = empty(network, scale)
     stem = "model" if network.config_class else "diffusion_pytorch_model"
-    dtypes = {key: _file_dtype(model, key) for key, _ in model.named_parameters()}
-    _write_weights(target, stem, model, dtypes, scale, device)
+    _write_weights(target, stem, model, _file_dtypes(model), scale, device)
     config: Any = model
     if network.config_class:
         config.config.save_pretrained(target)
@@ -136,6 +137,18 @@ def write_wan(folder: Path, scale: str, device: torch.device) -> Path:
     return target
 
 
+def write_parts(target: Path, parts: Mapping[str, Any], scale: str, device: torch.device) -> None:
+    """Write models of diffusers that have no weights yet, and what else there is, each into its folder in `target`."""
+    dtypes = {name: _file_dtypes(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    if scale != "smoke":
+        sizes = (value.numel() * dtypes[name][key].itemsize for name in dtypes for key, value in _held(parts[name]))
+        make_room(target.parent, sum(sizes))
+    for name, part in parts.items():
+        if name in dtypes:
+            _write_weights(target / name, "diffusion_pytorch_model", part, dtypes[name], scale, device)
+        part.save_config(target / name)
+
+
 def write_adapter(path: Path, model: nn.Module, *, rank: int, seed: int) -> Path:
     """Write an adapter for the attention layers of a transformer, with the names of diffusers, unless it is there."""
     if not path.exists():
@@ -167,19 +180,22 @@ def room_for(size_bytes: int) -> Path:
     Raises:
         SystemExit: nowhere.
     """
-    memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
-    if memory.is_dir() and _has_room(memory, size_bytes) and available_ram_bytes() > _RAM_SHARE * size_bytes:
-        return memory
+    disk = Path(tempfile.gettempdir())
+    if _MEMORY.is_dir() and _has_room(_MEMORY, size_bytes) and available_ram_bytes() > _RAM_SHARE * size_bytes:
+        return _MEMORY
     if _has_room(disk, size_bytes):
         return disk
-    raise SystemExit(f"{size_bytes / GIB:.0f} GiB fit neither into {memory} nor into {disk}; give --folder")
+    raise SystemExit(f"{size_bytes / GIB:.0f} GiB fit neither into {_MEMORY} nor into {disk}; give --folder")
 
 
 def make_room(folder: Path, size_bytes: int, *, keep: str = "") -> None:
     """Delete checkpoints of ours in `folder`, the oldest first, until a new one fits; none of the same clip as `keep`."""
     clip = keep.rpartition("-")[0]
     ours = [folder / name for name in NETWORKS] + [
-        path for path in folder.glob("clip-*.safetensors") if not clip or not path.name.startswith(clip)
+        path
+        for pattern in ("clip-*.safetensors", "foreign-*")
+        for path in folder.glob(pattern)
+        if not clip or not path.name.startswith(clip)
     ]
     for path in sorted((path for path in ours if path.exists()), key=lambda path: path.stat().st_mtime):
         if _has_room(folder, size_bytes):
@@ -188,21 +204,34 @@ def make_room(folder: Path, size_bytes: int, *, keep: str = "") -> None:
 
 
 def _has_room(folder: Path, size_bytes: int) -> bool:
-    return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1.05 * size_bytes
+    free = shutil.disk_usage(folder).free
+    if _MEMORY in (folder, *folder.resolve().parents):  # which may be larger than what is left of the RAM
+        free = min(free, available_ram_bytes())
+    return os.access(folder, os.W_OK) and free > 1.05 * size_bytes
 
 
-def _file_dtype(model: nn.Module, name: str) -> torch.dtype:
-    """Return the dtype that `from_pretrained(torch_dtype=torch.bfloat16)` gives a parameter, and a file of it has."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+def _file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtypes that `from_pretrained(torch_dtype=torch.bfloat16)` gives weights, and files of them have."""
     is_diffusers = "diffusers" in type(model).__module__  # transformers keeps them for fp16 alone
-    return torch.float32 if is_diffusers and kept & set(name.split(".")) else torch.bfloat16
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if is_diffusers else set()
+    return {
+        name: torch.float32 if kept & set(name.split(".")) else torch.bfloat16
+        for name, _ in _held(model)
+    }  # fmt: skip
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a file of the model has, tied parameters once."""
+    yield from model.named_parameters()
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
     path: Path
     seed: int
-    weights: dict[str, tuple[Tensor, torch.dtype]]  # on the meta device, with the dtype in the file
+    weights: dict[str, tuple[Tensor, torch.dtype]]  # with the dtype in the file; what is on the meta device is drawn
 
 
 def _write_weights(
@@ -228,7 +257,7 @@ def _parts(
 ) -> Iterator[dict[str, tuple[Tensor, torch.dtype]]]:
     part: dict[str, tuple[Tensor, torch.dtype]] = {}
     size = 0
-    for name, parameter in model.named_parameters():  # tied ones once
+    for name, parameter in _held(model):
         own = parameter.numel() * dtypes[name].itemsize
         if part and size + own > shard_bytes:
             yield part
@@ -251,5 +280,6 @@ def _write_shard(shard: _Shard, device: torch.device) -> int:
     with shard.path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, (parameter, dtype) in shard.weights.items():
-            file.write(byte_view(random_values(name, parameter, dtype, generator)).numpy().data)
+            drawn = random_values(name, parameter, dtype, generator) if parameter.is_meta else parameter.to(dtype)
+            file.write(byte_view(drawn).numpy().data)
     return end

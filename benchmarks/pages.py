@@ -215,10 +215,10 @@ def _peers() -> str:
 
 
 def _fits() -> str:
-    """Whole clips under a budget that the allocator is held to, from ``suite.json``, beside what their plans predicted."""
+    """Clips and pictures in a budget that the allocator is held to, from ``suite.json``, beside what plans predicted."""
     lines = []
     for row in _rows("suite"):
-        if row.get("case") != "clip" or row.get("way") != "vramkit fit":
+        if row.get("case") not in ("clip", "foreign") or row.get("way") != "vramkit fit":
             continue
         lines.append(
             [

@@ -31,6 +31,7 @@ CASES = (
     "encode",
     "decode",
     "clip",
+    "foreign",
     "guide",
     "loading",
     "applying",

@@ -34,6 +34,7 @@ TRIED = {
     "encode": ["umt5-xxl | vramkit leaf", "umt5-xxl | diffusers leaf stream"],
     "decode": ["wan | 2 stripes", "wan | to host", "wan | tiles", "cogvideox | diffusers whole"],
     "clip": ["ltx | vramkit leaf", "a14b | vramkit fit", "wan2.2-5b | vramkit leaf"],
+    "foreign": ["ltx2 | vramkit fit", "qwen-image | vramkit fit", "minimax-h3 | vramkit fit"],
     "guide": ["resident", "vramkit guide", "diffusers guide"],
     "loading": ["from_pretrained", "load_file", "load_mapped", "constructed", "torch.load"],
     "applying": ["vramkit block", "vramkit leaf", "diffusers leaf", "accelerate"],
@@ -128,6 +129,14 @@ def _clip(rows: dict[str, Row]) -> None:
     assert all(row["moved_bytes"] > 0 for key, row in rows.items() if key.endswith("leaf"))
 
 
+def _foreign(rows: dict[str, Row]) -> None:
+    for key, row in rows.items():
+        streams = key.endswith("fit")
+        assert (row["moved_bytes"] > 0) == streams
+        assert ("predicted_denoise_bytes" in row) == streams
+        assert ("digests" in row) == ("minimax-h3" not in key)
+
+
 def _decode(rows: dict[str, Row]) -> None:
     assert all(row["relative"] <= 1e-5 for key, row in rows.items() if "tiles" not in key)
 
@@ -154,6 +163,7 @@ CHECKS: dict[str, Callable[[dict[str, Row]], None]] = {
     "loading": _loading,
     "budgets": _budgets,
     "clip": _clip,
+    "foreign": _foreign,
     "decode": _decode,
     "compiled": _compiled,
     "links": _links,

@@ -8,8 +8,6 @@ The resident run is not decoded. What slots and residents take (held_bytes) and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +17,9 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.clips import FAMILIES, Family
 from benchmarks.emulation import capped
-from benchmarks.measure import digest, host_memory, peaks, release_memory, reset_peaks, seconds_of, synchronize
+from benchmarks.measure import host_memory, peaks, release_memory, seconds_of, synchronize
 from benchmarks.rows import Row, Setting
+from benchmarks.steps import Steps
 from vramkit.memory import GIB, module_bytes
 from vramkit.offload import apply_group_offloading
 from vramkit.planning import Plan, fit
@@ -42,26 +41,6 @@ def settings(scale: str) -> Iterator[Setting]:
             )
 
 
-@dataclasses.dataclass
-class _Steps:
-    """A step callback that notes the seconds of each step, the peak of all, and what they gave."""
-
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    since: float = 0.0
-    peaks: Row = dataclasses.field(default_factory=dict)
-    digest: str = ""
-
-    def __call__(self, _pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> None:
-        synchronize()
-        self.seconds.append(time.perf_counter() - self.since)
-        self.peaks = {
-            name: max(value or 0, self.peaks.get(name) or 0) or None for name, value in peaks().items()
-        }  # fmt: skip
-        self.digest = digest(tensors["latents"])
-        reset_peaks()
-        self.since = time.perf_counter()
-
-
 def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
     """Make a clip."""
     family, way = FAMILIES[setting.options["family"]], setting.way
@@ -78,7 +57,10 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
         steps = _denoised(pipeline, family, bench, "latent" if way == "resident" or family.vae is None else "pt")
         if way != "resident" and family.vae is not None:
             row |= {"decode_s": round(time.perf_counter() - steps.since, 3), **peaks("decode_")}
-        row |= _figures(steps, _switch_of(pipeline, family), family)
+        switch = _switch_of(pipeline, family)
+        row |= steps.figures(without=switch) | {"passes": family.passes}
+        if switch is not None:
+            row["switch_s"] = round(steps.seconds[switch], 6)
         passes = 1 if plan is not None and plan.guidance == "paired" else family.passes
         moved = passes * (offloads["transformer"].stats().streamed_bytes if "transformer" in offloads else 0)
         row |= {"moved_bytes": moved, "digest": steps.digest, **host_memory()}
@@ -87,7 +69,7 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
         if way == "resident" and row["allocated_bytes"]:
             row["activation_bytes"] = row["allocated_bytes"] - sum(map(module_bytes, _transformers(pipeline)))
         if plan is not None:
-            row |= _predicted(plan)
+            row |= predicted(plan)
     yield setting.row(**row)
 
 
@@ -117,7 +99,7 @@ def _applied(
     return offloads, None
 
 
-def _predicted(plan: Plan) -> Row:
+def predicted(plan: Plan) -> Row:
     """What the plan says of the call, to be compared with what it took."""
     row: Row = {"decoded": None if plan.decode is None else str(plan.decode), "guidance": plan.guidance}
     for phase in plan.phases:
@@ -130,11 +112,11 @@ def _transformers(pipeline: Any) -> list[Any]:
     return [model for model in found if model is not None]
 
 
-def _denoised(pipeline: Any, family: Family, bench: Bench, output_type: str) -> _Steps:
+def _denoised(pipeline: Any, family: Family, bench: Bench, output_type: str) -> Steps:
     given = family.arguments(bench)
     release_memory()
-    reset_peaks()
-    steps = _Steps(since=time.perf_counter())
+    steps = Steps()
+    steps.begin()
     pipeline(
         **given,
         num_inference_steps=family.steps,
@@ -153,20 +135,3 @@ def _switch_of(pipeline: Any, family: Family) -> int | None:
     pipeline.scheduler.set_timesteps(family.steps)
     boundary = pipeline.boundary_ratio * pipeline.scheduler.config["num_train_timesteps"]
     return sum(bool(timestep >= boundary) for timestep in pipeline.scheduler.timesteps.tolist())
-
-
-def _figures(steps: _Steps, switch: int | None, family: Family) -> Row:
-    """The median of the steps, without the first, which warms up, and the one of the switch."""
-    others = [seconds for at, seconds in enumerate(steps.seconds) if at not in (0, switch)]
-    row: Row = {
-        "s": round(statistics.median(others), 6),
-        "slowest_s": round(max(others), 6),
-        "first_s": round(steps.seconds[0], 6),
-        "steps_s": [round(seconds, 3) for seconds in steps.seconds],
-        "repeats": len(others),
-        "passes": family.passes,
-        **steps.peaks,
-    }
-    if switch is not None:
-        row["switch_s"] = round(steps.seconds[switch], 6)
-    return row

@@ -119,3 +119,18 @@ def test_weights_that_norms_compute_count_for_each_block_and_need_not_be_there_y
         found = net(x)
     assert torch.equal(found, net(x))
     assert 0 <= fitted.plan.phases[0].activation_bytes - 4 * 64 * 64 * 4 <= 4096
+
+
+def test_large_results_of_views_that_repeat_few_values_are_counted_and_not_made() -> None:
+    without_memory: list[bool] = []
+
+    def masked(hidden: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(60_000, dtype=torch.int32)
+        mask = torch.le(*torch.meshgrid(places, places, indexing="xy"))
+        without_memory.append(mask.is_meta)
+        return hidden
+
+    found = plan(Chosen(masked), "8GiB", device="cpu", example=(torch.ones(128, 64),))
+    assert without_memory
+    assert all(without_memory)
+    assert found.phases[0].activation_bytes >= 60_000**2

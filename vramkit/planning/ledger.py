@@ -70,7 +70,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(tensor.is_meta for tensor in given):
             result = self._without_memory(func, key, args, kwargs)
         elif given:
-            result = _forgotten(func(*args, **kwargs))
+            result = self._of_values(func, key, args, kwargs, given)
         else:
             result = _made(func, args, kwargs)
         self._count_flops(func, args, kwargs, result)
@@ -134,6 +134,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.turn_to(owner)
                 return
 
+    def _of_values(self, func: Any, key: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Any:
+        """Run an operator on values, unless it makes much of views that repeat few: a mask of all pairs has gigabytes."""
+        repeats = any(tensor.numel() > _KNOWN_BYTES for tensor in given)
+        if repeats and func.overloadpacket not in self._answers and _makes_new(func):
+            result = self._without_memory(func, key, args, kwargs)
+            if sum(tensor.nbytes for tensor in _tensors(result)) > _KNOWN_BYTES:
+                return result
+        return _forgotten(func(*args, **kwargs))
+
     def _without_memory(self, func: Any, key: Any, args: Any, kwargs: Any) -> Any:
         if func is _TO_COPY and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             return torch.ops.aten.alias(args[0])  # it is there already
@@ -146,7 +155,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = kwargs.get("out")
         if isinstance(out, torch.Tensor) and out.numel():
             return out  # has its size already
-        makes_new = not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+        makes_new = _makes_new(func)
         known = self._results.get(key) if makes_new else None
         if known is None:
             result = self._on_meta(func, args, kwargs)
@@ -251,6 +260,12 @@ class Device(TorchFunctionMode):
 _PLACES = (torch.device, str)
 _DEVICE = torch.Tensor.device
 _IS_CUDA = torch.Tensor.is_cuda
+
+
+def _makes_new(func: Any) -> bool:
+    """Whether an operator writes to nothing and what it returns is no view."""
+    schema = func._schema  # noqa: SLF001 (torch has no public reader)
+    return not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
 
 
 def _noted(value: Any, given: list[torch.Tensor]) -> Any:
