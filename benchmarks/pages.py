@@ -145,23 +145,27 @@ def _families() -> str:
 
 
 def _guide() -> str:
+    names = {"everything on the device": "resident", "diffusers": "diffusers guide", "vramkit": "vramkit guide"}
     lines = []
-    for label, case in {"everything on the device": "resident", "diffusers": "diffusers", "vramkit": "vramkit"}.items():
-        row = _found("guide", case=case)
-        phases = [_figure(row, f"{phase}_gib", ".1f") for phase in ("encode", "steps", "decode")]
+    for label, way in names.items():
+        row = _found("suite", case="guide", way=way)
+        peaks = [_gib(row, f"{phase}_allocated_bytes") for phase in ("encode", "steps", "decode")]
+        reserved = [_gib(row, f"{phase}_reserved_bytes") for phase in ("encode", "steps", "decode")]
         lines.append(
             [
                 label,
                 _figure(row, "setup_s", ".1f"),
                 _figure(row, "encode_s", ".2f"),
-                _figure(row, "step_s", ".2f"),
+                _figure(row, "s", ".2f"),
                 _figure(row, "decode_s", ".2f"),
-                ", ".join(phases),
-                _figure(row, "ram_taken_gib", ".1f"),
+                ", ".join(filter(None, peaks)),
+                ", ".join(filter(None, reserved)),
+                _gib(row, "ram_taken_bytes"),
             ]
         )
     heads = (
-        "", "set-up, s", "encode, s", "step, s", "decode, s", "peak of encode, steps, decode, GiB", "RAM taken, GiB",
+        "", "set-up, s", "encode, s", "step, s", "decode, s", "peak of encode, steps, decode, GiB", "reserved, GiB",
+        "RAM taken, GiB",
     )  # fmt: skip
     return _table(heads, lines)
 

@@ -277,6 +277,7 @@ def test_peak_memory_is_activations_and_slots_and_residents(store: str, slots: i
     assert peak <= activations + MIB  # slots and residents are there before; nothing else is taken
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ending", ["remove", "delete"])
 @pytest.mark.parametrize("store", ["registered", "mapped", "pageable", "disk"])
 def test_memory_is_back_after_ten_lives(store: str, ending: str, tmp_path: Path) -> None:
