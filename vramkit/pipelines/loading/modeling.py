@@ -17,8 +17,15 @@ from typing_extensions import Self
 from vramkit.errors import CheckpointError, ConfigError, ConflictError
 from vramkit.memory import tensor_bytes
 from vramkit.pipelines.loading.absent import Absent
-from vramkit.pipelines.loading.arguments import Dtype, device_of, download_arguments, dtype_of, wanted_dtype
-from vramkit.pipelines.loading.folders import CONFIG_NAME, read_json, weights_files
+from vramkit.pipelines.loading.arguments import (
+    Dtype,
+    device_of,
+    download_arguments,
+    dtype_of,
+    saving_arguments,
+    wanted_dtype,
+)
+from vramkit.pipelines.loading.folders import CONFIG_NAME, WEIGHTS_NAME, read_json, weights_files
 from vramkit.pipelines.loading.options import make_options
 from vramkit.pipelines.loading.weights import load_weights, most_parameters
 from vramkit.tensors import is_plain
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "refuse_adapters"]
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
 _ADAPTERS = "adapters are calls of the pipeline: pipeline.load_lora_weights(...), set_adapters(...) and the like"
 _BACKENDS = (
     "attention is torch's scaled_dot_product_attention, which takes the fastest kernel; `with "
@@ -253,16 +259,26 @@ class Model(nn.Module):
             warnings.warn(f"{source}: {cls.__name__} does not know {named}; passed over", stacklevel=5)
         return {key: value for key, value in config.items() if key not in others}
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
-        """Write config.json and safetensors, in the layout that from_pretrained reads.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **others: Any,
+    ) -> None:
+        """Write config.json and safetensors, in the layout that from_pretrained reads, here and in diffusers.
 
         Args:
-            folder: made if it is missing.
+            save_directory: made if it is missing.
+            variant: as in diffusion_pytorch_model.<variant>.safetensors; files of other variants stay.
             max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
+            **others: of diffusers, where they ask for nothing else: ``safe_serialization=True``, ``push_to_hub=False``.
 
         An offloaded model may be saved as it is. The files appear when all are written, with the permissions of the umask.
 
         Raises:
+            ConfigError: an argument that cannot be meant, before anything is written.
             ConflictError: LoRA adapters are loaded, with which the layers have other names, or the model is a part of a
                 larger one that is offloaded.
             StoreError: the folder cannot be written; nothing of the files is left then.
@@ -271,17 +287,18 @@ class Model(nn.Module):
         from vramkit.offload.disk import staged_folder  # noqa: PLC0415
         from vramkit.offload.handle import editable, refuse_part_of_offloaded  # noqa: PLC0415
 
+        how = saving_arguments(variant, max_shard_size, others)
         refuse_adapters(self)
         refuse_part_of_offloaded(self)
         if any(not is_plain(parameter) for parameter in self.parameters()):
             from vramkit.quant.files import save_quantized  # noqa: PLC0415
 
-            save_quantized(self, folder, max_shard_size=max_shard_size)
+            save_quantized(self, save_directory, **how)
             return
-        with editable(self), staged_folder(folder) as stage:
+        with editable(self), staged_folder(save_directory) as stage:
             config = {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)}
             (stage / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            write_weights(stage, distinct_weights(self), stem=WEIGHTS_NAME, max_shard_size=max_shard_size)
+            write_weights(stage, distinct_weights(self), stem=WEIGHTS_NAME, **how)
 
     # -- properties ----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing_extensions import Self
 from vramkit.errors import ConfigError
 from vramkit.pipelines.calling.inputs import plain_number
 from vramkit.pipelines.loading.absent import Absent
-from vramkit.pipelines.loading.arguments import other_arguments
+from vramkit.pipelines.loading.arguments import other_arguments, refuse_saving
 from vramkit.pipelines.loading.folders import read_json
 from vramkit.pipelines.loading.options import FrozenConfig, make_options
 
@@ -132,11 +133,12 @@ class Scheduler(ABC):
             local_folder(path_or_repo, subfolder=subfolder, allow_patterns=[pattern], **where) / CONFIG_NAME
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write scheduler_config.json into a folder, which is made if it is missing."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **others: Any) -> None:
+        """Write scheduler_config.json into a folder, which is made if it is missing; `others` as a model takes them."""
         from vramkit.offload.disk import staged_folder  # noqa: PLC0415 - a scheduler needs no engine
 
-        with staged_folder(folder) as stage:
+        refuse_saving(others)
+        with staged_folder(save_directory) as stage:
             (stage / CONFIG_NAME).write_text(json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n")
 
     save_config = Absent("save_pretrained(folder) writes it")
