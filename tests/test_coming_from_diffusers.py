@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,9 +14,11 @@ import torch
 from diffusers.loaders import lora_base, lora_pipeline
 from documents import DOCS
 from families import Stock
+from safetensors.torch import load_file
 
 import vramkit
 from vramkit.errors import ConfigError
+from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.registry import MODELS, PIPELINES, SCHEDULERS
 
 PAGE = DOCS / "coming-from-diffusers.md"
@@ -106,3 +109,66 @@ def test_the_thread_recipe_of_the_page(family: str, stock: Stock) -> None:
     other = eval(f"type(pipe).{recipe[1]}", {"pipe": pipe})
     assert other.transformer is pipe.transformer
     assert other.scheduler is not pipe.scheduler
+
+
+CALLS = (
+    "from_pretrained",
+    "from_single_file",
+    "from_config",
+    "load_config",
+    "from_pipe",
+    "save_pretrained",
+    "download",
+)
+CALLS += ("load_lora_weights", "set_adapters", "delete_adapters", "fuse_lora", "unfuse_lora", "save_lora_weights")
+
+
+@pytest.mark.parametrize("section", CLASSES)
+def test_first_arguments_have_the_same_names(section: str) -> None:
+    """Scripts give them by name too; the others are keywords of both."""
+    compared = 0
+    more = [(diffusers.AutoModel, vramkit.AutoModel)] if section == "Models" else []
+    for theirs, ours in [*pairs(section), *more]:
+        for call in CALLS:
+            found = [getattr(kind, call, None) for kind in (theirs, ours)]
+            if None in found or isinstance(inspect.getattr_static(ours, call), Absent):
+                continue
+            first = [next(name for name in inspect.signature(each).parameters if name != "self") for each in found]
+            assert first[0] == first[1], (ours, call)
+            compared += 1
+    assert compared > 10
+
+
+@pytest.mark.parametrize("given", [None, 3, {"a": torch.ones(1)}, ["a"]])
+def test_what_is_no_path_is_named(given: Any, stock: Stock) -> None:
+    kinds = rf"{type(given).__name__} was given, expected a"
+    for load in (vramkit.WanPipeline.from_pretrained, vramkit.AutoencoderKLWan.from_pretrained):
+        with pytest.raises(ConfigError, match=kinds):
+            load(given)
+    with pytest.raises(ConfigError, match=kinds):
+        vramkit.AutoencoderKLWan.from_single_file(given)
+    if not isinstance(given, dict):
+        with pytest.raises(ConfigError, match=rf"the LoRA is {type(given).__name__}; expected a path"):
+            stock.pipeline("Wan2.1").load_lora_weights(given)
+
+
+def test_a_config_is_changed_on_the_way(stock: Stock) -> None:
+    config = vramkit.WanTransformer3DModel.load_config(stock.folder("Wan2.1"), subfolder="transformer")
+    for kind in (diffusers.WanTransformer3DModel, vramkit.WanTransformer3DModel):
+        model = kind.from_config(config, num_layers=1)
+        assert (len(model.blocks), model.config.num_layers) == (1, 1)
+    assert vramkit.WanTransformer3DModel.from_config(model.config, num_layers=2).config.num_layers == 2
+
+
+def test_adapters_are_saved_as_scripts_say_it(tmp_path: Path) -> None:
+    layers = {
+        "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4),
+        "blocks.0.attn1.to_q.lora_B.weight": torch.ones(4, 2),
+    }
+    for kind in (diffusers.WanPipeline, vramkit.WanPipeline):
+        kind.save_lora_weights(tmp_path / kind.__module__, layers, safe_serialization=True, save_function=None)
+    saved = [load_file(path) for path in sorted(tmp_path.glob("*/*.safetensors"))]
+    assert len(saved) == 2
+    assert saved[0].keys() == saved[1].keys()
+    with pytest.raises(ConfigError, match="only safetensors are written"):
+        vramkit.WanPipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)

@@ -74,15 +74,18 @@ class Model(nn.Module):
     # -- construction --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, config: Any) -> Self:
-        """A model with random weights, from a config object or from the dict of a config.json.
+    def from_config(cls, config: Any, **changed: Any) -> Self:
+        """A model with random weights, from a config object or from the dict of a config.json, some options `changed`.
 
         Raises:
             ConfigError: keys that the model does not know, or values of another kind; keys that start with "_" and those of
                 older files are ignored.
         """
+        if isinstance(config, cls.config_class) and changed:
+            config = dataclasses.asdict(config)
         if not isinstance(config, Mapping):
             return cls(config)
+        config = {**config, **changed}
         given = {
             key: value for key, value in config.items() if not key.startswith("_") and key not in cls.old_config_keys
         }
@@ -91,7 +94,7 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_repo: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         subfolder: str | None = None,
         torch_dtype: Dtype | None = None,
@@ -106,7 +109,7 @@ class Model(nn.Module):
         """Load a model from a folder in the diffusers layout, on disk or on the hub; weights are mapped, not copied.
 
         Args:
-            path_or_repo: a folder, or a repo id of the Hugging Face hub.
+            pretrained_model_name_or_path: a folder, or a repo id of the Hugging Face hub.
             subfolder: folder of the component inside it, such as "transformer".
             torch_dtype: floating dtype of the weights, or its name; None and "auto" keep what the file holds, or
                 make it the dtype of most where it mixes them, with a warning. Parameters that the model keeps in fp32 stay
@@ -134,7 +137,12 @@ class Model(nn.Module):
         others = download_arguments(f"{cls.__name__}.from_pretrained", others)
         wanted, device = dtype_of(wanted_dtype(dtype, torch_dtype)), device_of(device_map)
         folder = local_folder(
-            path_or_repo, subfolder=subfolder, variant=variant, revision=revision, cache_dir=cache_dir, **others
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            **others,
         )
         config, files = read_json(folder / CONFIG_NAME), weights_files(folder, stem=WEIGHTS_NAME, variant=variant)
         model = cls.from_files(
@@ -145,7 +153,7 @@ class Model(nn.Module):
     @classmethod
     def from_single_file(
         cls,
-        path_or_url: str | os.PathLike[str],
+        pretrained_model_link_or_path_or_dict: str | os.PathLike[str],
         *,
         config: Any = None,
         subfolder: str | None = None,
@@ -163,7 +171,7 @@ class Model(nn.Module):
         without) or in the blocks of GGUF stays so, computes as `torch_dtype`, and is streamed as it is stored.
 
         Args:
-            path_or_url: the file, or its address on the Hugging Face hub (``https://huggingface.co/<owner>/<name>/blob/...``).
+            pretrained_model_link_or_path_or_dict: the file, or its address on the Hugging Face hub (``https://huggingface.co/<owner>/<name>/blob/...``).
             config: of the model: a folder or repository with its config.json (or that of the pipeline), the file, or a dict.
                 None: told from the shapes, for models of the published families.
             subfolder: of the config; "transformer" or "vae" where it is needed and not given.
@@ -186,7 +194,7 @@ class Model(nn.Module):
         wanted, device = dtype_of(wanted_dtype(dtype, torch_dtype)), device_of(device_map)
         model = load_single_file(
             cls,
-            path_or_url,
+            pretrained_model_link_or_path_or_dict,
             config=config,
             subfolder=subfolder,
             torch_dtype=wanted,
@@ -240,13 +248,16 @@ class Model(nn.Module):
             raise CheckpointError(f"{source} does not describe a {cls.__name__}: {error}") from error
 
     @classmethod
-    def load_config(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None, **where: Any
+    ) -> dict[str, Any]:
         """The config.json of a folder, for `from_config`; where it is, by the arguments of `from_pretrained`."""
         from vramkit.pipelines.loading.hub import local_folder  # noqa: PLC0415
 
         pattern = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
         return read_json(
-            local_folder(path_or_repo, subfolder=subfolder, allow_patterns=[pattern], **where) / CONFIG_NAME
+            local_folder(pretrained_model_name_or_path, subfolder=subfolder, allow_patterns=[pattern], **where)
+            / CONFIG_NAME
         )
 
     @classmethod

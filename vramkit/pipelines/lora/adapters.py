@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.pipelines.loading.arguments import download_arguments
+from vramkit.pipelines.loading.arguments import download_arguments, refuse_saving
 from vramkit.pipelines.lora.files import LoraFile, LoraSource, read_lora, save_lora
 from vramkit.pipelines.lora.keys import AdapterWeights, check_fit, lora_weights
 from vramkit.pipelines.lora.model_adapters import ModelAdapters, Weight, check_name, name_to_swap, new_name
@@ -34,7 +34,7 @@ class LoraAdapters:
 
     def load_lora_weights(
         self,
-        path_or_repo_or_state_dict: LoraSource,
+        pretrained_model_name_or_path_or_dict: LoraSource,
         adapter_name: str | None = None,
         *,
         hotswap: bool = False,
@@ -51,8 +51,8 @@ class LoraAdapters:
         of them. What the models have no place for is left out with one warning. A model that is compiled is compiled anew.
 
         Args:
-            path_or_repo_or_state_dict: a safetensors file, a folder or Hugging Face repository with one (also one of PEFT's
-                save_pretrained), or tensors by name.
+            pretrained_model_name_or_path_or_dict: a safetensors file, a folder or Hugging Face repository with one (also one
+                of PEFT's save_pretrained), or tensors by name.
             adapter_name: what to call it; by default ``default_0``, ``default_1``, ...
             hotswap: put it in the place of the adapter `adapter_name`, in the same tensors, so that nothing is compiled
                 anew; see `enable_lora_hotswap`. Models that the file has nothing for stay as they are.
@@ -72,7 +72,9 @@ class LoraAdapters:
             model.refuse_fused()
         check_name(adapter_name)
         main = "transformer_2" if load_into_transformer_2 else "transformer"
-        found = self._found(path_or_repo_or_state_dict, main, weight_name=weight_name, subfolder=subfolder, **where)
+        found = self._found(
+            pretrained_model_name_or_path_or_dict, main, weight_name=weight_name, subfolder=subfolder, **where
+        )
         targets = {component: models[component] for component in found}
         name = name_to_swap(targets, adapter_name) if hotswap else new_name(targets, adapter_name)
         for component, model in targets.items():
@@ -101,13 +103,13 @@ class LoraAdapters:
         for model in self._lora_models().values():
             model.allow_swaps(target_rank)
 
-    def check_lora_weights(self, path_or_repo_or_state_dict: LoraSource, **where: Any) -> None:
+    def check_lora_weights(self, pretrained_model_name_or_path_or_dict: LoraSource, **where: Any) -> None:
         """Refuse what `load_lora_weights` would refuse of a file, and change nothing; models may be on the meta device.
 
         Raises:
             ConfigError, CheckpointError: as there.
         """
-        self._found(path_or_repo_or_state_dict, "transformer", **where)
+        self._found(pretrained_model_name_or_path_or_dict, "transformer", **where)
 
     def set_adapters(
         self,
@@ -308,6 +310,7 @@ class LoraAdapters:
         given = {"transformer" + _LAYERS: transformer_lora_layers} | layers_and_metadata
         layers: dict[str, Mapping[str, Tensor]] = {}
         metadata: dict[str, Mapping[str, Any]] = {}
+        refuse_saving({name: given.pop(name) for name in ("save_function", "safe_serialization") if name in given})
         for key, value in given.items():
             component = key.removesuffix(_LAYERS).removesuffix(_METADATA)
             if component == key or component not in cls.lora_components:
