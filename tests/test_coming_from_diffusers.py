@@ -172,3 +172,11 @@ def test_adapters_are_saved_as_scripts_say_it(tmp_path: Path) -> None:
     assert saved[0].keys() == saved[1].keys()
     with pytest.raises(ConfigError, match="only safetensors are written"):
         vramkit.WanPipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)
+
+
+def test_calls_of_adapters_that_there_are_not_say_the_way(stock: Stock) -> None:
+    pipeline = stock.pipeline("Wan2.1")
+    for name, way in {"set_lora_device": "delete_adapters", "lora_state_dict": "read_lora"}.items():
+        assert hasattr(diffusers.WanPipeline, name)
+        with pytest.raises(ConfigError, match=rf"has no {name}\(\): .*{way}"):
+            getattr(pipeline, name)(["a"], "cpu")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vramkit.errors import CheckpointError, ConfigError
+from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.arguments import download_arguments, refuse_saving
 from vramkit.pipelines.lora.files import LoraFile, LoraSource, read_lora, save_lora
 from vramkit.pipelines.lora.keys import AdapterWeights, check_fit, lora_weights
@@ -324,6 +325,14 @@ class LoraAdapters:
                 "no layers to save: give transformer_lora_layers=, or **pipeline.lora_layers(adapter_name)"
             )
         return save_lora(save_directory, layers, metadata, weight_name=weight_name) if is_main_process else None
+
+    set_lora_device = Absent(
+        "adapters are where the layers are that they belong to; delete_adapters() frees their memory"
+    )
+    lora_state_dict = Absent(
+        "load_lora_weights() takes all kinds of files; vramkit.pipelines.lora.files.read_lora reads one"
+    )
+    load_lora_into_transformer = Absent("load_lora_weights() takes state dicts too")
 
     def _lora_models(self, *, required: bool = True) -> dict[str, ModelAdapters]:
         """The models that may have adapters, by component."""
