@@ -11,9 +11,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from checkpoints import write_lora
 from diffusers.loaders import lora_base, lora_pipeline
 from documents import DOCS
-from families import Stock
+from families import Stock, load
 from safetensors.torch import load_file
 
 import vramkit
@@ -142,9 +143,9 @@ def test_first_arguments_have_the_same_names(section: str) -> None:
 @pytest.mark.parametrize("given", [None, 3, {"a": torch.ones(1)}, ["a"]])
 def test_what_is_no_path_is_named(given: Any, stock: Stock) -> None:
     kinds = rf"{type(given).__name__} was given, expected a"
-    for load in (vramkit.WanPipeline.from_pretrained, vramkit.AutoencoderKLWan.from_pretrained):
+    for read in (vramkit.WanPipeline.from_pretrained, vramkit.AutoencoderKLWan.from_pretrained):
         with pytest.raises(ConfigError, match=kinds):
-            load(given)
+            read(given)
     with pytest.raises(ConfigError, match=kinds):
         vramkit.AutoencoderKLWan.from_single_file(given)
     if not isinstance(given, dict):
@@ -180,3 +181,31 @@ def test_calls_of_adapters_that_there_are_not_say_the_way(stock: Stock) -> None:
         assert hasattr(diffusers.WanPipeline, name)
         with pytest.raises(ConfigError, match=rf"has no {name}\(\): .*{way}"):
             getattr(pipeline, name)(["a"], "cpu")
+
+
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "set_adapters": ((None,), {}, "adapter names are None"),
+    "delete_adapters": ((3,), {}, "adapter names are 3"),
+    "load_lora_weights": (({}, 3), {}, "adapter_name=3 is no name"),
+    "enable_lora_hotswap": (("x",), {}, "target_rank=x"),
+    "save_lora_weights": ((None, {"a.lora_A.weight": torch.ones(1, 1)}), {}, "save_directory is NoneType"),
+    "save_pretrained": ((None,), {}, "NoneType was given, expected the path of a folder"),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_values_of_another_kind_are_named(call: str, stock: Stock) -> None:
+    given, options, message = WRONG[call]
+    with pytest.raises(ConfigError, match=message):
+        getattr(stock.pipeline("Wan2.1"), call)(*given, **options)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "x", None])
+def test_a_scale_that_would_spoil_weights_is_refused(scale: Any, stock: Stock, tmp_path: Path) -> None:
+    pipeline = load("Wan2.1", stock.folder("Wan2.1"), text_encoder=None, tokenizer=None)
+    pipeline.load_lora_weights(write_lora(pipeline.transformer, tmp_path), "a")
+    before = {name: weight.clone() for name, weight in pipeline.transformer.named_parameters()}
+    with pytest.raises(ConfigError, match="expected a finite number"):
+        pipeline.fuse_lora(lora_scale=scale)
+    assert all(torch.equal(weight, before[name]) for name, weight in pipeline.transformer.named_parameters())
+    assert pipeline.num_fused_loras == 0

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from vramkit import tensors
-from vramkit.errors import StoreError
+from vramkit.errors import ConfigError, StoreError
 from vramkit.offload.memory_map import Mapping, MemoryMap, range_of, written_pages
 from vramkit.offload.workers import Job, Workers
 
@@ -501,6 +501,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     It has the permissions that the user's umask leaves.
 
     Raises:
+        ConfigError: `folder` is no path.
         StoreError: the disk is full, or the folder cannot be written. Nothing is left behind then.
     """
     path = Path(path)
@@ -532,6 +533,8 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         StoreError: the disk is full, or the folder cannot be written. Nothing is left behind then, nor after any other
             error, and what `folder` held is as it was.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"{type(folder).__name__} was given, expected the path of a folder")
     folder = Path(folder).expanduser().absolute()
     missing = [parent for parent in folder.parents if not parent.exists()]
     stage = folder / f".{secrets.token_hex(4)}.partial" if folder.is_dir() else _unused_beside(folder)

@@ -97,7 +97,7 @@ class LoraAdapters:
         Raises:
             ConfigError: a rank that is no positive number.
         """
-        if target_rank < 1:
+        if not isinstance(target_rank, int) or target_rank < 1:
             raise ConfigError(
                 f"target_rank={target_rank}; expected the highest rank of the adapters to come, 1 or more"
             )
@@ -130,7 +130,7 @@ class LoraAdapters:
             ConflictError: adapters are fused.
         """
         models = self._lora_models()
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _names(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         self._check_loaded(names)
         if len(weights) != len(names):
@@ -200,7 +200,7 @@ class LoraAdapters:
             ConflictError: adapters are fused.
         """
         models = self._lora_models()
-        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        names = list(dict.fromkeys(_names(adapter_names)))
         self._check_loaded(names)
         for model in models.values():
             model.refuse_fused()
@@ -243,8 +243,9 @@ class LoraAdapters:
             ConflictError: adapters are fused already.
         """
         models = self._chosen(components)
-        if isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
+        lora_scale = _number(lora_scale)
+        if adapter_names is not None:
+            adapter_names = _names(adapter_names)
         self._check_loaded(adapter_names or ())
         chosen = {
             component: [
@@ -416,6 +417,13 @@ class LoraAdapters:
         unknown = [name for name in names if name not in loaded]
         if unknown:
             raise ConfigError(f"no adapter {', '.join(map(repr, unknown))}; loaded: {', '.join(loaded) or 'none'}")
+
+
+def _names(given: Any) -> list[str]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Sequence | set | frozenset) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"adapter names are {given!r}; expected a name, or a list of names")
+    return list(names)
 
 
 def _number(weight: Any) -> float:

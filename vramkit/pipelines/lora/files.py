@@ -121,6 +121,8 @@ def save_lora(
     header = {"format": "pt"}
     if entries:
         header[_METADATA] = json.dumps(entries, indent=2, sort_keys=True, default=_as_json)
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"save_directory is {type(folder).__name__}, expected the path of a folder")
     path = Path(folder) / (weight_name or WEIGHTS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
