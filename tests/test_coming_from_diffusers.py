@@ -5,17 +5,21 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from checkpoints import write_lora
 from diffusers.loaders import lora_base, lora_pipeline
 from documents import DOCS
-from families import Stock
+from families import Stock, load
+from safetensors.torch import load_file
 
 import vramkit
 from vramkit.errors import ConfigError
+from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.registry import MODELS, PIPELINES, SCHEDULERS
 
 PAGE = DOCS / "coming-from-diffusers.md"
@@ -106,3 +110,102 @@ def test_the_thread_recipe_of_the_page(family: str, stock: Stock) -> None:
     other = eval(f"type(pipe).{recipe[1]}", {"pipe": pipe})
     assert other.transformer is pipe.transformer
     assert other.scheduler is not pipe.scheduler
+
+
+CALLS = (
+    "from_pretrained",
+    "from_single_file",
+    "from_config",
+    "load_config",
+    "from_pipe",
+    "save_pretrained",
+    "download",
+)
+CALLS += ("load_lora_weights", "set_adapters", "delete_adapters", "fuse_lora", "unfuse_lora", "save_lora_weights")
+
+
+@pytest.mark.parametrize("section", CLASSES)
+def test_first_arguments_have_the_same_names(section: str) -> None:
+    """Scripts give them by name too; the others are keywords of both."""
+    compared = 0
+    more = [(diffusers.AutoModel, vramkit.AutoModel)] if section == "Models" else []
+    for theirs, ours in [*pairs(section), *more]:
+        for call in CALLS:
+            found = [getattr(kind, call, None) for kind in (theirs, ours)]
+            if None in found or isinstance(inspect.getattr_static(ours, call), Absent):
+                continue
+            first = [next(name for name in inspect.signature(each).parameters if name != "self") for each in found]
+            assert first[0] == first[1], (ours, call)
+            compared += 1
+    assert compared > 10
+
+
+@pytest.mark.parametrize("given", [None, 3, {"a": torch.ones(1)}, ["a"]])
+def test_what_is_no_path_is_named(given: Any, stock: Stock) -> None:
+    kinds = rf"{type(given).__name__} was given, expected a"
+    for read in (vramkit.WanPipeline.from_pretrained, vramkit.AutoencoderKLWan.from_pretrained):
+        with pytest.raises(ConfigError, match=kinds):
+            read(given)
+    with pytest.raises(ConfigError, match=kinds):
+        vramkit.AutoencoderKLWan.from_single_file(given)
+    if not isinstance(given, dict):
+        with pytest.raises(ConfigError, match=rf"the LoRA is {type(given).__name__}; expected a path"):
+            stock.pipeline("Wan2.1").load_lora_weights(given)
+
+
+def test_a_config_is_changed_on_the_way(stock: Stock) -> None:
+    config = vramkit.WanTransformer3DModel.load_config(stock.folder("Wan2.1"), subfolder="transformer")
+    for kind in (diffusers.WanTransformer3DModel, vramkit.WanTransformer3DModel):
+        model = kind.from_config(config, num_layers=1)
+        assert (len(model.blocks), model.config.num_layers) == (1, 1)
+    assert vramkit.WanTransformer3DModel.from_config(model.config, num_layers=2).config.num_layers == 2
+
+
+def test_adapters_are_saved_as_scripts_say_it(tmp_path: Path) -> None:
+    layers = {
+        "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4),
+        "blocks.0.attn1.to_q.lora_B.weight": torch.ones(4, 2),
+    }
+    for kind in (diffusers.WanPipeline, vramkit.WanPipeline):
+        kind.save_lora_weights(tmp_path / kind.__module__, layers, safe_serialization=True, save_function=None)
+    saved = [load_file(path) for path in sorted(tmp_path.glob("*/*.safetensors"))]
+    assert len(saved) == 2
+    assert saved[0].keys() == saved[1].keys()
+    with pytest.raises(ConfigError, match="only safetensors are written"):
+        vramkit.WanPipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)
+
+
+def test_calls_of_adapters_that_there_are_not_say_the_way(stock: Stock) -> None:
+    pipeline = stock.pipeline("Wan2.1")
+    for name, way in {"set_lora_device": "delete_adapters", "lora_state_dict": "read_lora"}.items():
+        assert hasattr(diffusers.WanPipeline, name)
+        with pytest.raises(ConfigError, match=rf"has no {name}\(\): .*{way}"):
+            getattr(pipeline, name)(["a"], "cpu")
+
+
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "set_adapters": ((None,), {}, "adapter names are None"),
+    "delete_adapters": ((3,), {}, "adapter names are 3"),
+    "load_lora_weights": (({}, 3), {}, "adapter_name=3 is no name"),
+    "enable_lora_hotswap": (("x",), {}, "target_rank=x"),
+    "save_lora_weights": ((None, {"a.lora_A.weight": torch.ones(1, 1)}), {}, "save_directory is NoneType"),
+    "save_pretrained": ((None,), {}, "NoneType was given, expected the path of a folder"),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_values_of_another_kind_are_named(call: str, stock: Stock) -> None:
+    given, options, message = WRONG[call]
+    with pytest.raises(ConfigError, match=message):
+        getattr(stock.pipeline("Wan2.1"), call)(*given, **options)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "x", None])
+def test_a_scale_that_would_spoil_weights_is_refused(scale: Any, stock: Stock, tmp_path: Path) -> None:
+    pipeline = load("Wan2.1", stock.folder("Wan2.1"), text_encoder=None, tokenizer=None)
+    pipeline.load_lora_weights(write_lora(pipeline.transformer, tmp_path), "a")
+    before = {name: weight.clone() for name, weight in pipeline.transformer.named_parameters()}
+    with pytest.raises(ConfigError, match="expected a finite number"):
+        pipeline.fuse_lora(lora_scale=scale)
+    assert all(torch.equal(weight, before[name]) for name, weight in pipeline.transformer.named_parameters())
+    assert pipeline.num_fused_loras == 0

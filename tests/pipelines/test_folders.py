@@ -52,6 +52,12 @@ class TestWeightsFiles:
         touch(tmp_path, *names, "other.safetensors")
         assert weights_files(tmp_path, stem="model") == [tmp_path / name for name in found]
 
+    def test_of_two_saves_the_one_that_the_library_reads(self, tmp_path: Path) -> None:
+        """Neither library removes the one file where it writes shards, and each begins with another of the two."""
+        for stem in ("model", "diffusion_pytorch_model"):
+            one, index = touch(tmp_path, f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+            assert weights_files(tmp_path, stem=stem) == [one if stem == "model" else index]
+
     def test_variant(self, tmp_path: Path) -> None:
         touch(tmp_path, "model.safetensors")
         shards = touch(tmp_path, "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors")
@@ -62,8 +68,11 @@ class TestWeightsFiles:
     def test_shards_of_a_variant_as_older_versions_named_them(self, tmp_path: Path) -> None:
         touch(tmp_path, "model-00001-of-00002.safetensors", "model.safetensors.index.fp16.json")
         shards = touch(tmp_path, "model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors")
-        assert weights_files(tmp_path, stem="model", variant="fp16") == shards
         assert has_variant(tmp_path, "fp16")
+        index = tmp_path / "model.safetensors.index.fp16.json"
+        assert weights_files(tmp_path, stem="model", variant="fp16") == [index]
+        index.unlink()
+        assert weights_files(tmp_path, stem="model", variant="fp16") == shards
         assert not has_variant(tmp_path, "f16")
 
     def test_missing_weights_say_what_is_there(self, tmp_path: Path) -> None:

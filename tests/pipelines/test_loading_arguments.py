@@ -186,7 +186,7 @@ def test_save_pretrained(folder: Path, tmp_path: Path) -> None:
     for given, message in (
         ({"safe_serialization": False}, "only safetensors"),
         ({"push_to_hub": True}, "hf upload"),
-        ({"variant": "fp16"}, "plain names"),
+        ({"variant": "a/b"}, "variant is 'a/b'"),
         ({"nonsense": 1}, "no argument 'nonsense'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from checkpoints import load_oracle, write_lora
@@ -16,7 +17,7 @@ from torch import nn
 
 from vramkit import apply_group_offloading, apply_model_offload
 from vramkit.casting import NarrowTensor
-from vramkit.errors import ConflictError, StoreError
+from vramkit.errors import CheckpointError, ConfigError, ConflictError, StoreError
 from vramkit.offload import offload_of
 from vramkit.offload.disk import staged_folder
 from vramkit.pipelines.wan.transformer import WanTransformer3DModel
@@ -65,6 +66,80 @@ def test_it_is_saved_over_the_files_that_it_streams_from(stock: Stock, tmp_path:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     offload.remove()
     assert_same(model, expected)
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+ARGUMENTS = {"variant": "fp16", "max_shard_size": "60KB", "safe_serialization": True, "push_to_hub": False}
+
+
+class TestArgumentsOfDiffusers:
+    def test_a_pipeline_goes_there_and_back(self, stock: Stock, tmp_path: Path) -> None:
+        pipeline, theirs = stock.pipeline("Wan2.1"), stock.oracle("Wan2.1")
+        pipeline.save_pretrained(tmp_path / "ours", **ARGUMENTS)
+        theirs.save_pretrained(tmp_path / "theirs", **ARGUMENTS)
+        for name, model in models_of(pipeline).items():
+            stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+            names = [set(names_of(tmp_path / who / name)) for who in ("ours", "theirs")]
+            assert f"{stem}.safetensors.index.fp16.json" in names[0] & names[1]
+            assert all(name.startswith((f"{stem}.fp16-0", f"{stem}.safetensors.index", "config")) for name in names[0])
+            assert_same(getattr(load_oracle(tmp_path / "ours", variant="fp16"), name), model)
+            assert_same(getattr(load("Wan2.1", tmp_path / "theirs", variant="fp16"), name), model)
+            assert_same(getattr(load("Wan2.1", tmp_path / "ours", variant="fp16"), name), model)
+        with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+            load("Wan2.1", tmp_path / "ours")
+
+    def test_an_offloaded_model_over_the_variant_that_it_streams_from(self, stock: Stock, tmp_path: Path) -> None:
+        original = WanTransformer3DModel.from_pretrained(stock.folder("Wan2.1"), subfolder="transformer")
+        original.save_pretrained(tmp_path)
+        plain = (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+        original.save_pretrained(tmp_path, variant="fp16")
+        model = WanTransformer3DModel.from_pretrained(tmp_path, variant="fp16")
+        apply_group_offloading(model, "cpu", offload_type="leaf_level")
+        for size in ("100KB", 60_000, "5GB"):
+            model.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+            assert_same(WanTransformer3DModel.from_pretrained(tmp_path, variant="fp16"), original)
+            assert_same(diffusers.WanTransformer3DModel.from_pretrained(tmp_path, variant="fp16"), original)
+        kept = ["config.json", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"]
+        assert names_of(tmp_path) == kept
+        assert (tmp_path / kept[-1]).stat().st_mtime_ns == plain
+
+    def test_a_quantized_model_as_a_variant(self, stock: Stock, tmp_path: Path) -> None:
+        model = WanTransformer3DModel.from_pretrained(stock.folder("Wan2.1"), subfolder="transformer")
+        quantize(model, Fp8Config())
+        model.save_pretrained(tmp_path, variant="fp8", max_shard_size="60KB")
+        saved = dict(WanTransformer3DModel.from_pretrained(tmp_path, variant="fp8").named_parameters())
+        assert all(torch.equal(wide(saved[name]), wide(weight)) for name, weight in model.named_parameters())
+
+    def test_a_shard_that_is_missing_is_named(self, stock: Stock, tmp_path: Path) -> None:
+        stock.pipeline("Wan2.1").transformer.save_pretrained(tmp_path, variant="fp16", max_shard_size="60KB")
+        (shard := next(tmp_path.glob("*-00002-of-*"))).unlink()
+        with pytest.raises(CheckpointError, match=rf"index\.fp16\.json: shard {shard.name} is missing"):
+            WanTransformer3DModel.from_pretrained(tmp_path, variant="fp16")
+
+    @pytest.mark.parametrize("whose", ["pipeline", "transformer", "scheduler"])
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"safe_serialization": False}, "only safetensors are written"),
+            ({"push_to_hub": True}, "hf upload"),
+            ({"is_main_process": False}, "on one rank"),
+            ({"nonsense": 1}, "has no argument 'nonsense'"),
+            ({"variant": "a/b"}, "variant is 'a/b'"),
+            ({"max_shard_size": "much"}, "a size was given as 'much'"),
+        ],
+    )
+    def test_what_is_not_done_is_refused(
+        self, given: dict[str, Any], message: str, whose: str, stock: Stock, tmp_path: Path
+    ) -> None:
+        pipeline = stock.pipeline("Wan2.1")
+        if whose == "scheduler" and given.keys() & {"variant", "max_shard_size"}:
+            message = "has no argument"
+        with pytest.raises(ConfigError, match=message):
+            getattr(pipeline, whose, pipeline).save_pretrained(tmp_path / "saved", **given)
+        assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("stored", ["cast", "quantized"])

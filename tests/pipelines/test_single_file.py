@@ -296,6 +296,27 @@ class TestErrors:
         with pytest.raises(CheckpointError, match="do not tell the config of this WanTransformer3DModel; give config="):
             vramkit.WanTransformer3DModel.from_single_file(tmp_path / "wan.safetensors")
 
+    @pytest.mark.parametrize("prefix", ["net.", "module.", "model.", "transformer.", "generator.model."])
+    def test_what_trainers_write_before_names(self, prefix: str, tmp_path: Path) -> None:
+        state = build(WAN).state_dict()
+        original = {
+            name.removeprefix("model.diffusion_model."): each for name, each in original_file(WAN, state).items()
+        }
+        for names in (state, original):
+            save_file({prefix + name: each.contiguous() for name, each in names.items()}, tmp_path / "x.safetensors")
+            model = vramkit.WanTransformer3DModel.from_single_file(tmp_path / "x.safetensors", config=config_of(WAN))
+            assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+
+    def test_a_scale_that_is_in_no_file(self, tmp_path: Path) -> None:
+        """The autoencoders of CogVideoX-2b and 5b differ in it alone."""
+        layout = "AutoencoderKLCogVideoX"
+        save_file(original_file(layout, build(layout).state_dict()), tmp_path / "vae.safetensors")
+        load = vramkit.AutoencoderKLCogVideoX.from_single_file
+        with pytest.raises(CheckpointError, match=r"1\.15258426\} is that of CogVideoX-2b.* 0\.7\} that of 5b"):
+            load(tmp_path / "vae.safetensors")
+        model = load(tmp_path / "vae.safetensors", config=config_of(layout) | {"scaling_factor": 0.7})
+        assert model.config.scaling_factor == 0.7
+
     @pytest.mark.parametrize("name", ["wan.pth", "wan.ckpt", "wan.bin"])
     def test_pickles_are_refused_by_name(self, name: str, tmp_path: Path) -> None:
         torch.save({"a": torch.ones(1)}, tmp_path / name)

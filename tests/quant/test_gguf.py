@@ -162,7 +162,7 @@ class TestDamage:
             (lambda data: data[:-40], "'second' ends at byte .*truncated"),
             (lambda data: data[:30], "header"),
             (lambda data: data[:3], "header ends at byte 3"),
-            (lambda data: b"PK\3\4" + data[4:], "no GGUF header"),
+            (lambda data: b"\0\1\2\3" + data[4:], "no GGUF header"),
             (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], "version 1, expected 2 or 3"),
             (lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:], "truncated or damaged"),
             (lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:], "truncated or damaged"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,20 +20,24 @@ import torch
 from torch import nn
 
 from vramkit import tensors
-from vramkit.errors import CheckpointError
+from vramkit.errors import CheckpointError, ConfigError
 from vramkit.memory import parse_bytes
 from vramkit.offload.disk import MappedFile, atomic_write, check_files_of
 from vramkit.offload.header import Span, parse_header
+from vramkit.offload.stand_ins import stand_in
 
 __all__ = [
     "StoredEntry",
     "TensorEntry",
     "distinct_weights",
+    "index_name",
+    "name_of",
     "read_checkpoint",
     "write_checkpoint",
     "write_weights",
 ]
 
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype)
@@ -142,7 +147,7 @@ def read_checkpoint(files: str | os.PathLike[str] | Sequence[str | os.PathLike[s
         raise CheckpointError("no checkpoint file was given; expected a .safetensors file or a .safetensors.index.json")
     entries: dict[str, TensorEntry] = {}
     for path in paths:
-        found = _read_index(path) if path.name.endswith(".index.json") else _read_any(path)
+        found = _read_index(path) if _INDEX.search(path.name) else _read_any(path)
         for name in found.keys() & entries.keys():
             raise CheckpointError(
                 f"{path}: tensor {name!r} is also in {entries[name].file.path}; give each tensor once"
@@ -176,7 +181,12 @@ def write_checkpoint(
 
 
 def write_weights(
-    folder: Path, leaves: Mapping[str, torch.Tensor], *, stem: str, max_shard_size: int | str = "10GB"
+    folder: Path,
+    leaves: Mapping[str, torch.Tensor],
+    *,
+    stem: str,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
 ) -> None:
     """Write the tensors of a model as ``<stem>.safetensors``, or as shards and their index, as the peers do.
 
@@ -184,13 +194,15 @@ def write_weights(
         folder: exists.
         leaves: plain tensors by name.
         stem: of the file names.
+        variant: between the stem and what follows it, and before the ending of the index, as in `index_name`.
         max_shard_size: bytes, or text such as "10GB"; a single larger tensor is a shard of its own.
 
     Raises:
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: `max_shard_size` is no size, or `variant` no part of a name.
         StoreError: the disk is full or the folder cannot be written.
     """
     limit = parse_bytes(max_shard_size)
+    index_path, stem = folder / index_name(stem, variant), name_of(stem, variant)
     shards: list[dict[str, torch.Tensor]] = [{}]
     room = limit
     for name, leaf in leaves.items():
@@ -205,11 +217,29 @@ def write_weights(
         total_size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        with atomic_write(folder / f"{stem}.safetensors.index.json") as file:
-            file.write(json.dumps(index, indent=2).encode())
+        with atomic_write(index_path) as file:
+            file.write(f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
     for name, shard in zip(names, shards, strict=True):
         wide_first = dict(sorted(shard.items(), key=lambda pair: -pair[1].element_size()))  # so that all are aligned
         write_checkpoint(folder / name, wide_first, metadata={"format": "pt"})
+
+
+def name_of(stem: str, variant: str | None) -> str:
+    """Return what files of weights are called without what follows: the stem, or ``<stem>.<variant>``.
+
+    Raises:
+        ConfigError: `variant` is no part of a name.
+    """
+    if variant is None:
+        return stem
+    if not isinstance(variant, str) or not re.fullmatch(r"\w[\w-]*", variant):
+        raise ConfigError(f'variant is {variant!r}; expected letters and digits, such as "fp16"')
+    return f"{stem}.{variant}"
+
+
+def index_name(stem: str, variant: str | None) -> str:
+    """Return what the index of shards is called: ``<stem>.safetensors.index.json``, or ``...index.<variant>.json``."""
+    return f"{stem}.safetensors.index{'' if variant is None else f'.{variant}'}.json"
 
 
 def distinct_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -283,8 +313,11 @@ def _header_text(file: MappedFile) -> bytes:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
+            what = stand_in(file.path)
             raise CheckpointError(
-                f"{file.path}: no safetensors header ({file.size_bytes} bytes in all); it is truncated"
+                f"{file.path} {what}"
+                if what
+                else f"{file.path}: no safetensors header ({file.size_bytes} bytes in all); it is truncated"
             )
         return stream.read(length)
 
@@ -304,7 +337,10 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its JSON cannot be read ({error}); download the file again") from error
+        what = stand_in(path, is_text=True)
+        raise CheckpointError(
+            f"{path} {what}" if what else f"{path}: its JSON cannot be read ({error}); download the file again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; download the file again")
     return value

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from vramkit import tensors
-from vramkit.errors import StoreError
+from vramkit.errors import ConfigError, StoreError
 from vramkit.offload.memory_map import Mapping, MemoryMap, range_of, written_pages
 from vramkit.offload.workers import Job, Workers
 
@@ -66,8 +66,8 @@ _PIECE_BYTES = 8 * 2**20  # one read request: large enough for full speed, small
 _SPAN, _FILE, _MAPPING = "_vramkit_span", "_vramkit_file", "_vramkit_mapping"  # notes that a storage carries
 _SETTLED_SECONDS = 60.0  # a folder without a lock may be one that gets it soon
 _SPILL_ALIGNMENT_BYTES = 64  # of tensors in a file of ours
-# The files that hold the weights of one name: the only one, or a shard, or the index of shards.
-_WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# The files that hold the weights of one name: the only one, or a shard, or the index of shards, that of a variant too.
+_WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(?P<variant>\.[\w-]+)?\.json)?")
 _SECTOR_BYTES = 4096  # alignment that O_DIRECT asks of offset, length and memory
 
 
@@ -501,6 +501,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     It has the permissions that the user's umask leaves.
 
     Raises:
+        ConfigError: `folder` is no path.
         StoreError: the disk is full, or the folder cannot be written. Nothing is left behind then.
     """
     path = Path(path)
@@ -532,6 +533,8 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         StoreError: the disk is full, or the folder cannot be written. Nothing is left behind then, nor after any other
             error, and what `folder` held is as it was.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"{type(folder).__name__} was given, expected the path of a folder")
     folder = Path(folder).expanduser().absolute()
     missing = [parent for parent in folder.parents if not parent.exists()]
     stage = folder / f".{secrets.token_hex(4)}.partial" if folder.is_dir() else _unused_beside(folder)
@@ -568,9 +571,14 @@ def _move_in(stage: Path, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         file.replace(target)
     written = {folder / file.relative_to(stage) for file in files}
-    stems = {(path.parent, found["stem"]) for path in written if (found := _WEIGHTS.fullmatch(path.name))}
-    for parent in {parent for parent, _ in stems}:
+    names = {(path.parent, name) for path in written if (name := _name_of_weights(path))}
+    for parent in {parent for parent, _ in names}:
         for path in set(parent.iterdir()) - written:
-            found = _WEIGHTS.fullmatch(path.name)
-            if found is not None and (parent, found["stem"]) in stems:
+            if (parent, _name_of_weights(path)) in names:
                 path.unlink(missing_ok=True)
+
+
+def _name_of_weights(path: Path) -> str | None:
+    """Return the name that all files of the same weights have in common, with their variant; None for other files."""
+    found = _WEIGHTS.fullmatch(path.name)
+    return None if found is None else found["stem"] + (found["variant"] or "")

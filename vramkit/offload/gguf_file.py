@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from vramkit.errors import CheckpointError
 from vramkit.offload.checkpoint import StoredEntry, TensorEntry
 from vramkit.offload.disk import MappedFile
+from vramkit.offload.stand_ins import stand_in
 
 __all__ = ["GgufEntry", "read_gguf"]
 
@@ -126,7 +128,7 @@ def _entry(tensor: TensorEntry, kind: int, dims: tuple[int, ...]) -> TensorEntry
 class _Header:
     """What stands before the data, read piece by piece."""
 
-    def __init__(self, path: Path, stream: BinaryIO, size_bytes: int) -> None:
+    def __init__(self, path: Path, stream: BufferedReader, size_bytes: int) -> None:
         self._path = path
         self._stream = stream
         self._left = min(size_bytes, _MAX_HEADER_BYTES)
@@ -136,6 +138,8 @@ class _Header:
 
     def read(self) -> tuple[list[tuple[str, tuple[int, ...], int, int]], dict[str, Any]]:
         """Return name, dimensions, type and offset of the tensors, and the metadata."""
+        if not self._stream.peek(4).startswith(b"GGUF") and (what := stand_in(self._path)) is not None:
+            raise CheckpointError(f"{self._path} {what}")
         if self._bytes(4) != b"GGUF":
             raise self._error("no GGUF header; it is another kind of file, or truncated")
         version, tensor_count, key_count = self._unpack("IQQ")

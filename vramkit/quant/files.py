@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,9 @@ _METHOD = "vramkit"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
+def save_quantized(
+    module: Any, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
+) -> None:
     """Write a quantized or cast model, or a pipeline with such models, so that it loads without the original weights.
 
     ``from_pretrained`` of the folder finds out by itself. Only safetensors and JSON are written.
@@ -41,13 +43,14 @@ def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str
     Args:
         module: a model of vramkit or transformers, or a `Pipeline`; any other module is loaded by `load_quantized`.
         folder: made if it is missing.
+        variant: of the names of the weights' files.
         max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
 
     Raises:
         ConfigError: the module is not quantized.
     """
     if not isinstance(module, nn.Module):
-        module.save_pretrained(folder)  # a pipeline asks for each of its models
+        module.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)  # a pipeline, model by model
         return
     found = quantization_of(module)
     config_used = _stored_as(module) if found is None else found.config
@@ -59,7 +62,7 @@ def save_quantized(module: Any, folder: str | Path, *, max_shard_size: int | str
         more = {**config_used.to_dict(), "skipped": found.skipped if found else (), "tensors": notes}
         config[CONFIG_KEY] = {"quant_method": _METHOD, **more}
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_weights(stage, tensors, stem=stem, max_shard_size=max_shard_size)
+        write_weights(stage, tensors, stem=stem, variant=variant, max_shard_size=max_shard_size)
 
 
 def load_quantized(

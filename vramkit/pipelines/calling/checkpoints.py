@@ -46,7 +46,7 @@ class CheckpointCalls:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_repo: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         torch_dtype: DtypeChoice = None,
         dtype: DtypeChoice = None,
@@ -66,7 +66,7 @@ class CheckpointCalls:
         files: nothing is read before it is used. Only safetensors and JSON (and tokenizer vocabularies) are opened.
 
         Args:
-            path_or_repo: a folder with model_index.json, or a Hugging Face repository id.
+            pretrained_model_name_or_path: a folder with model_index.json, or a Hugging Face repository id.
             torch_dtype: for all models, or by component name with ``"default"`` for the others; a torch.dtype, or its name.
                 None and "auto" keep the dtypes of the files.
             dtype: another name of ``torch_dtype``.
@@ -99,12 +99,16 @@ class CheckpointCalls:
         }
         torch_dtype = wanted_dtype(dtype, torch_dtype)
         if not hasattr(cls, "component_names"):  # the base of all
-            found: Any = cls.class_of(path_or_repo, **where)
+            found: Any = cls.class_of(pretrained_model_name_or_path, **where)
             chosen = {"torch_dtype": torch_dtype, "variant": variant, "device_map": device_map}
             return cast(
                 "Self",
                 found.from_pretrained(
-                    path_or_repo, **where, **chosen, quantization_config=quantization_config, **components
+                    pretrained_model_name_or_path,
+                    **where,
+                    **chosen,
+                    quantization_config=quantization_config,
+                    **components,
                 ),
             )
         components = other_arguments(f"{cls.__name__}.from_pretrained", components)
@@ -121,7 +125,7 @@ class CheckpointCalls:
             quantization = as_pipeline_config(quantization_config)
             quantization.check(cls.component_names, [name for name in components if name not in paths])
             quantized = quantization.config_for
-        root = local_folder(path_or_repo, **where, allow_patterns=[MODEL_INDEX])
+        root = local_folder(pretrained_model_name_or_path, **where, allow_patterns=[MODEL_INDEX])
         entries, options = cls._read_index(root)
         needed = [name for name, each in inspect.signature(cls).parameters.items() if each.default is each.empty]
         if missing := [name for name in needed if name not in (*entries, *options, *components)]:
@@ -131,7 +135,7 @@ class CheckpointCalls:
         wanted = {name: entry for name, entry in entries.items() if name not in components and entry[1] is not None}
         variants = dict.fromkeys(wanted, variant)
         if wanted:
-            fetch = partial(local_folder, path_or_repo, **where)
+            fetch = partial(local_folder, pretrained_model_name_or_path, **where)
             root, variants = component_folders(fetch, {name: entry[1] for name, entry in wanted.items()}, variant)
         if unknown := [name for name in paths if not any(entries.get(name, ()))]:
             raise ConfigError(
@@ -139,7 +143,9 @@ class CheckpointCalls:
                 "what was loaded"
             )
         if paths:
-            root = local_folder(path_or_repo, **where, allow_patterns=[f"{name}/{CONFIG_NAME}" for name in paths])
+            root = local_folder(
+                pretrained_model_name_or_path, **where, allow_patterns=[f"{name}/{CONFIG_NAME}" for name in paths]
+            )
 
         def source(name: str) -> Source:
             library, class_name = entries[name]
@@ -157,7 +163,7 @@ class CheckpointCalls:
         download = {name: value for name, value in where.items() if name != "revision"}
         components |= {name: load_component_from(path, source(name), **download) for name, path in paths.items()}
         pipeline: Any = cls(**(dict.fromkeys(entries) | loaded | components), **options)
-        pipeline.name_or_path = os.fspath(path_or_repo)
+        pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)
         return cast("Self", pipeline if device is None else pipeline.to(device))
 
     @classmethod
@@ -196,7 +202,7 @@ class CheckpointCalls:
     @classmethod
     def from_single_file(
         cls,
-        path_or_url: str | os.PathLike[str],
+        pretrained_model_link_or_path: str | os.PathLike[str],
         *,
         config: str | os.PathLike[str] | None = None,
         torch_dtype: DtypeChoice = None,
@@ -209,7 +215,7 @@ class CheckpointCalls:
         """Load a pipeline whose transformer, and autoencoder if it is there too, are in one file, and the rest in a folder.
 
         Args:
-            path_or_url: a .safetensors or .gguf file, as in `Model.from_single_file`.
+            pretrained_model_link_or_path: a .safetensors or .gguf file, as in `Model.from_single_file`.
             config: the folder or repository that the rest, and the configs, are read from; by default the published one.
             torch_dtype: as in `from_pretrained`.
             dtype: another name of ``torch_dtype``.
@@ -236,7 +242,7 @@ class CheckpointCalls:
         where = {name: components.pop(name) for name in ("cache_dir", *DOWNLOAD) if name in components}
         check_names("component", components, cls.component_names)
         dtypes = wanted_dtype(dtype, torch_dtype)
-        file = local_file(path_or_url, revision=revision, **where)
+        file = local_file(pretrained_model_link_or_path, revision=revision, **where)
         if not (classes := classes_in(file)):
             raise CheckpointError(f"{file} holds no transformer and no autoencoder under names that are known")
         for class_name in classes:
@@ -252,11 +258,11 @@ class CheckpointCalls:
         return cls.from_pretrained(source, torch_dtype=dtypes, device_map=device_map, **where, **components)
 
     @classmethod
-    def download(cls, path_or_repo: str | os.PathLike[str], **where: Any) -> Path:
+    def download(cls, pretrained_model_name: str | os.PathLike[str], **where: Any) -> Path:
         """Download a checkpoint and return its folder; where it is, by the arguments of `from_pretrained`."""
         where = other_arguments(f"{cls.__name__}.download", where)
         return local_folder(
-            path_or_repo, **where, allow_patterns=[MODEL_INDEX, *(f"*/{p}" for p in checkpoint_patterns())]
+            pretrained_model_name, **where, allow_patterns=[MODEL_INDEX, *(f"*/{p}" for p in checkpoint_patterns())]
         )
 
     @staticmethod

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -24,9 +23,10 @@ from vramkit.offload.handle import editable
 from vramkit.pipelines.calling.checkpoints import CheckpointCalls, check_names
 from vramkit.pipelines.calling.memory import MemoryCalls
 from vramkit.pipelines.loading.absent import Absent
+from vramkit.pipelines.loading.arguments import saving_arguments
 from vramkit.pipelines.loading.components import MODEL_INDEX
 from vramkit.pipelines.loading.modeling import refuse_adapters
-from vramkit.pipelines.loading.options import FrozenConfig, refuse_arguments
+from vramkit.pipelines.loading.options import FrozenConfig
 from vramkit.pipelines.lora.adapters import LoraAdapters
 
 _ADOPTED = frozenset({"transformer", "transformer_2", "vae"})
@@ -79,24 +79,37 @@ class Pipeline(CheckpointCalls, LoraAdapters, MemoryCalls):
         for name, component in components.items():
             setattr(self, name, component)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], safe_serialization: bool = True, **others: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **others: Any,
+    ) -> None:
         """Write all components and model_index.json in the published folder layout, offloaded or not; safetensors only.
 
-        The files appear when all are written, with the permissions of the umask.
+        Args:
+            save_directory: made if it is missing. The files appear when all are written, with the permissions of the umask.
+            safe_serialization: True.
+            variant: of the weights' files of each model, as in `Model.save_pretrained`.
+            max_shard_size: of each model; None: 10GB of ours, and what transformers takes of its own.
+            **others: as in `Model.save_pretrained`.
 
         Raises:
+            ConfigError: an argument that cannot be meant, before anything is written.
             ConflictError: LoRA adapters are loaded.
             StoreError: the folder cannot be written; nothing of the files is left then.
         """
-        refuse_arguments("save_pretrained", {"safe_serialization": not safe_serialization, **others}, _SAVING)
+        how = saving_arguments(variant, max_shard_size, others | {"safe_serialization": safe_serialization})
         for module in self._modules().values():
             refuse_adapters(module)
         index: dict[str, Any] = {"_class_name": type(self).__name__, "_vramkit_version": __version__}
-        with staged_folder(folder) as stage:
+        with staged_folder(save_directory) as stage:
             for name, component in self.components.items():
                 index[name] = [None, None] if component is None else [_library_of(component), type(component).__name__]
                 if component is not None:
-                    _save(component, stage / name)
+                    _save(component, stage / name, how if isinstance(component, nn.Module) else {})
             text = json.dumps(index | self.config, indent=2)
             (stage / MODEL_INDEX).write_text(text + "\n", encoding="utf-8")
 
@@ -124,18 +137,6 @@ class Pipeline(CheckpointCalls, LoraAdapters, MemoryCalls):
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
 
-_SAVING: Mapping[str, str] = MappingProxyType(
-    {
-        "safe_serialization": "only safetensors are written; leave it out",
-        "variant": "files are written under their plain names; leave it out",
-        "max_shard_size": "pipeline.transformer.save_pretrained(folder, max_shard_size=...) takes it, model by model",
-        "push_to_hub": "`hf upload` does it, with the folder that was written",
-        "repo_id": "`hf upload` does it, with the folder that was written",
-        "use_flashpack": "only safetensors are written; leave it out",
-    }
-)
-
-
 def execution_device(module: nn.Module) -> torch.device:
     """Return where ``module`` computes: the onload device when it is offloaded, else where its weights lie."""
     offload = offload_of(module)
@@ -158,16 +159,16 @@ def hand_over(module: nn.Module, following: nn.Module) -> None:
         coming.prefetch()
 
 
-def _save(component: Any, folder: Path) -> None:
-    """Write one component; models of other libraries too, whose own way does not know our weights, nor offloading."""
+def _save(component: Any, folder: Path, how: Mapping[str, Any]) -> None:
+    """Write one component as `how` says; those of other libraries too, which know neither our weights nor offloading."""
     if getattr(component, "_vramkit_quantization", None) is not None:
         from vramkit.quant.files import save_quantized  # noqa: PLC0415
 
-        save_quantized(component, folder)
+        save_quantized(component, folder, **how)
         return
     with editable(component) if isinstance(component, nn.Module) else contextlib.nullcontext():
         try:
-            component.save_pretrained(folder)
+            component.save_pretrained(folder, **how)
         except Exception as error:
             if type(error) is not Exception:
                 raise

@@ -9,10 +9,19 @@ from typing import Any
 import torch
 
 from vramkit.errors import ConfigError
+from vramkit.memory import parse_bytes
 from vramkit.pipelines.loading.hub import DOWNLOAD
 from vramkit.pipelines.loading.options import refuse_arguments
 
-__all__ = ["Dtype", "device_of", "download_arguments", "dtype_of", "other_arguments", "wanted_dtype"]
+__all__ = [
+    "Dtype",
+    "device_of",
+    "download_arguments",
+    "dtype_of",
+    "other_arguments",
+    "saving_arguments",
+    "wanted_dtype",
+]
 
 Dtype = torch.dtype | str
 
@@ -45,6 +54,22 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "config_revision": "config= takes a folder, such as one that `hf download --revision` made",
     }
 )
+_UPLOAD = "`hf upload` does it, with the folder that was written"
+_SAVING: Mapping[str, str] = MappingProxyType(
+    {
+        "safe_serialization": "only safetensors are written; leave it out",
+        "is_main_process": "call it on one rank; leave it out",
+        "save_function": "only safetensors are written; leave it out",
+        "use_flashpack": "only safetensors are written; leave it out",
+        "push_to_hub": _UPLOAD,
+        "repo_id": _UPLOAD,
+        "commit_message": _UPLOAD,
+        "private": _UPLOAD,
+        "create_pr": _UPLOAD,
+        "token": _UPLOAD,
+    }
+)
+_SAVES = ("safe_serialization", "is_main_process")  # in any case: only False could change something
 # These hold in any case, and only their opposite could change something.
 _HOLDS = ("low_cpu_mem_usage", "use_safetensors")
 
@@ -71,6 +96,32 @@ def download_arguments(call: str, given: Mapping[str, Any], known: Collection[st
     if unknown := sorted(others.keys() - DOWNLOAD - set(known)):
         raise ConfigError(f"{call} has no argument {', '.join(unknown)}")
     return others
+
+
+def saving_arguments(
+    variant: str | None, max_shard_size: int | str | None, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what ``save_pretrained`` was given for the weights' files, sizes in bytes; what is None is left out.
+
+    Raises:
+        ConfigError: a value that cannot be meant, or one of `others` as in `refuse_saving`.
+    """
+    from vramkit.offload.checkpoint import name_of  # noqa: PLC0415 - the engine is needed only once weights are
+
+    refuse_saving(others)
+    name_of("", variant)
+    size = None if max_shard_size is None else parse_bytes(max_shard_size)
+    return {name: value for name, value in (("variant", variant), ("max_shard_size", size)) if value is not None}
+
+
+def refuse_saving(others: Mapping[str, Any]) -> None:
+    """Refuse arguments of diffusers' ``save_pretrained`` that ask for something else than is done here.
+
+    Raises:
+        ConfigError: one of those, or an argument that it does not have either.
+    """
+    asked = {name: value is False if name in _SAVES else value for name, value in others.items()}
+    refuse_arguments("save_pretrained", asked, _SAVING)
 
 
 def wanted_dtype(dtype: Any, torch_dtype: Any) -> Any:

@@ -24,7 +24,9 @@ class AutoModel:
     """Loads whichever model a folder holds."""
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **options: Any) -> Model:
+    def from_pretrained(
+        cls, pretrained_model_or_path: str | Path, *, subfolder: str | None = None, **options: Any
+    ) -> Model:
         """Load a model by the `_class_name` in its config.json; options as in `Model.from_pretrained`.
 
         Raises:
@@ -33,12 +35,17 @@ class AutoModel:
         """
         where = {name: options[name] for name in ("revision", "cache_dir", *DOWNLOAD) if name in options}
         config_only = [f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME]
-        path = local_folder(path_or_repo, subfolder=subfolder, allow_patterns=config_only, **where) / CONFIG_NAME
+        path = (
+            local_folder(pretrained_model_or_path, subfolder=subfolder, allow_patterns=config_only, **where)
+            / CONFIG_NAME
+        )
         model_class = cls.class_named(read_json(path).get("_class_name"), source=path)
-        return model_class.from_pretrained(path_or_repo, subfolder=subfolder, **options)
+        return model_class.from_pretrained(pretrained_model_or_path, subfolder=subfolder, **options)
 
     @classmethod
-    def from_single_file(cls, path_or_url: str | os.PathLike[str], **options: Any) -> nn.Module:
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: str | os.PathLike[str], **options: Any
+    ) -> nn.Module:
         """Load the model that a file holds, the transformer where there are several; options as `Model.from_single_file`.
 
         Files of text and image encoders give those of transformers: T5, UMT5, Llama and both halves of CLIP.
@@ -49,7 +56,7 @@ class AutoModel:
         from vramkit.pipelines.loading.single_file import classes_in  # noqa: PLC0415
 
         where = {name: options[name] for name in ("revision", "cache_dir", *DOWNLOAD) if name in options}
-        file = local_file(path_or_url, **where)
+        file = local_file(pretrained_model_link_or_path_or_dict, **where)
         if found := classes_in(file):
             return cls.class_named(found[0], source=file).from_single_file(file, **options)
         return _encoder(file, **options)

@@ -9,9 +9,10 @@ from typing import Any
 
 from vramkit.errors import CheckpointError
 
-__all__ = ["CONFIG_NAME", "has_variant", "listed", "listing", "read_json", "weights_files"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "has_variant", "listed", "listing", "read_json", "weights_files"]
 
 CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model"  # of diffusers' models, without an ending
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,7 +26,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+        from vramkit.offload.stand_ins import stand_in  # noqa: PLC0415 - reading a config needs no engine
+
+        what = stand_in(path, is_text=True)
+        raise CheckpointError(f"{path} {what}" if what else f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -33,6 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weights_files(folder: Path, *, stem: str, variant: str | None = None) -> list[Path]:
     """The safetensors file of a folder, or the index of its shards, or the shards of a variant.
+
+    Where both are there, one of them is of an earlier save: diffusers reads the index then, transformers the file.
 
     Args:
         folder: holds the weights.
@@ -42,13 +48,17 @@ def weights_files(folder: Path, *, stem: str, variant: str | None = None) -> lis
     Raises:
         CheckpointError: none of them is there.
     """
-    stem = stem if variant is None else f"{stem}.{variant}"
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+    from vramkit.offload.checkpoint import index_name  # noqa: PLC0415 - reading a config needs no engine
+
+    plain, stem = stem, stem if variant is None else f"{stem}.{variant}"
+    known = [f"{stem}.safetensors", index_name(plain, variant)]
+    if plain == WEIGHTS_NAME:
+        known.reverse()
+    for name in known:
         if (folder / name).is_file():
             return [folder / name]
-    # The index of a variant has no fixed name: before ".json" or before ".safetensors". The shards do.
+    # Older variants have an index of another name, or none. The shards are there.
     if variant is not None:
-        plain = stem.removesuffix(f".{variant}")
         for pattern in (f"{stem}-*-of-*.safetensors", f"{plain}-*-of-*.{variant}.safetensors"):
             if shards := sorted(folder.glob(pattern)):
                 return shards

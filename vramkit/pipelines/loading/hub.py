@@ -100,7 +100,7 @@ def local_file(
         ConfigError: neither an existing file nor such an address.
         CheckpointError: the download failed.
     """
-    name = os.fspath(path_or_url)
+    name = _text(path_or_url, "a .safetensors or .gguf file, or its address on huggingface.co")
     address = _ADDRESS.fullmatch(name)
     if address is None:
         path = Path(name).expanduser()
@@ -122,7 +122,7 @@ def is_address(path_or_url: str | os.PathLike[str]) -> bool:
 
 def _existing_folder(path_or_repo: str | os.PathLike[str]) -> Path | None:
     """Return the folder that ``path_or_repo`` names, None when it has to be a repository id."""
-    name = os.fspath(path_or_repo)
+    name = _text(path_or_repo, "a folder, or a Hugging Face repository id")
     if not name:
         raise ConfigError("The model path is empty: give a local folder or a Hugging Face repository id.")
     path = Path(name).expanduser()
@@ -135,6 +135,15 @@ def _existing_folder(path_or_repo: str | os.PathLike[str]) -> Path | None:
             f"{name} does not exist: give a checkpoint's folder or a Hugging Face repository id (owner/name)."
         )
     return None
+
+
+def _text(given: Any, expected: str) -> str:
+    if not isinstance(given, str | os.PathLike):
+        hint = (
+            "; write tensors at hand to a file first (safetensors.torch.save_file)" if isinstance(given, dict) else ""
+        )
+        raise ConfigError(f"{type(given).__name__} was given, expected {expected}{hint}")
+    return os.fspath(given)
 
 
 def _looks_like_path(name: str) -> bool:

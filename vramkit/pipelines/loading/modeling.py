@@ -17,8 +17,15 @@ from typing_extensions import Self
 from vramkit.errors import CheckpointError, ConfigError, ConflictError
 from vramkit.memory import tensor_bytes
 from vramkit.pipelines.loading.absent import Absent
-from vramkit.pipelines.loading.arguments import Dtype, device_of, download_arguments, dtype_of, wanted_dtype
-from vramkit.pipelines.loading.folders import CONFIG_NAME, read_json, weights_files
+from vramkit.pipelines.loading.arguments import (
+    Dtype,
+    device_of,
+    download_arguments,
+    dtype_of,
+    saving_arguments,
+    wanted_dtype,
+)
+from vramkit.pipelines.loading.folders import CONFIG_NAME, WEIGHTS_NAME, read_json, weights_files
 from vramkit.pipelines.loading.options import make_options
 from vramkit.pipelines.loading.weights import load_weights, most_parameters
 from vramkit.tensors import is_plain
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "refuse_adapters"]
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
 _ADAPTERS = "adapters are calls of the pipeline: pipeline.load_lora_weights(...), set_adapters(...) and the like"
 _BACKENDS = (
     "attention is torch's scaled_dot_product_attention, which takes the fastest kernel; `with "
@@ -68,15 +74,18 @@ class Model(nn.Module):
     # -- construction --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, config: Any) -> Self:
-        """A model with random weights, from a config object or from the dict of a config.json.
+    def from_config(cls, config: Any, **changed: Any) -> Self:
+        """A model with random weights, from a config object or from the dict of a config.json, some options `changed`.
 
         Raises:
             ConfigError: keys that the model does not know, or values of another kind; keys that start with "_" and those of
                 older files are ignored.
         """
+        if isinstance(config, cls.config_class) and changed:
+            config = dataclasses.asdict(config)
         if not isinstance(config, Mapping):
             return cls(config)
+        config = {**config, **changed}
         given = {
             key: value for key, value in config.items() if not key.startswith("_") and key not in cls.old_config_keys
         }
@@ -85,7 +94,7 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_repo: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         subfolder: str | None = None,
         torch_dtype: Dtype | None = None,
@@ -100,7 +109,7 @@ class Model(nn.Module):
         """Load a model from a folder in the diffusers layout, on disk or on the hub; weights are mapped, not copied.
 
         Args:
-            path_or_repo: a folder, or a repo id of the Hugging Face hub.
+            pretrained_model_name_or_path: a folder, or a repo id of the Hugging Face hub.
             subfolder: folder of the component inside it, such as "transformer".
             torch_dtype: floating dtype of the weights, or its name; None and "auto" keep what the file holds, or
                 make it the dtype of most where it mixes them, with a warning. Parameters that the model keeps in fp32 stay
@@ -128,7 +137,12 @@ class Model(nn.Module):
         others = download_arguments(f"{cls.__name__}.from_pretrained", others)
         wanted, device = dtype_of(wanted_dtype(dtype, torch_dtype)), device_of(device_map)
         folder = local_folder(
-            path_or_repo, subfolder=subfolder, variant=variant, revision=revision, cache_dir=cache_dir, **others
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            **others,
         )
         config, files = read_json(folder / CONFIG_NAME), weights_files(folder, stem=WEIGHTS_NAME, variant=variant)
         model = cls.from_files(
@@ -139,7 +153,7 @@ class Model(nn.Module):
     @classmethod
     def from_single_file(
         cls,
-        path_or_url: str | os.PathLike[str],
+        pretrained_model_link_or_path_or_dict: str | os.PathLike[str],
         *,
         config: Any = None,
         subfolder: str | None = None,
@@ -157,7 +171,7 @@ class Model(nn.Module):
         without) or in the blocks of GGUF stays so, computes as `torch_dtype`, and is streamed as it is stored.
 
         Args:
-            path_or_url: the file, or its address on the Hugging Face hub (``https://huggingface.co/<owner>/<name>/blob/...``).
+            pretrained_model_link_or_path_or_dict: the file, or its address on the Hugging Face hub (``https://huggingface.co/<owner>/<name>/blob/...``).
             config: of the model: a folder or repository with its config.json (or that of the pipeline), the file, or a dict.
                 None: told from the shapes, for models of the published families.
             subfolder: of the config; "transformer" or "vae" where it is needed and not given.
@@ -180,7 +194,7 @@ class Model(nn.Module):
         wanted, device = dtype_of(wanted_dtype(dtype, torch_dtype)), device_of(device_map)
         model = load_single_file(
             cls,
-            path_or_url,
+            pretrained_model_link_or_path_or_dict,
             config=config,
             subfolder=subfolder,
             torch_dtype=wanted,
@@ -234,13 +248,16 @@ class Model(nn.Module):
             raise CheckpointError(f"{source} does not describe a {cls.__name__}: {error}") from error
 
     @classmethod
-    def load_config(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None, **where: Any
+    ) -> dict[str, Any]:
         """The config.json of a folder, for `from_config`; where it is, by the arguments of `from_pretrained`."""
         from vramkit.pipelines.loading.hub import local_folder  # noqa: PLC0415
 
         pattern = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
         return read_json(
-            local_folder(path_or_repo, subfolder=subfolder, allow_patterns=[pattern], **where) / CONFIG_NAME
+            local_folder(pretrained_model_name_or_path, subfolder=subfolder, allow_patterns=[pattern], **where)
+            / CONFIG_NAME
         )
 
     @classmethod
@@ -253,16 +270,26 @@ class Model(nn.Module):
             warnings.warn(f"{source}: {cls.__name__} does not know {named}; passed over", stacklevel=5)
         return {key: value for key, value in config.items() if key not in others}
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "10GB") -> None:
-        """Write config.json and safetensors, in the layout that from_pretrained reads.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **others: Any,
+    ) -> None:
+        """Write config.json and safetensors, in the layout that from_pretrained reads, here and in diffusers.
 
         Args:
-            folder: made if it is missing.
+            save_directory: made if it is missing.
+            variant: as in diffusion_pytorch_model.<variant>.safetensors; files of other variants stay.
             max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
+            **others: of diffusers, where they ask for nothing else: ``safe_serialization=True``, ``push_to_hub=False``.
 
         An offloaded model may be saved as it is. The files appear when all are written, with the permissions of the umask.
 
         Raises:
+            ConfigError: an argument that cannot be meant, before anything is written.
             ConflictError: LoRA adapters are loaded, with which the layers have other names, or the model is a part of a
                 larger one that is offloaded.
             StoreError: the folder cannot be written; nothing of the files is left then.
@@ -271,17 +298,18 @@ class Model(nn.Module):
         from vramkit.offload.disk import staged_folder  # noqa: PLC0415
         from vramkit.offload.handle import editable, refuse_part_of_offloaded  # noqa: PLC0415
 
+        how = saving_arguments(variant, max_shard_size, others)
         refuse_adapters(self)
         refuse_part_of_offloaded(self)
         if any(not is_plain(parameter) for parameter in self.parameters()):
             from vramkit.quant.files import save_quantized  # noqa: PLC0415
 
-            save_quantized(self, folder, max_shard_size=max_shard_size)
+            save_quantized(self, save_directory, **how)
             return
-        with editable(self), staged_folder(folder) as stage:
+        with editable(self), staged_folder(save_directory) as stage:
             config = {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)}
             (stage / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            write_weights(stage, distinct_weights(self), stem=WEIGHTS_NAME, max_shard_size=max_shard_size)
+            write_weights(stage, distinct_weights(self), stem=WEIGHTS_NAME, **how)
 
     # -- properties ----------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,9 @@ def models_in(names: Collection[str]) -> dict[str, str]:
     for model_class, layout in LAYOUTS.items():
         prefixes = {name.removesuffix(probe) for probe in layout.probes for name in names if name.endswith(probe)}
         prefixes = {
-            prefix for prefix in prefixes if prefix in ("", "module.") or prefix.endswith(("model.", *_COMPONENTS))
+            prefix
+            for prefix in prefixes
+            if prefix in ("", "module.", "net.") or prefix.endswith(("model.", *_COMPONENTS))
         }
         if prefixes:
             found[model_class] = min(prefixes, key=len)

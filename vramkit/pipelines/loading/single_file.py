@@ -17,7 +17,7 @@ from vramkit.pipelines.loading.folders import CONFIG_NAME, read_json
 from vramkit.pipelines.loading.hub import local_file, local_folder
 from vramkit.pipelines.loading.modeling import Model
 from vramkit.pipelines.loading.original_names import models_in, renaming
-from vramkit.pipelines.loading.told_configs import told_config
+from vramkit.pipelines.loading.told_configs import told_config, untold
 
 __all__ = ["classes_in", "config_source", "load_single_file"]
 
@@ -55,7 +55,7 @@ def load_single_file(
         if given is None:
             raise CheckpointError(
                 f"{file}: its shapes do not tell the config of this {name}; give config=, the folder or repository of the "
-                "published model (or its config as a dict)"
+                f"published model (or its config as a dict){untold(name)}"
             )
     else:
         given = config_source(config, model_class, subfolder=subfolder, cache_dir=cache_dir, **download)

@@ -220,6 +220,7 @@ def load_tokenizer(folder: Path, *, class_name: str | None = None) -> Any:
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
         raise CheckpointError(f"{folder}: no {' or '.join(VOCABULARIES)}; it holds {listing(folder)}")
+    _refuse_pointers(folder)
     with extra("text", needed_for="a tokenizer"):
         import transformers  # noqa: PLC0415
 
@@ -238,6 +239,19 @@ def load_tokenizer(folder: Path, *, class_name: str | None = None) -> Any:
     except Exception as error:  # the readers of vocabularies raise bare ones
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Refuse a tokenizer whose files are pointers of git-lfs, of which its readers would make tokens or riddles.
+
+    All is read from tokenizer.json where it is there, and from the others where it is not.
+    """
+    from vramkit.offload.stand_ins import is_pointer, stand_in  # noqa: PLC0415 - most tokenizers come with weights
+
+    whole = folder / VOCABULARIES[0]
+    read = [whole] if whole.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+    if pointers := [path for path in read if is_pointer(path)]:
+        raise CheckpointError(f"{pointers[0]} {stand_in(pointers[0])}")
 
 
 def load_image_processor(folder: Path, *, class_name: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["Shapes", "blocks_in", "tells", "told_config"]
+__all__ = ["Shapes", "blocks_in", "tells", "told_config", "untold"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,6 +26,11 @@ def told_config(model_class: str, shapes: Shapes) -> dict[str, Any] | None:
         return None if tell is None else tell(shapes)
     except (KeyError, IndexError, ZeroDivisionError, ValueError):
         return None
+
+
+def untold(model_class: str) -> str:
+    """Say what no shape tells of a model, as a part of a message, by values that were published; empty for others."""
+    return _UNTOLD.get(model_class, "")
 
 
 def tells(model_class: str) -> bool:
@@ -194,6 +199,15 @@ _CONFIGS: Mapping[str, Callable[[Shapes], dict[str, Any] | None]] = MappingProxy
         "AutoencoderKLHunyuanVideo": _hunyuan_vae,
         "LTXVideoTransformer3DModel": _ltx,
         "AutoencoderKLLTXVideo": _ltx_vae,
-        "CogVideoXTransformer3DModel": _cogvideox,  # its VAE scales latents by a number that is in no weight
+        "CogVideoXTransformer3DModel": _cogvideox,
+    }
+)
+_UNTOLD: Mapping[str, str] = MappingProxyType(
+    {
+        "AutoencoderKLCogVideoX": (
+            '. Its files are alike but for what latents are multiplied by: config={"scaling_factor": 1.15258426} is that of '
+            'CogVideoX-2b, {"scaling_factor": 0.7} that of 5b, and {"scaling_factor": 0.7, "invert_scale_latents": True} '
+            "that of 1.5"
+        )
     }
 )

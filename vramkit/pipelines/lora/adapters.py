@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.pipelines.loading.arguments import download_arguments
+from vramkit.pipelines.loading.absent import Absent
+from vramkit.pipelines.loading.arguments import download_arguments, refuse_saving
 from vramkit.pipelines.lora.files import LoraFile, LoraSource, read_lora, save_lora
 from vramkit.pipelines.lora.keys import AdapterWeights, check_fit, lora_weights
 from vramkit.pipelines.lora.model_adapters import ModelAdapters, Weight, check_name, name_to_swap, new_name
@@ -34,7 +35,7 @@ class LoraAdapters:
 
     def load_lora_weights(
         self,
-        path_or_repo_or_state_dict: LoraSource,
+        pretrained_model_name_or_path_or_dict: LoraSource,
         adapter_name: str | None = None,
         *,
         hotswap: bool = False,
@@ -51,8 +52,8 @@ class LoraAdapters:
         of them. What the models have no place for is left out with one warning. A model that is compiled is compiled anew.
 
         Args:
-            path_or_repo_or_state_dict: a safetensors file, a folder or Hugging Face repository with one (also one of PEFT's
-                save_pretrained), or tensors by name.
+            pretrained_model_name_or_path_or_dict: a safetensors file, a folder or Hugging Face repository with one (also one
+                of PEFT's save_pretrained), or tensors by name.
             adapter_name: what to call it; by default ``default_0``, ``default_1``, ...
             hotswap: put it in the place of the adapter `adapter_name`, in the same tensors, so that nothing is compiled
                 anew; see `enable_lora_hotswap`. Models that the file has nothing for stay as they are.
@@ -72,7 +73,9 @@ class LoraAdapters:
             model.refuse_fused()
         check_name(adapter_name)
         main = "transformer_2" if load_into_transformer_2 else "transformer"
-        found = self._found(path_or_repo_or_state_dict, main, weight_name=weight_name, subfolder=subfolder, **where)
+        found = self._found(
+            pretrained_model_name_or_path_or_dict, main, weight_name=weight_name, subfolder=subfolder, **where
+        )
         targets = {component: models[component] for component in found}
         name = name_to_swap(targets, adapter_name) if hotswap else new_name(targets, adapter_name)
         for component, model in targets.items():
@@ -94,20 +97,20 @@ class LoraAdapters:
         Raises:
             ConfigError: a rank that is no positive number.
         """
-        if target_rank < 1:
+        if not isinstance(target_rank, int) or target_rank < 1:
             raise ConfigError(
                 f"target_rank={target_rank}; expected the highest rank of the adapters to come, 1 or more"
             )
         for model in self._lora_models().values():
             model.allow_swaps(target_rank)
 
-    def check_lora_weights(self, path_or_repo_or_state_dict: LoraSource, **where: Any) -> None:
+    def check_lora_weights(self, pretrained_model_name_or_path_or_dict: LoraSource, **where: Any) -> None:
         """Refuse what `load_lora_weights` would refuse of a file, and change nothing; models may be on the meta device.
 
         Raises:
             ConfigError, CheckpointError: as there.
         """
-        self._found(path_or_repo_or_state_dict, "transformer", **where)
+        self._found(pretrained_model_name_or_path_or_dict, "transformer", **where)
 
     def set_adapters(
         self,
@@ -127,7 +130,7 @@ class LoraAdapters:
             ConflictError: adapters are fused.
         """
         models = self._lora_models()
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _names(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         self._check_loaded(names)
         if len(weights) != len(names):
@@ -197,7 +200,7 @@ class LoraAdapters:
             ConflictError: adapters are fused.
         """
         models = self._lora_models()
-        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        names = list(dict.fromkeys(_names(adapter_names)))
         self._check_loaded(names)
         for model in models.values():
             model.refuse_fused()
@@ -240,8 +243,9 @@ class LoraAdapters:
             ConflictError: adapters are fused already.
         """
         models = self._chosen(components)
-        if isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
+        lora_scale = _number(lora_scale)
+        if adapter_names is not None:
+            adapter_names = _names(adapter_names)
         self._check_loaded(adapter_names or ())
         chosen = {
             component: [
@@ -308,6 +312,7 @@ class LoraAdapters:
         given = {"transformer" + _LAYERS: transformer_lora_layers} | layers_and_metadata
         layers: dict[str, Mapping[str, Tensor]] = {}
         metadata: dict[str, Mapping[str, Any]] = {}
+        refuse_saving({name: given.pop(name) for name in ("save_function", "safe_serialization") if name in given})
         for key, value in given.items():
             component = key.removesuffix(_LAYERS).removesuffix(_METADATA)
             if component == key or component not in cls.lora_components:
@@ -321,6 +326,14 @@ class LoraAdapters:
                 "no layers to save: give transformer_lora_layers=, or **pipeline.lora_layers(adapter_name)"
             )
         return save_lora(save_directory, layers, metadata, weight_name=weight_name) if is_main_process else None
+
+    set_lora_device = Absent(
+        "adapters are where the layers are that they belong to; delete_adapters() frees their memory"
+    )
+    lora_state_dict = Absent(
+        "load_lora_weights() takes all kinds of files; vramkit.pipelines.lora.files.read_lora reads one"
+    )
+    load_lora_into_transformer = Absent("load_lora_weights() takes state dicts too")
 
     def _lora_models(self, *, required: bool = True) -> dict[str, ModelAdapters]:
         """The models that may have adapters, by component."""
@@ -404,6 +417,13 @@ class LoraAdapters:
         unknown = [name for name in names if name not in loaded]
         if unknown:
             raise ConfigError(f"no adapter {', '.join(map(repr, unknown))}; loaded: {', '.join(loaded) or 'none'}")
+
+
+def _names(given: Any) -> list[str]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Sequence | set | frozenset) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"adapter names are {given!r}; expected a name, or a list of names")
+    return list(names)
 
 
 def _number(weight: Any) -> float:

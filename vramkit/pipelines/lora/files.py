@@ -68,6 +68,8 @@ def read_lora(
                 "the LoRA is a mapping of other things than names to tensors; give a state dict or a path"
             )
         return LoraFile(source, {}, "the state dict")
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"the LoRA is {type(source).__name__}; expected a path, a repository or a state dict")
     from safetensors import safe_open  # noqa: PLC0415
 
     from vramkit.offload import read_checkpoint  # noqa: PLC0415 - the engine is needed only once weights are
@@ -119,6 +121,8 @@ def save_lora(
     header = {"format": "pt"}
     if entries:
         header[_METADATA] = json.dumps(entries, indent=2, sort_keys=True, default=_as_json)
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"save_directory is {type(folder).__name__}, expected the path of a folder")
     path = Path(folder) / (weight_name or WEIGHTS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

@@ -140,7 +140,7 @@ class _Reading:
         if part is None:
             self.problems.append(f"{key} is not a name that LoRA files have")
             return
-        if tensor.is_meta or not (tensor.is_floating_point() or part == "alpha"):
+        if tensor.is_meta or tensor.is_complex() or not (tensor.is_floating_point() or part == "alpha"):
             self.problems.append(f"{key} is {tensor.dtype} on {tensor.device}, expected floating numbers")
             return
         spelling, names = self.names.find(layer, part)

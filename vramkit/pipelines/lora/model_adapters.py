@@ -306,7 +306,7 @@ def check_name(name: str | None) -> None:
     Raises:
         ConfigError: no name, or one with a dot.
     """
-    if name is not None and (not name or "." in name):
+    if name is not None and (not isinstance(name, str) or not name or "." in name):
         raise ConfigError(f"adapter_name={name!r} is no name without dots; choose another one")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing_extensions import Self
 from vramkit.errors import ConfigError
 from vramkit.pipelines.calling.inputs import plain_number
 from vramkit.pipelines.loading.absent import Absent
-from vramkit.pipelines.loading.arguments import other_arguments
+from vramkit.pipelines.loading.arguments import other_arguments, refuse_saving
 from vramkit.pipelines.loading.folders import read_json
 from vramkit.pipelines.loading.options import FrozenConfig, make_options
 
@@ -97,7 +98,9 @@ class Scheduler(ABC):
         return scheduler
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None, **overrides: Any
+    ) -> Self:
         """A scheduler from the scheduler_config.json of a folder or hub repository.
 
         Beside options that are changed, ``overrides`` may say where it is: ``revision``, ``cache_dir``, ``token``,
@@ -112,31 +115,37 @@ class Scheduler(ABC):
 
         overrides = other_arguments(f"{cls.__name__}.from_pretrained", overrides)
         where = {name: overrides.pop(name) for name in ("revision", "cache_dir", *DOWNLOAD) if name in overrides}
-        config = cls.load_config(path_or_repo, subfolder=subfolder, **where)
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **where)
         known = {field.name for field in dataclasses.fields(cls.options_class)}
         others = [key for key in config if key not in known and not key.startswith("_")]
         if others and config.get("_class_name") == cls.__name__:  # those of another class have options of their own
             named = ", ".join(f"{key}={config[key]!r}" for key in others)
             warnings.warn(
-                f"{path_or_repo}: {cls.__name__} does not know {named}; passed over", UserWarning, stacklevel=2
+                f"{pretrained_model_name_or_path}: {cls.__name__} does not know {named}; passed over",
+                UserWarning,
+                stacklevel=2,
             )
         return cls.from_config(config, **overrides)
 
     @classmethod
-    def load_config(cls, path_or_repo: str | Path, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None, **where: Any
+    ) -> dict[str, Any]:
         """The scheduler_config.json of a folder, for `from_config`; where it is, by the arguments of `from_pretrained`."""
         from vramkit.pipelines.loading.hub import local_folder  # noqa: PLC0415
 
         pattern = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
         return read_json(
-            local_folder(path_or_repo, subfolder=subfolder, allow_patterns=[pattern], **where) / CONFIG_NAME
+            local_folder(pretrained_model_name_or_path, subfolder=subfolder, allow_patterns=[pattern], **where)
+            / CONFIG_NAME
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write scheduler_config.json into a folder, which is made if it is missing."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **others: Any) -> None:
+        """Write scheduler_config.json into a folder, which is made if it is missing; `others` as a model takes them."""
         from vramkit.offload.disk import staged_folder  # noqa: PLC0415 - a scheduler needs no engine
 
-        with staged_folder(folder) as stage:
+        refuse_saving(others)
+        with staged_folder(save_directory) as stage:
             (stage / CONFIG_NAME).write_text(json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n")
 
     save_config = Absent("save_pretrained(folder) writes it")
