@@ -26,6 +26,7 @@ from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload.disk import span_of
 from vramkit.pipelines.loading.auto_model import AutoModel
 from vramkit.pipelines.loading.original_names import renaming
+from vramkit.pipelines.loading.registry import published_rest
 from vramkit.pipelines.loading.told_configs import told_config
 from vramkit.quant import Fp8Config, GgufConfig, quantization_of
 from vramkit.quant.gguf import GgufTensor
@@ -273,6 +274,28 @@ class TestPipelines:
         call = {**FAMILIES[family].clip, "num_inference_steps": 2, "output_type": "latent"}
         ours, theirs = (each("a cat", generator=seeded(), **call).frames for each in (made, pipeline))
         assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize(
+        ("channels", "rest"), [(16, "Wan-AI/Wan2.1-T2V-14B-Diffusers"), (48, "Wan-AI/Wan2.2-TI2V-5B-Diffusers")]
+    )
+    def test_the_transformer_tells_where_the_rest_is(
+        self, channels: int, rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = config_of(WAN) | {"in_channels": channels, "out_channels": channels}
+        config |= {"num_attention_heads": 1, "attention_head_dim": 128}  # heads of another size are not told
+        model = vramkit.WanTransformer3DModel.from_config(config)
+        save_file(original_file(WAN, model.state_dict()), tmp_path / "x.safetensors")
+        monkeypatch.setattr(vramkit.WanPipeline, "from_pretrained", lambda source, **given: (source, given))
+        source, given = vramkit.WanPipeline.from_single_file(tmp_path / "x.safetensors")
+        assert source == rest
+        assert_same(given["transformer"], model.state_dict())
+
+    def test_an_autoencoder_that_no_transformer_tells_of_wants_a_config(self, stock: Stock) -> None:
+        file = stock.folder("CogVideoX") / "vae" / "diffusion_pytorch_model.safetensors"
+        with pytest.raises(CheckpointError, match=r"give config=.*CogVideoX-2b"):
+            vramkit.CogVideoXPipeline.from_single_file(file)
+        assert published_rest("CogVideoXPipeline", {"num_attention_heads": 30}) == "THUDM/CogVideoX-2b"
+        assert published_rest("CogVideoXPipeline", {"num_attention_heads": 48}) == "THUDM/CogVideoX-5b"
 
     def test_the_base_class_says_which_to_use(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="use the class of the family"):

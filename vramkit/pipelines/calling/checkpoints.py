@@ -27,7 +27,7 @@ from vramkit.pipelines.loading.components import (
 )
 from vramkit.pipelines.loading.folders import CONFIG_NAME
 from vramkit.pipelines.loading.hub import DOWNLOAD, checkpoint_patterns, local_folder
-from vramkit.pipelines.loading.registry import IMAGE_PIPELINES, PIPELINES, PUBLISHED
+from vramkit.pipelines.loading.registry import IMAGE_PIPELINES, PIPELINES, published_rest
 
 if TYPE_CHECKING:
     from vramkit.pipelines.calling.pipeline import Pipeline
@@ -227,8 +227,7 @@ class CheckpointCalls:
         Raises:
             ConfigError, CheckpointError: as in `from_pretrained` and `Model.from_single_file`.
         """
-        source = config or PUBLISHED.get(cls.__name__)
-        if source is None:
+        if config is None and published_rest(cls.__name__, {}) is None:
             raise ConfigError(
                 f"from_single_file of {cls.__name__}: use the class of the family, such as WanPipeline, or say by config= "
                 "where the rest is (a folder or repository)"
@@ -245,16 +244,23 @@ class CheckpointCalls:
         file = local_file(pretrained_model_link_or_path, revision=revision, **where)
         if not (classes := classes_in(file)):
             raise CheckpointError(f"{file} holds no transformer and no autoencoder under names that are known")
-        for class_name in classes:
-            name = "vae" if class_name.startswith("Autoencoder") else "transformer"
-            if name not in components:
-                components[name] = AutoModel.class_named(class_name, source=file).from_single_file(
-                    file,
-                    config=config if tells(class_name) else source,
-                    torch_dtype=_dtype_for(name, dtypes),
-                    quantization_config=quantization_config if name == "transformer" else None,
-                    **where,
-                )
+        parts = {"vae" if name.startswith("Autoencoder") else "transformer": name for name in classes}
+
+        def rest(told: Any) -> Any:  # which variant it is of, the transformer tells
+            return config or published_rest(cls.__name__, told)
+
+        for name in ("transformer", "vae"):
+            if name not in parts or name in components:
+                continue
+            told = getattr(components.get("transformer"), "config", None)
+            components[name] = AutoModel.class_named(parts[name], source=file).from_single_file(
+                file,
+                config=config if told is None or tells(parts[name]) else rest(told),
+                torch_dtype=_dtype_for(name, dtypes),
+                quantization_config=quantization_config if name == "transformer" else None,
+                **where,
+            )
+        source = rest(getattr(components.get("transformer"), "config", {}))
         return cls.from_pretrained(source, torch_dtype=dtypes, device_map=device_map, **where, **components)
 
     @classmethod

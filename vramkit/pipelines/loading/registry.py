@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 __all__ = [
     "IMAGE_ENCODERS",
@@ -14,10 +15,10 @@ __all__ = [
     "IMAGE_PROCESSORS",
     "MODELS",
     "PIPELINES",
-    "PUBLISHED",
     "SCHEDULERS",
     "TEXT_ENCODERS",
     "TOKENIZERS",
+    "published_rest",
 ]
 
 _FAMILIES = "vramkit.pipelines"
@@ -43,8 +44,8 @@ IMAGE_PIPELINES: Mapping[str, str] = MappingProxyType(
         "LTXPipeline": "LTXImageToVideoPipeline",
     }
 )
-# The repository that single files of a pipeline take their other components from.
-PUBLISHED: Mapping[str, str] = MappingProxyType(
+# The repository that single files of a pipeline take their other components from: see `published_rest`.
+_PUBLISHED: Mapping[str, str] = MappingProxyType(
     {
         "WanPipeline": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
         "WanImageToVideoPipeline": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
@@ -54,6 +55,14 @@ PUBLISHED: Mapping[str, str] = MappingProxyType(
         "LTXConditionPipeline": "Lightricks/LTX-Video",
         "CogVideoXPipeline": "THUDM/CogVideoX-5b",
         "CogVideoXImageToVideoPipeline": "THUDM/CogVideoX-5b-I2V",
+    }
+)
+# What a transformer's config says of variants that come with other components than the published ones above.
+_VARIANTS: Mapping[str, tuple[Mapping[str, int], str]] = MappingProxyType(
+    {
+        "WanPipeline": ({"in_channels": 48}, "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+        "WanImageToVideoPipeline": ({"in_channels": 48}, "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+        "CogVideoXPipeline": ({"num_attention_heads": 30}, "THUDM/CogVideoX-2b"),
     }
 )
 MODELS: Mapping[str, str] = MappingProxyType(
@@ -94,3 +103,10 @@ TOKENIZERS = frozenset(
         "TokenizersBackend",
     }
 )
+
+
+def published_rest(pipeline: str, transformer: Mapping[str, Any]) -> str | None:
+    """Return the repository that a single file takes its other components from, by the config of its transformer."""
+    told, variant = _VARIANTS.get(pipeline, ({}, ""))
+    is_variant = variant and all(transformer.get(name) == value for name, value in told.items())
+    return variant if is_variant else _PUBLISHED.get(pipeline)
