@@ -286,6 +286,27 @@ def decodes_tiles(mesh: Mesh, family: str, folder: str, framewise: bool) -> int:
     return own[0]
 
 
+def decodes_rows(mesh: Mesh, family: str, folder: str, stripes: int | None) -> tuple[list[int], str]:
+    """Decode without tiles; returns of what heights this rank's results of the last convolution were, and a digest."""
+    pipe = _pipeline(family, folder)
+    vae = pipe.vae.double()
+    if stripes is not None:
+        vae.enable_striping(stripes)
+    torch.manual_seed(1)
+    channels = vae.config.z_dim if hasattr(vae.config, "z_dim") else vae.config.latent_channels
+    z = torch.randn(2, channels, 2, 24 if family == "Wan2.1" else 6, 3).double()
+    given = {"temb": torch.tensor([0.05]).double()} if _is_timed(vae) else {}
+    expected = vae.decode(z, **given).sample
+    with parallelize(pipe, mesh):
+        heights: list[int] = []
+        last = vae.decoder.conv_out.register_forward_hook(lambda *called: heights.append(called[2].shape[-2]))
+        decoded = vae.decode(z, **given).sample
+        last.remove()
+    assert vae.tile_ranks is None
+    assert (decoded - expected).abs().amax() <= 1e-11 * expected.abs().amax()
+    return heights, _digest(decoded)
+
+
 def _is_timed(vae: Any) -> bool:
     return bool(getattr(vae.config, "timestep_conditioning", False))
 

@@ -133,6 +133,20 @@ def test_tiles_of_frames_on_several_ranks_are_the_bytes_of_one(two: RankGroup, s
     assert min(two.run("decodes_tiles", **given)) > 0
 
 
+@pytest.mark.parametrize(("family", "stripes"), [("Wan2.1", None), ("Wan2.1", 4), ("LTX-Video", None)])
+def test_rows_of_a_decode_on_two_ranks_are_those_of_one(
+    two: RankGroup, stock: Stock, family: str, stripes: int | None
+) -> None:
+    (one, made), (other, same) = two.run(
+        "decodes_rows", family=family, folder=str(stock.folder(family)), stripes=stripes
+    )
+    assert made == same
+    assert one
+    assert other
+    if family == "Wan2.1":  # of pictures of 192 rows
+        assert max(one + other) <= (96 if stripes is None else 60)
+
+
 def test_what_is_wrong_with_a_command_is_said_once(two: RankGroup, wan_folder: Path, tmp_path: Path) -> None:
     wrong = ["run", "--model", str(wan_folder), "--prompt", "a cat", "--device", "cpu", "--guidance", "nan"]
     said, others = two.run("runs_a_command", arguments=[*wrong, "--out", str(tmp_path / "clip.mp4")])
