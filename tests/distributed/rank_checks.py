@@ -184,6 +184,31 @@ def shares_tokens(mesh: Mesh, family: str) -> None:
         assert len(set(sums)) == 1, sums
 
 
+def shares_tokens_compiled(mesh: Mesh, family: str, whole: bool) -> None:
+    """Blocks, or the whole model, compiled as one graph each: what they give without that, and no second graph."""
+    denoiser = denoisers.DENOISERS[family]
+    torch.manual_seed(0)
+    model = getattr(vramkit, denoiser.kind).from_config(denoiser.tiny).eval()
+    model.set_chunk_size(8)
+    given = denoiser.inputs(**({"lengths": (5,)} if whole else denoiser.two))
+    alone = model(**given).sample
+    model.set_token_ranks(SequenceRanks(mesh.in_sequence))
+    expected = model(**given).sample
+    torch._dynamo.reset()
+    blocks = [getattr(model, name, ()) for name in ("blocks", "transformer_blocks", "single_transformer_blocks")]
+    for module in [model] if whole else [block for some in blocks for block in some]:
+        module.compile(fullgraph=True, backend="aot_eager")
+    exchanged = _count_exchanges(mesh)
+    made = model(**given).sample
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = model(**given).sample
+    assert exchanged()
+    torch._dynamo.reset()
+    assert torch.equal(made, again)
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made, alone, rtol=1e-5, atol=1e-5)
+
+
 def _tokens(model: Any, given: dict[str, Any]) -> int:
     seen: list[int] = []
     plain = model._ops_for

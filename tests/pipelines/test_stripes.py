@@ -148,7 +148,9 @@ def test_a_part_is_computed_with_few_rows_more() -> None:
         def note(module: Any, _: Any, y: torch.Tensor) -> None:
             done[0] += y.numel() * module.weight.numel() / y.shape[1]
 
-        hooks = [m.register_forward_hook(note) for m in vae.modules() if isinstance(m, torch.nn.Conv3d | torch.nn.Conv2d)]
+        hooks = [
+            m.register_forward_hook(note) for m in vae.modules() if isinstance(m, torch.nn.Conv3d | torch.nn.Conv2d)
+        ]
         call()
         for hook in hooks:
             hook.remove()

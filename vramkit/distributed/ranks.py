@@ -7,7 +7,9 @@ bytes in host memory go by gloo, and while they are waited for, a failure of ano
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from vramkit.distributed.heartbeats import Heartbeats
 from vramkit.errors import RankError
 
-__all__ = ["Ranks", "Transfer"]
+__all__ = ["Ranks", "Transfer", "ranks_of"]
 
 _POLL = dt.timedelta(seconds=0.2)
 # The name of torch 2.13, and that of before.
@@ -65,6 +67,9 @@ class Ranks:
         All ranks make all `groups`, each of several ranks in order, as torch asks.
         """
         self.name = name
+        self.number = next(_numbers)
+        """What this group goes by where no object can be handed on."""
+        _known[self.number] = self
         self.members = next(tuple(members) for members in groups if rank in members)
         self.rank = self.members.index(rank)
         self.size = len(self.members)
@@ -139,6 +144,15 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise self._heartbeats.blame(error) from error
+
+
+_numbers = itertools.count()
+_known: weakref.WeakValueDictionary[int, Ranks] = weakref.WeakValueDictionary()
+
+
+def ranks_of(number: int) -> Ranks:
+    """Return the group of a number."""
+    return _known[number]
 
 
 class _Done(Transfer):

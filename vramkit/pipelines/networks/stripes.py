@@ -6,9 +6,9 @@ below, which puts them above its own. From layer to layer the rows given lag fur
 with the lower edge of the picture, catches up. Halos around each stripe would be simpler, and with few rows and many layers
 most of the work would be to compute them.
 
-Ranks that compute a part of the rows each have halos, at the edges of their parts: nothing is sent from layer to layer, and a
-part is so high that its halo is little. Where a part ends inside of the picture, its first stripe has nothing above and its
-last one nothing below; both give what they can, and more than the part.
+Ranks that compute a part of the rows each have halos, at the edges of their parts: nothing is sent from layer to layer, and
+a part is so high that its halo is little. Where a part ends inside of the picture, its first stripe has nothing above and
+its last one nothing below; both give what they can, and take so much more that this is the part.
 
 Alive are, beside what a layer makes of a stripe, two rows of all frames for each convolution.
 
@@ -117,9 +117,9 @@ class Stripe:
     ) -> Iterator[Stripe]:
         """Stripes of this whole picture, to be computed in this order; the first arguments are those of `stripe_edges`.
 
-        With `part` of its rows, they take `lag` rows more above and below it, as far as there are some. `spare` tells how many
-        rows of the result become of one, and how many of the result are made of these more than are needed, if `enlarged` is
-        to leave them out.
+        With `part` of its rows, they take `lag` rows more above and below it, as far as there are some. `spare` tells how
+        many rows of the result become of one, and how many of the result are made of these more than are needed, if
+        `enlarged` is to leave them out.
         """
         begin, end = (0, height) if part is None else (part.start, part.stop)
         edges = [begin + edge for edge in stripe_edges(end - begin, count, lag=lag, last=last)]

@@ -222,9 +222,7 @@ def fill_by_tiles(
     return out
 
 
-def fill_by_rows(
-    out: Tensor, ratio: int, compute_rows: Callable[[slice, int], Tensor], ranks: TileRanks
-) -> Tensor:
+def fill_by_rows(out: Tensor, ratio: int, compute_rows: Callable[[slice, int], Tensor], ranks: TileRanks) -> Tensor:
     """Fill `out` [..., H, W], `ratio` rows for each of the latents, of whose rows each of the ranks computes a part.
 
     `compute_rows(part, ranks)` returns what a part of the rows of latents becomes on one of so many ranks.
