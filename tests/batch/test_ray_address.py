@@ -60,27 +60,23 @@ def cluster() -> Iterator[str]:
             "include-dashboard": "false", "temp-dir": folder,
         }  # fmt: skip
         told = [f"--{name}={value}" for name, value in options.items()]
-        head = subprocess.Popen(
-            [*RAY, "start", "--head", "--block", "--disable-usage-stats", *told],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
-            assert head.stdout is not None
-            said = []
-            for line in head.stdout:
-                said.append(line)
-                if "--block" in line or "Ray runtime started" in line:
-                    break
-            else:
-                raise AssertionError("".join(said))
-            yield f"127.0.0.1:{port}"
-        finally:
-            processes = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-            head.terminate()
-            _, alive = psutil.wait_procs([*processes, psutil.Process(head.pid)] if processes else [], timeout=20)
-            for process in alive:
-                process.kill()
-            head.wait(timeout=20)
+        command = [*RAY, "start", "--head", "--block", "--disable-usage-stats", *told]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
+            try:
+                assert head.stdout is not None
+                said = ""
+                while "Ray runtime started" not in said:
+                    line = head.stdout.readline()
+                    assert line, said
+                    said += line
+                yield f"127.0.0.1:{port}"
+            finally:
+                ours = psutil.Process(head.pid)
+                ours = [ours, *ours.children(recursive=True)]
+                head.terminate()
+                _, alive = psutil.wait_procs(ours, timeout=20)
+                for process in alive:
+                    process.kill()
 
 
 @pytest.mark.slow
