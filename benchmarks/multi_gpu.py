@@ -330,6 +330,8 @@ def work(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in place.items()})
+    # Loading a kernel at its first use waits for those that run, and one of NCCL runs until the other card has come to it.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     if args.tiny:
         torch.set_num_threads(1)
     device = "cpu" if args.tiny else None
@@ -339,6 +341,9 @@ def work(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
         link_gbps = None if args.tiny else round(probe_link_gbps(mesh.device), 1)
         notes = environment(mesh.device) | {"links_at_once_gbps": mesh.all.collect(link_gbps)}
         bench = Bench(mesh, branched, Path(folder), is_tiny=args.tiny, repeats=args.repeats)
+        with limited(args.limit_s):
+            for ranks in (mesh.all, mesh.weights, branched.all, branched.weights, branched.in_guidance):
+                ranks.begin_on(mesh.device)
         for case in args.cases.split(","):
             start = time.perf_counter()
             with limited(args.limit_s):

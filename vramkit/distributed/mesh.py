@@ -168,6 +168,7 @@ class Mesh:
 
     def shared(self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int) -> Store:
         """Return the store of a group of which each rank reads a part by `stores`, (offset in the slot, bytes, store)."""
+        self.weights.begin_on(self.device)
         return ShardedStore(name, stores, size_bytes, ranks=self.weights, turnstile=self._turnstile)
 
     @contextlib.contextmanager

@@ -79,6 +79,7 @@ class Ranks:
         timeout = dt.timedelta(seconds=2 * timeout_s + 60)
         made = {tuple(members): dist.new_group(members, timeout=timeout) for members in groups if len(members) > 1}
         self._group = made.get(self.members)
+        self._begun: set[torch.device] = set()
 
     @property
     def is_first(self) -> bool:
@@ -89,6 +90,16 @@ class Ranks:
         """Fill `whole`, contiguous, of which each rank has its equal part in place, in the order of ranks, from all."""
         parts = whole.view(self.size, -1)
         return self._run(whole, lambda: _all_gather(whole.view(-1), parts[self.rank], group=self._group, async_op=True))
+
+    def begin_on(self, device: torch.device) -> None:
+        """Connect the devices of all, from the thread that does this for other groups too, before another one needs it.
+
+        Connecting waits for other ranks and for the device: two threads that do so may wait for each other on two ranks.
+        """
+        if device.type != "cpu" and device not in self._begun:
+            self._begun.add(device)
+            self.gather_(torch.zeros(self.size, device=device)).wait()
+            torch.accelerator.synchronize(device)
 
     def exchange(self, out: Tensor, given: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer:
         """Send rank r the r-th of the `sent` pieces of `given`, and put its piece for this one at the r-th of `received`.

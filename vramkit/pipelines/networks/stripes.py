@@ -64,14 +64,17 @@ class Rows:
                 yield slice(at + first - start, at + stop - start), rows[..., first:stop, :]
             at += rows.shape[-2]
 
-    def fill(self, window: Tensor, frames: slice = slice(None)) -> Tensor:
-        """Write these rows of `frames` to `window` [B, C, f, count, W] and return it."""
+    def fill(
+        self, window: Tensor, frames: slice = slice(None), put: Callable[[Tensor, Tensor], object] | None = None
+    ) -> Tensor:
+        """Write these rows of `frames` to `window` [B, C, f, count, W], or what `put(rows, place)` writes, and return it."""
         height = self.count
         for zeros in (slice(0, self.top), slice(height - self.bottom, height)):
             if zeros.start < zeros.stop:
                 window[..., zeros, :] = 0
         for place, rows in self.pieces(0, height):
-            window[..., self.top + place.start : self.top + place.stop, :] = rows[:, :, frames]
+            target = window[..., self.top + place.start : self.top + place.stop, :]
+            _ = target.copy_(rows[:, :, frames]) if put is None else put(rows[:, :, frames], target)
         return window
 
     def joined(self) -> Tensor:

@@ -111,12 +111,9 @@ class FeatureCache:
             before.copy_(self._past.pop(conv))
         else:
             before.zero_()
-        if norm is None:
-            rows.fill(new)
-        elif height == x.shape[-2]:
-            F.silu(norm(x, out=new), inplace=True)
-        else:  # zeros stay zeros
-            F.silu(norm(rows.fill(new), out=new), inplace=True)
+        rows.fill(new, put=norm)
+        if norm is not None:  # zeros stay zeros
+            F.silu(new, inplace=True)
         return window
 
     def keep(self, conv: CausalConv3d, frames: Tensor) -> None:
