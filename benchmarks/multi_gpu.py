@@ -183,17 +183,18 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self._synchronize()
-        start = time.perf_counter()
-        result, seconds = run(), []  # the first one records orders and warms up
-        self._synchronize()
-        first_s = max(self.mesh.all.collect(time.perf_counter() - start)) if is_shared else time.perf_counter() - start
-        for _ in range(max(1, min(self.repeats, round(_REPEATED_S / max(first_s, 1e-3))))):
+        run()  # records orders and warms up
+        seconds: list[float] = []
+        most = self.repeats
+        while len(seconds) < most:
             self._synchronize()
             start = time.perf_counter()
             result = run()
             self._synchronize()
             seconds.append(time.perf_counter() - start)
+            if len(seconds) == 1:  # ranks that share a run repeat it equally often
+                once_s = max(self.mesh.all.collect(seconds[0])) if is_shared else seconds[0]
+                most = max(1, min(self.repeats, round(_REPEATED_S / once_s)))
         peak = used = 0.0
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / GIB

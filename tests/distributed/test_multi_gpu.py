@@ -6,6 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+from torch.multiprocessing import ProcessExitedException
+
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the installed package
 
 from benchmarks import multi_gpu
@@ -20,3 +23,9 @@ def test_ranks_are_measured_beside_one(tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 and row["relative_error"] < 1e-5 for row in rows)
     assert all(row["same_bytes"] for row in rows if row["case"] in ("guidance", "decode_tiles"))
     assert (tmp_path / "multi_gpu.md").read_text().count("| 2 |") == len(rows)
+
+
+def test_a_case_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ProcessExitedException):
+        multi_gpu.main(["--tiny", "--out", str(tmp_path / "multi_gpu"), "--cases", "link", "--limit-s", "0.01"])
+    assert list(tmp_path.iterdir()) == []
