@@ -1,29 +1,37 @@
-"""Several cards beside one, in one run: streamed weights, shared tokens, branches of guidance, tiles of a decode.
+"""Several cards beside one, in one run: streamed weights, shared tokens, branches of guidance, rows and tiles of a decode.
 
     python -m benchmarks.multi_gpu --out results/multi_gpu                       # every case on two cards
     python -m benchmarks.multi_gpu --cases link,guidance --ranks 4 --folder /data
     python -m benchmarks.multi_gpu --tiny                                        # toy sizes on the CPU, by gloo
 
-Random bf16 weights at the published shapes, written once to safetensors files and mapped by every rank. Of each case the
-first card runs it alone while the others wait, then all cards together; a row tells seconds (the slowest rank's median), the
-ratio and its target, the allocator's peak on each side, and whether the results are the same bytes. NCCL's buffers are
-outside the allocator's peaks; `used_gib` is what the driver says of the fullest card. Needs 32 GiB of disk and of RAM for
-each of the two models.
+Random bf16 weights at the published shapes, written once to safetensors files, by all ranks at once, and mapped by each. Of
+each case the first card runs it alone while the others wait, then all cards together; a row tells seconds (the slowest
+rank's median), the ratio and its target, the allocator's peak on each side, and whether the results are the same bytes.
+Decodes are compared with the whole decode on one card, those in tiles with tiles. NCCL's buffers are outside the
+allocator's peaks; `used_gib` is what the driver says of the fullest card. Needs 32 GiB of disk and of RAM for each of the
+two models.
+
+The cases that tell most come first. A row is written when it is there. A case that takes longer than `--limit-s` ends the
+run, with the stacks of its threads on stderr; so does the run that takes longer than `--total-s`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
+import faulthandler
 import gc
 import json
 import os
 import platform
 import socket
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +51,15 @@ from vramkit.offload.checkpoint import write_checkpoint
 Row = dict[str, Any]
 GIB = 2**30
 # Of the seconds of one card, on two.
-TARGETS = {"link": 0.53, "compute": 0.54, "guidance": 0.51, "hunyuan": 0.54, "decode": 0.56, "decode_720p": 0.56}
+TARGETS = {
+    "link": 0.53,
+    "compute": 0.54,
+    "decode": 0.56,
+    "guidance": 0.51,
+    "decode_720p": 0.56,
+    "decode_tiles": 0.56,
+    "hunyuan": 0.54,
+}
 MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # class, published config, tiny one
     "wan": (
         "WanTransformer3DModel",
@@ -76,11 +92,15 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # class, p
 SHAPES = {  # model, (height, width, frames), and those of --tiny
     "link": ("wan", (480, 832, 5), (32, 48, 5)),
     "compute": ("wan", (480, 832, 81), (32, 48, 13)),
+    "decode": ("vae", (480, 832, 81), (192, 96, 5)),
     "guidance": ("wan", (480, 832, 33), (32, 48, 9)),
+    "decode_720p": ("vae", (720, 1280, 81), (240, 144, 5)),
+    "decode_tiles": ("vae", (480, 832, 81), (96, 96, 5)),
     "hunyuan": ("hunyuan", (720, 1280, 129), (32, 48, 9)),
-    "decode": ("vae", (480, 832, 81), (96, 96, 5)),
-    "decode_720p": ("vae", (720, 1280, 81), (96, 144, 5)),
 }
+_REPEATED_S = 12.0  # for how long a side of a case is repeated, once at least
+_THREADS = 4  # that write weights, of each rank
+_SHARD_BYTES = 2 * 10**9
 
 
 class Bench:
@@ -93,20 +113,43 @@ class Bench:
         self._folder = folder
 
     def model(self, name: str) -> nn.Module:
-        """A model whose weights are views of a file that the first rank has written."""
+        """A model whose weights are views of files, of which each rank has written some."""
         kind, published, tiny = MODELS[name]
-        file = self._folder / f"{name}.safetensors"
         with parameters_on_meta():
             model: nn.Module = getattr(vramkit, kind).from_config(tiny if self.is_tiny else published).eval()
-        if self.mesh.is_first and not file.exists():
-            generator = torch.Generator(device=self.device).manual_seed(0)
-            weights = {}
-            for key, parameter in model.named_parameters():
-                values = torch.empty(parameter.shape, device=self.device, dtype=self.dtype)
-                weights[key] = values.normal_(0, 0.02, generator=generator).cpu()
-            write_checkpoint(file, weights)
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = self._shards(model)
+        names = [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
+        own = [at for at in range(self.mesh.rank, len(shards), self.mesh.size) if not (folder / names[at]).exists()]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(lambda at: self._write(folder / names[at], shards[at], seed=at), own))
+        index = folder / "model.safetensors.index.json"
+        if self.mesh.is_first:
+            placed = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+            index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
         self.mesh.all.barrier()
-        return load_mapped(model, file)
+        return load_mapped(model, index)
+
+    def _shards(self, model: nn.Module) -> list[dict[str, torch.Size]]:
+        """Names and shapes of weights, in files of a few GB."""
+        shards: list[dict[str, torch.Size]] = [{}]
+        room = _SHARD_BYTES
+        for key, parameter in model.named_parameters():
+            if room < 0:
+                shards.append({})
+                room = _SHARD_BYTES
+            shards[-1][key] = parameter.shape
+            room -= parameter.numel() * self.dtype.itemsize
+        return shards
+
+    def _write(self, file: Path, shapes: Mapping[str, torch.Size], *, seed: int) -> None:
+        """Write random weights, which are made on the device."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        made = (torch.empty(shape, device=self.device, dtype=self.dtype) for shape in shapes.values())
+        write_checkpoint(
+            file, {key: w.normal_(0, 0.02, generator=generator) for key, w in zip(shapes, made, strict=True)}
+        )
 
     def inputs(self, case: str, seed: int = 1) -> dict[str, Any]:
         """Random inputs, the same on all ranks."""
@@ -134,19 +177,24 @@ class Bench:
             }
         return given | {"return_dict": False}
 
-    def measured(self, run: Callable[[], Tensor]) -> tuple[float, float, float, Tensor]:
+    def measured(self, run: Callable[[], Tensor], *, is_shared: bool) -> tuple[float, float, float, Tensor]:
         """Seconds (median), allocator peak in GiB, what the driver counts in GiB, and the result on the host."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        result, seconds = run(), []  # the first one records orders and warms up
-        for _ in range(self.repeats):
+        run()  # records orders and warms up
+        seconds: list[float] = []
+        most = self.repeats
+        while len(seconds) < most:
             self._synchronize()
             start = time.perf_counter()
             result = run()
             self._synchronize()
             seconds.append(time.perf_counter() - start)
+            if len(seconds) == 1:  # ranks that share a run repeat it equally often
+                once_s = max(self.mesh.all.collect(seconds[0])) if is_shared else seconds[0]
+                most = max(1, min(self.repeats, round(_REPEATED_S / once_s)))
         peak = used = 0.0
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / GIB
@@ -156,9 +204,9 @@ class Bench:
 
     def row(self, case: str, alone: Callable[[], Tensor], together: Callable[[], Tensor]) -> Row | None:
         """Measure a case on the first card alone, then on all; the row is on the first rank."""
-        one = self.measured(alone) if self.mesh.is_first else None
+        one = self.measured(alone, is_shared=False) if self.mesh.is_first else None
         self.mesh.all.barrier()
-        s, peak, used, result = self.measured(together)
+        s, peak, used, result = self.measured(together, is_shared=True)
         figures = self.mesh.all.collect([s, peak, used])
         if one is None:
             return None
@@ -187,34 +235,33 @@ class Bench:
 def forward(bench: Bench, case: str) -> Row | None:
     """One forward: its weights streamed by one rank, then shared by all, as are the tokens."""
     given = bench.inputs(case)
-    alone = _Streamed(bench, case, None)
-    with torch.no_grad():
-        return bench.row(case, lambda: alone.run(given), lambda: alone.replaced(bench.mesh).run(given))
+    with torch.no_grad(), _streamed(bench, case) as streamed:
+        return bench.row(case, lambda: streamed.run(given), lambda: streamed.replaced(bench.mesh).run(given))
 
 
 def guidance(bench: Bench, case: str) -> Row | None:
     """Two predictions: in turn on one card, then on a branch of ranks each."""
     prompts = [bench.inputs(case, seed) for seed in (1, 2)]
     prompts[1]["hidden_states"] = prompts[0]["hidden_states"]
-    streamed = _Streamed(bench, case, None)
     branches = GuidanceBranches(bench.branched.in_guidance)
+    with torch.no_grad(), _streamed(bench, case) as streamed:
 
-    def predict(given: Mapping[str, Any]) -> tuple[Tensor]:
-        return (streamed.run(given),)
+        def predict(given: Mapping[str, Any]) -> tuple[Tensor]:
+            return (streamed.run(given),)
 
-    def together() -> Tensor:
-        streamed.replaced(bench.branched)
-        return torch.stack(branches.predictions(predict, *prompts))
+        def together() -> Tensor:
+            streamed.replaced(bench.branched)
+            return torch.stack(branches.predictions(predict, *prompts))
 
-    with torch.no_grad():
         return bench.row(case, lambda: torch.stack([streamed.run(each) for each in prompts]), together)
 
 
 def decode(bench: Bench, case: str) -> Row | None:
-    """A decode in tiles: all by one card, then some by each."""
+    """A decode of whole pictures or in tiles: all by one card, then by each a part of the rows or some of the tiles."""
     vae: Any = bench.model("vae").to(bench.device)
-    tiles = {f"tile_sample_{what}": 32 for what in ("min_height", "min_width", "stride_height", "stride_width")}
-    vae.enable_tiling(**(tiles if bench.is_tiny else {}))
+    if case == "decode_tiles":
+        tiles = {f"tile_sample_{what}": 32 for what in ("min_height", "min_width", "stride_height", "stride_width")}
+        vae.enable_tiling(**(tiles if bench.is_tiny else {}))
     z = bench.inputs(case)["z"]
 
     def together() -> Tensor:
@@ -223,6 +270,14 @@ def decode(bench: Bench, case: str) -> Row | None:
         return sample
 
     return bench.row(case, lambda: vae.decode(z).sample, together)
+
+
+@contextlib.contextmanager
+def _streamed(bench: Bench, case: str) -> Iterator[_Streamed]:
+    """Until the end of a case, whose host memory the next one needs."""
+    streamed = _Streamed(bench, case, None)
+    yield streamed
+    streamed.remove()
 
 
 class _Streamed:
@@ -236,10 +291,15 @@ class _Streamed:
     def replaced(self, mesh: Mesh) -> _Streamed:
         """The same shared by all ranks of `mesh`."""
         if self._mesh is None:
-            if self._offload is not None:
-                self._offload.remove()
-            self._mesh, self._offload = mesh, None
+            self.remove()
+            self._mesh = mesh
         return self
+
+    def remove(self) -> None:
+        if self._offload is not None:
+            self._offload.remove()
+            self._model.set_token_ranks(None)
+        self._offload = None
 
     def run(self, given: Mapping[str, Any]) -> Tensor:
         if self._offload is None:
@@ -253,10 +313,11 @@ class _Streamed:
 CASES: Mapping[str, Callable[[Bench, str], Row | None]] = {
     "link": forward,
     "compute": forward,
-    "guidance": guidance,
-    "hunyuan": forward,
     "decode": decode,
+    "guidance": guidance,
     "decode_720p": decode,
+    "decode_tiles": decode,
+    "hunyuan": forward,  # last: it takes as long as all others together, and weights of its own
 }
 
 
@@ -270,6 +331,8 @@ def work(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in place.items()})
+    # Loading a kernel at its first use waits for those that run, and one of NCCL runs until the other card has come to it.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     if args.tiny:
         torch.set_num_threads(1)
     device = "cpu" if args.tiny else None
@@ -279,13 +342,27 @@ def work(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
         link_gbps = None if args.tiny else round(probe_link_gbps(mesh.device), 1)
         notes = environment(mesh.device) | {"links_at_once_gbps": mesh.all.collect(link_gbps)}
         bench = Bench(mesh, branched, Path(folder), is_tiny=args.tiny, repeats=args.repeats)
+        with limited(args.limit_s):
+            for ranks in (mesh.all, mesh.weights, branched.all, branched.weights, branched.in_guidance):
+                ranks.begin_on(mesh.device)
         for case in args.cases.split(","):
             start = time.perf_counter()
-            row = CASES[case](bench, case)
+            with limited(args.limit_s):
+                row = CASES[case](bench, case)
             if row is not None:
                 rows.append(row)
                 print(row, f"-- {time.perf_counter() - start:.0f} s", flush=True)
                 write(args.out, rows, notes)
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """End this process, and with it the run, where something takes longer: what waits for a device raises nothing."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def environment(device: torch.device) -> Row:
@@ -315,7 +392,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/multi_gpu"), help="path without an ending")
     parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
     parser.add_argument("--ranks", type=int, default=2, help="cards")
-    parser.add_argument("--repeats", type=int, default=3, help="of each side of a case, after a first one")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side of a case at most, after a first one")
+    parser.add_argument("--limit-s", type=float, default=150.0, help="seconds after which a case ends the run")
+    parser.add_argument("--total-s", type=float, default=540.0, help="seconds after which the run ends")
     parser.add_argument("--folder", type=Path, default=None, help="where to keep the checkpoints (default: temporary)")
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU")
     args = parser.parse_args(arguments)
@@ -328,7 +407,14 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         start: Any = mp.start_processes  # type: ignore[attr-defined]
-        start(work, (args, port, str(folder)), nprocs=args.ranks, start_method="forkserver" if args.tiny else "spawn")
+        method = "forkserver" if args.tiny else "spawn"
+        ranks = start(work, (args, port, str(folder)), nprocs=args.ranks, join=False, start_method=method)
+        end = time.monotonic() + args.total_s
+        while not ranks.join(timeout=max(0.1, min(5.0, end - time.monotonic()))):
+            if time.monotonic() > end:
+                for process in ranks.processes:
+                    process.kill()
+                sys.exit(f"the run took longer than {args.total_s:.0f} s; what was measured is in {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,32 @@ def shares_tokens(mesh: Mesh, family: str) -> None:
         assert len(set(sums)) == 1, sums
 
 
+def shares_tokens_compiled(mesh: Mesh, family: str, whole: bool) -> None:
+    """Blocks, or the whole model, compiled as one graph each: what they give without that, and no second graph."""
+    denoiser = denoisers.DENOISERS[family]
+    torch.manual_seed(0)
+    few = {name: 1 for name in denoiser.tiny if name.startswith("num_") and name.endswith("layers")}
+    model = getattr(vramkit, denoiser.kind).from_config(denoiser.tiny | few).eval()
+    model.set_chunk_size(12)  # several, of each rank's tokens
+    given = denoiser.inputs(**({"lengths": (5,)} if whole else {}))
+    alone = model(**given).sample
+    model.set_token_ranks(SequenceRanks(mesh.in_sequence))
+    expected = model(**given).sample
+    torch._dynamo.reset()
+    blocks = [getattr(model, name, ()) for name in ("blocks", "transformer_blocks", "single_transformer_blocks")]
+    for module in [model] if whole else [block for some in blocks for block in some]:
+        module.compile(fullgraph=True, backend="aot_eager")
+    exchanged = _count_exchanges(mesh)
+    made = model(**given).sample
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = model(**given).sample
+    assert exchanged()
+    torch._dynamo.reset()
+    assert torch.equal(made, again)
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made, alone, rtol=1e-5, atol=1e-5)
+
+
 def _tokens(model: Any, given: dict[str, Any]) -> int:
     seen: list[int] = []
     plain = model._ops_for
@@ -284,6 +310,27 @@ def decodes_tiles(mesh: Mesh, family: str, folder: str, framewise: bool) -> int:
     vae.tile_ranks = None
     assert torch.equal(decoded, expected)
     return own[0]
+
+
+def decodes_rows(mesh: Mesh, family: str, folder: str, stripes: int | None) -> tuple[list[int], str]:
+    """Decode without tiles; returns of what heights this rank's results of the last convolution were, and a digest."""
+    pipe = _pipeline(family, folder)
+    vae = pipe.vae.double()
+    if stripes is not None:
+        vae.enable_striping(stripes)
+    torch.manual_seed(1)
+    channels = vae.config.z_dim if hasattr(vae.config, "z_dim") else vae.config.latent_channels
+    z = torch.randn(2, channels, 2, 24 if family == "Wan2.1" else 6, 3).double()
+    given = {"temb": torch.tensor([0.05]).double()} if _is_timed(vae) else {}
+    expected = vae.decode(z, **given).sample
+    with parallelize(pipe, mesh):
+        heights: list[int] = []
+        last = vae.decoder.conv_out.register_forward_hook(lambda *called: heights.append(called[2].shape[-2]))
+        decoded = vae.decode(z, **given).sample
+        last.remove()
+    assert vae.tile_ranks is None
+    assert (decoded - expected).abs().amax() <= 1e-11 * expected.abs().amax()
+    return heights, _digest(decoded)
 
 
 def _is_timed(vae: Any) -> bool:

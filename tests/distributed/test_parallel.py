@@ -96,10 +96,21 @@ def test_calls_with_other_arguments_are_refused_on_all_ranks(two: RankGroup, wan
     assert "argument num_inference_steps of the call: rank 0 has 2, rank 1 has 3" in said[0]
 
 
-@pytest.mark.parametrize("count", [2, 4])  # of the second, some have no head
+@pytest.mark.parametrize("count", [2, 4])  # which divide the heads of some, and make rings with others
 @pytest.mark.parametrize("family", denoisers.DENOISERS)
 def test_ranks_that_share_tokens_predict_what_one_does(groups: Groups, family: str, count: int) -> None:
     groups[count].run("shares_tokens", family=family)
+
+
+@pytest.mark.parametrize("family", denoisers.DENOISERS)
+def test_blocks_that_share_tokens_compile_fullgraph(two: RankGroup, family: str) -> None:
+    two.run("shares_tokens_compiled", family=family, whole=False)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_mask_of_texts_is_kept_where_a_whole_model_is_compiled(groups: Groups, count: int) -> None:
+    """Whose compiler knows no lengths, so texts are not cut."""
+    groups[count].run("shares_tokens_compiled", family="HunyuanVideo", whole=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +142,20 @@ def test_tiles_on_several_ranks_are_the_bytes_of_one(two: RankGroup, stock: Stoc
 def test_tiles_of_frames_on_several_ranks_are_the_bytes_of_one(two: RankGroup, stock: Stock) -> None:
     given = {"family": "HunyuanVideo", "folder": str(stock.folder("HunyuanVideo")), "framewise": True}
     assert min(two.run("decodes_tiles", **given)) > 0
+
+
+@pytest.mark.parametrize(("family", "stripes"), [("Wan2.1", None), ("Wan2.1", 4), ("LTX-Video", None)])
+def test_rows_of_a_decode_on_two_ranks_are_those_of_one(
+    two: RankGroup, stock: Stock, family: str, stripes: int | None
+) -> None:
+    (one, made), (other, same) = two.run(
+        "decodes_rows", family=family, folder=str(stock.folder(family)), stripes=stripes
+    )
+    assert made == same
+    assert one
+    assert other
+    if family == "Wan2.1":  # of pictures of 192 rows
+        assert max(one + other) <= (96 if stripes is None else 60)
 
 
 def test_what_is_wrong_with_a_command_is_said_once(two: RankGroup, wan_folder: Path, tmp_path: Path) -> None:

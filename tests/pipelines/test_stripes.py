@@ -93,6 +93,75 @@ def test_slices_of_a_batch(name: str, ours: Any) -> None:
     ours.disable_slicing()
 
 
+class Lone:
+    """So many ranks of which this one computes the parts of all, and notes how many rows its convolutions gave."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def computed(self, shapes: Any, makes: Any, like: torch.Tensor) -> Any:
+        for shape, make in zip(shapes, makes, strict=True):
+            part = make()
+            assert part.shape == shape
+            assert part.device == like.device
+            yield part
+
+
+@pytest.mark.parametrize("stripes", [None, 1, 5, 50])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", [name for name in STRIPED if name != "LTX-Video 0.9.1"])  # it draws noise
+def test_parts_of_the_rows_give_the_numbers_of_whole_pictures(name: str, ours: Any, ranks: int, stripes: int) -> None:
+    ratio = 8 if name == "Wan2.1" else 32
+    z = normal(1, 4, 2, 24 if ratio == 8 else 5, 2).double()
+    expected = decoded(ours, z)
+    if stripes is not None:
+        ours.enable_striping(stripes)
+    ours.tile_ranks = Lone(ranks)
+    try:
+        assert_same([decoded(ours, z)], [expected])
+        assert_same([decoded(ours, z[..., :1, :])], [decoded_alone(ours, z[..., :1, :])])
+        ours.enable_striping(stripes, output_device="cpu")
+        assert_same([decoded(ours, z)], [expected])
+    finally:
+        ours.tile_ranks = None
+
+
+def decoded_alone(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    ranks, vae.tile_ranks = vae.tile_ranks, None
+    try:
+        return decoded(vae, z)
+    finally:
+        vae.tile_ranks = ranks
+
+
+@torch.no_grad()
+def test_a_part_is_computed_with_few_rows_more() -> None:
+    """Of the published decoder, the multiplications of half the rows of a picture of 60 rows of latents."""
+    with torch.device("meta"):
+        vae = vramkit.AutoencoderKLWan.from_config({}).bfloat16().eval()
+        z = torch.empty(1, 16, 2, 60, 104).bfloat16()
+        clip = torch.empty(1, 3, 5, 480, 832).bfloat16()
+
+    def work(call: Any) -> float:
+        done = [0.0]
+
+        def note(module: Any, _: Any, y: torch.Tensor) -> None:
+            done[0] += y.numel() * module.weight.numel() / y.shape[1]
+
+        hooks = [
+            m.register_forward_hook(note) for m in vae.modules() if isinstance(m, torch.nn.Conv3d | torch.nn.Conv2d)
+        ]
+        call()
+        for hook in hooks:
+            hook.remove()
+        return done[0]
+
+    whole = work(lambda: vae.decode(z))
+    halves = [work(lambda part=part: vae._decode_rows(z, clip, part, 2)) for part in (slice(0, 30), slice(30, 60))]
+    assert max(halves) <= 0.56 * whole, [half / whole for half in halves]
+    assert min(halves) > 0.5 * whole
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_pictures_of_few_rows_are_computed_in_fewer_stripes(name: str, ours: Any, rows: int) -> None:
     z = normal(1, 4, 2, rows, 2).double()

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from vramkit.errors import ConfigError, VramkitError
 __all__ = ["RayWorkers", "connected", "share_out"]
 
 _WAIT_S = 0.5  # between two looks at how far workers are
+_REACHED_S = 10.0  # within which a cluster that is there accepts a connection
 _ASKING = "asking"  # the thread of an actor that says how far the other one is
 _OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes: nothing large goes through it
 
@@ -57,16 +59,21 @@ def connected(address: str | None, *, cpus: int = 1) -> Iterator[None]:
         cpus: processors that a new one has, if there are no more.
 
     Raises:
-        ConfigError: nothing answers at the address, or Ray does not start, as on a host that is too busy.
+        ConfigError: the address is none, nothing answers at it (within 10 s), what answers is no cluster of Ray (within a
+            minute, unless Ray was imported before), or Ray does not start, as on a host that is too busy.
     """
     with contextlib.ExitStack() as stack:
         # Read when Ray is imported. It prints on stdout what becomes of workers, which events tell here.
         stack.enter_context(_environment(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS_SKIP_REGEX="."))
+        if address is not None:
+            stack.enter_context(_environment(RAY_NUM_REDIS_GET_RETRIES="1"))  # of 40 s each; a new one needs more
         ray = _ray()
         if ray.is_initialized():
             yield
             return
         stack.enter_context(_signals_kept())
+        if address is not None:
+            _check_address(address)
         if address is None:
             _have_token()
             options = _of_its_own(stack.enter_context(_folder()), cpus)
@@ -79,6 +86,30 @@ def connected(address: str | None, *, cpus: int = 1) -> Iterator[None]:
             where = "be started on this host" if address is None else f"be reached at --address {address}"
             raise ConfigError(f"Ray cannot {where}: {str(error).splitlines()[0] if str(error) else error!r}") from error
         yield
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address at which nothing answers: Ray would ask for a quarter of an hour, in lines of its own.
+
+    Raises:
+        ConfigError: names the address and why.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"--address is {address!r}; expected a host and a port such as 192.0.2.1:6379, as `ray start --head` prints "
+            "them, or auto for the cluster of this host"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHED_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"Ray cannot be reached at --address {address}: {reason}. `ray start --head` on that host prints the address, "
+            "and `ray status` whether it runs; look at ports that are closed in between"
+        ) from error
 
 
 def _of_its_own(folder: str, cpus: int) -> dict[str, object]:

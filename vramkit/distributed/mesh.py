@@ -52,8 +52,12 @@ def connect(
     """
     if not dist.is_available():
         raise ConfigError("this build of torch has no torch.distributed, which several ranks need")
-    device = _device() if device is None else torch.device(device)
     is_ours = not dist.is_initialized()
+    if is_ours and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # Collectives of several groups run beside each other, and each waits for other cards. Where two streams shared one
+        # of the 8 queues that a device has by default, one would wait behind the other, on two cards in different orders.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    device = _device() if device is None else torch.device(device)
     if is_ours:
         if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise ConfigError(
@@ -164,6 +168,7 @@ class Mesh:
 
     def shared(self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int) -> Store:
         """Return the store of a group of which each rank reads a part by `stores`, (offset in the slot, bytes, store)."""
+        self.weights.begin_on(self.device)
         return ShardedStore(name, stores, size_bytes, ranks=self.weights, turnstile=self._turnstile)
 
     @contextlib.contextmanager

@@ -28,7 +28,9 @@ def parallelize(pipeline: Any, mesh: Mesh) -> Parallel:
 
     The branches of guidance run on different ranks where the mesh has two, with the same bytes as in turn. The ranks of a
     branch share the tokens of the video: equal to one rank within rounding, and the same bytes in every run. What the
-    autoencoder computes in tiles, ranks compute some of each: the same bytes. Weights stay where they are; offload the
+    autoencoder computes in tiles, ranks compute some of each: the same bytes. Of pictures that it decodes whole or in
+    stripes each rank computes a part of the rows, where stripes are possible (`enable_striping`): as exact as these. Weights
+    stay where they are; offload the
     models with ``apply_group_offloading(..., mesh=mesh)``, or the pipeline with ``fit(..., mesh=mesh)``, to share their
     loading.
 

@@ -7,7 +7,9 @@ bytes in host memory go by gloo, and while they are waited for, a failure of ano
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from vramkit.distributed.heartbeats import Heartbeats
 from vramkit.errors import RankError
 
-__all__ = ["Ranks", "Transfer"]
+__all__ = ["Ranks", "Transfer", "ranks_of"]
 
 _POLL = dt.timedelta(seconds=0.2)
 # The name of torch 2.13, and that of before.
@@ -65,6 +67,9 @@ class Ranks:
         All ranks make all `groups`, each of several ranks in order, as torch asks.
         """
         self.name = name
+        self.number = next(_numbers)
+        """What this group goes by where no object can be handed on."""
+        _known[self.number] = self
         self.members = next(tuple(members) for members in groups if rank in members)
         self.rank = self.members.index(rank)
         self.size = len(self.members)
@@ -74,6 +79,7 @@ class Ranks:
         timeout = dt.timedelta(seconds=2 * timeout_s + 60)
         made = {tuple(members): dist.new_group(members, timeout=timeout) for members in groups if len(members) > 1}
         self._group = made.get(self.members)
+        self._begun: set[torch.device] = set()
 
     @property
     def is_first(self) -> bool:
@@ -84,6 +90,16 @@ class Ranks:
         """Fill `whole`, contiguous, of which each rank has its equal part in place, in the order of ranks, from all."""
         parts = whole.view(self.size, -1)
         return self._run(whole, lambda: _all_gather(whole.view(-1), parts[self.rank], group=self._group, async_op=True))
+
+    def begin_on(self, device: torch.device) -> None:
+        """Connect the devices of all, from the thread that does this for other groups too, before another one needs it.
+
+        Connecting waits for other ranks and for the device: two threads that do so may wait for each other on two ranks.
+        """
+        if device.type != "cpu" and device not in self._begun:
+            self._begun.add(device)
+            self.gather_(torch.zeros(self.size, device=device)).wait()
+            torch.accelerator.synchronize(device)
 
     def exchange(self, out: Tensor, given: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer:
         """Send rank r the r-th of the `sent` pieces of `given`, and put its piece for this one at the r-th of `received`.
@@ -139,6 +155,15 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise self._heartbeats.blame(error) from error
+
+
+_numbers = itertools.count()
+_known: weakref.WeakValueDictionary[int, Ranks] = weakref.WeakValueDictionary()
+
+
+def ranks_of(number: int) -> Ranks:
+    """Return the group of a number."""
+    return _known[number]
 
 
 class _Done(Transfer):

@@ -5,23 +5,29 @@ one the queries, keys and values of the heads that are that one's, attends with 
 every rank its tokens back (DeepSpeed Ulysses, arXiv:2309.14509). Texts are short and everywhere: each rank has all of their
 tokens, attends with its heads, and the heads are gathered.
 
-A rank without a head, where there are more ranks than heads, attends to nothing and has its share of all else.
+Where the number of ranks does not divide the heads, as many of them share heads as divide both, neighbours that have their
+tokens in a row; such groups are the places of a ring, on which keys and values go around (`ring`).
 
-Shapes: B batch, S video tokens, s of them here, W tokens that are everywhere, H heads, h of them here, D channels per head.
+Shapes: B batch, S video tokens, s of them here and G in the place of this rank on the ring, W tokens that are everywhere, H
+heads, h of them here, U ranks that share heads, D channels per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vramkit.distributed.ranks import Ranks
+from vramkit.distributed.ring import ring_attention
+from vramkit.distributed.traced import exchanged, gathered
 from vramkit.pipelines.networks.attention import Stream, attention
-from vramkit.pipelines.networks.layers import TokenOps
+from vramkit.pipelines.networks.layers import TokenOps, write
 
 __all__ = ["SequenceRanks", "SequenceShare", "split"]
 
@@ -54,104 +60,128 @@ class SequenceShare:
     """The tokens of one forward that are here; see `TokenShare`."""
 
     def __init__(self, ranks: Ranks, tokens: int) -> None:
-        self._ranks = ranks
         self._counts = split(tokens, ranks.size)
+        self._number, self._rank = ranks.number, ranks.rank
         self.own = _spans(self._counts)[ranks.rank]
 
     def gather(self, x: Tensor) -> Tensor:
         """Return x [B, s, ...] of the tokens of all ranks, [B, S, ...]."""
         x = x.transpose(0, 1)  # [s, B, ...]
         longest = self._counts[0]
-        whole = x.new_zeros(self._ranks.size, longest, *x.shape[1:])
-        whole[self._ranks.rank, : x.shape[0]] = x
-        self._ranks.gather_(whole).wait()
+        whole = x.new_zeros(len(self._counts), longest, *x.shape[1:])
+        write(whole[self._rank, : x.shape[0]], x)
+        gathered(whole, self._number)
         return torch.cat([part[:count] for part, count in zip(whole, self._counts, strict=True)]).transpose(0, 1)
 
-    def self_attention_(self, streams: Sequence[Stream], *, ops: TokenOps) -> None:
-        """Let the tokens of all streams on all ranks attend to one another, and add to those that are here."""
-        heads = _HeadRanks(self._ranks, self._counts, streams)
+    def self_attention_(self, streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | None = None) -> None:
+        """Let the tokens of all streams on all ranks attend to one another, and add to those that are here.
+
+        mask, bool [s + W] in the order of the streams, hides tokens that are everywhere alone.
+        """
+        heads = _HeadRanks(self._number, self._rank, self._counts, streams)
+        chunks = heads.chunks(ops)
         keys, values = heads.boxes(), heads.boxes()
-        for stream, part, rows in heads.chunks(ops):
+        for stream, part, rows in chunks:
             normed = stream.norm(stream.tokens[part])
             keys.put(stream, rows, stream.projections.key(normed, stream.positions(part), ops))
             values.put(stream, rows, stream.projections.value(normed))
             del normed
-        key, value = keys.exchanged(), values.exchanged()  # [S + W, h, D] each
+        key, value = keys.exchanged(), values.exchanged()  # [G + W, h, D] each
         queries = heads.boxes()
-        for stream, part, rows in heads.chunks(ops):
+        for stream, part, rows in chunks:
             normed = stream.norm(stream.tokens[part])
             queries.put(stream, rows, stream.projections.query(normed, stream.positions(part), ops))
             del normed
         query = queries.exchanged()
-        if heads.count:
-            for part in ops.chunks(query.flatten(1)):
-                query[part] = attention(query[part], key, value).view_as(query[part])  # which is read by no other chunk
-        del key, value
-        attended = heads.returned(query)
-        del query
-        for stream, part, rows in heads.chunks(ops):
-            stream.add(stream.tokens[part], attended(stream, rows))
+        attended = heads.attended(query, key, value, heads.hidden(mask), ops)
+        del query, key, value
+        own, everywhere = heads.returned(attended)  # [U, s, h, D] and [U, W, h, D]
+        del attended
+        for stream, part, rows in chunks:
+            box = everywhere if stream.is_everywhere else own
+            stream.add(stream.tokens[part], box[:, rows].transpose(0, 1).flatten(1))
 
 
 class _HeadRanks:
     """Who has which heads of one attention, and how many tokens there are where."""
 
-    def __init__(self, ranks: Ranks, counts: Sequence[int], streams: Sequence[Stream]) -> None:
+    def __init__(self, number: int, rank: int, counts: Sequence[int], streams: Sequence[Stream]) -> None:
+        """Take the number and the rank of this one among the ranks that have so many tokens each."""
         first = streams[0]
-        self.ranks, self.streams, self.tokens = ranks, streams, counts
-        self.channels: int = first.projections.to_k.out_features // first.projections.heads
-        self.like = first.tokens
-        self.counts = split(first.projections.heads, ranks.size)
-        self.spans = _spans(self.counts)
-        self.own = self.spans[ranks.rank]
+        heads = first.projections.heads
+        self.number, self.size, self.streams, self.like = number, len(counts), streams, first.tokens
+        self.channels: int = first.projections.to_k.out_features // heads
+        self.sharers = math.gcd(heads, len(counts))  # ranks that share the heads of the same tokens
+        self.heads = heads // self.sharers
+        self.place, at = divmod(rank, self.sharers)
+        self.own = slice(at * self.heads, (at + 1) * self.heads)
+        self.first = self.place * self.sharers  # the first of those who share with this rank
+        self.tokens = counts[self.first : self.first + self.sharers]
+        self.here = counts[rank]
+        # Tokens of each place of the ring.
+        self.lengths = [sum(counts[start : start + self.sharers]) for start in range(0, len(counts), self.sharers)]
         self.everywhere = sum(stream.tokens.shape[0] for stream in streams if stream.is_everywhere)
 
     @property
-    def count(self) -> int:
-        """How many heads are here."""
-        return self.counts[self.ranks.rank]
+    def total(self) -> int:
+        """How many tokens there are in the place of this rank, those not counted that are everywhere."""
+        return self.lengths[self.place]
 
-    def width(self, rank: int) -> int:
-        """Numbers of one token in the heads of a rank."""
-        return self.counts[rank] * self.channels
-
-    def chunks(self, ops: TokenOps) -> Iterator[tuple[Stream, slice, slice]]:
+    def chunks(self, ops: TokenOps) -> list[tuple[Stream, slice, slice]]:
         """Chunks of tokens, and their place among those of all streams of their kind."""
-        at = {False: 0, True: 0}
+        at, chunks = {False: 0, True: 0}, []
         for stream in self.streams:
             for part in ops.chunks(stream.tokens):
                 start = at[stream.is_everywhere]
                 at[stream.is_everywhere] += part.stop - part.start
-                yield stream, part, slice(start, start + part.stop - part.start)
+                chunks.append((stream, part, slice(start, start + part.stop - part.start)))
+        return chunks
 
     def boxes(self) -> _Boxes:
         """Room for what is sent of all tokens that are here."""
         return _Boxes(self)
 
-    def returned(self, attended: Tensor) -> Callable[[Stream, slice], Tensor]:
-        """Give each rank what its tokens [S + W, h, D] attended to; return what looks up rows, [rows, C]."""
-        ranks, total = self.ranks, sum(self.tokens)
-        widths = [self.width(rank) for rank in range(ranks.size)]
-        here = self.tokens[ranks.rank]
-        own, everywhere = self.room(here), self.room(self.everywhere)
-        sent = [count * widths[ranks.rank] for count in self.tokens]
-        ranks.exchange(own, attended[:total].flatten(), [here * width for width in widths], sent).wait()
+    def room(self, *tokens: int) -> Tensor:
+        """Memory for the heads of one rank, [*tokens, h, D]."""
+        return self.like.new_empty(*tokens, self.heads, self.channels)
+
+    def hidden(self, mask: Tensor | None) -> Tensor | None:
+        """What `mask` says of the tokens that are everywhere, [W]."""
+        if mask is None:
+            return None
+        parts = torch.split(mask, [stream.tokens.shape[0] for stream in self.streams])
+        kept = [part for part, stream in zip(parts, self.streams, strict=True) if stream.is_everywhere]
+        return torch.cat(kept) if kept else None
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ops: TokenOps) -> Tensor:
+        """What `query` [G + W, h, D], overwritten, attends to: the keys of all places, mask [W] for those everywhere."""
+        parts = ops.chunks(query.flatten(1))
+        if len(self.lengths) > 1:
+            rows = parts[0].stop if parts else 1
+            return ring_attention(query, key, value, mask, self.lengths, self.sharers, rows, self.number)
+        mask = None if mask is None else F.pad(mask, (self.total, 0), value=True)
+        for part in parts:
+            write(query[part], attention(query[part], key, value, mask).view_as(query[part]))  # read by no other chunk
+        return query
+
+    def exchange(self, out: Tensor, given: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
+        """Exchange heads of tokens, so many with each rank that shares heads with this one."""
+        width = self.heads * self.channels
+        before, after = [0] * self.first, [0] * (self.size - self.first - self.sharers)
+        received, sent = ([*before, *(count * width for count in counts), *after] for counts in (received, sent))
+        exchanged(out.view(-1), given.view(-1), received, sent, self.number)
+
+    def returned(self, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Give each rank what its tokens [G + W, h, D] attended to: [U, s, h, D] here, [U, W, h, D] everywhere."""
+        of_all, of_texts = attended[: self.total], attended[self.total :]
+        if self.sharers == 1:
+            return of_all[None], of_texts[None]
+        own, everywhere = self.room(self.sharers, self.here), self.room(self.sharers, self.everywhere)
+        self.exchange(own, of_all, [self.here] * self.sharers, self.tokens)
         if self.everywhere:
-            received = [self.everywhere * width for width in widths]
-            mine = attended[total:].flatten().repeat(ranks.size)
-            ranks.exchange(everywhere, mine, received, [received[ranks.rank]] * ranks.size).wait()
-        boxes = {False: self.cut(own, here), True: self.cut(everywhere, self.everywhere)}
-        return lambda stream, rows: torch.cat([box[rows] for box in boxes[stream.is_everywhere]], dim=1).flatten(1)
-
-    def room(self, tokens: int) -> Tensor:
-        """Memory for all heads of so many tokens."""
-        return self.like.new_empty(tokens * sum(map(self.width, range(self.ranks.size))))
-
-    def cut(self, memory: Tensor, tokens: int) -> list[Tensor]:
-        """Views [tokens, heads of a rank, D] of what one rank after the other has in `memory`."""
-        sizes = [tokens * self.width(rank) for rank in range(self.ranks.size)]
-        parts = zip(torch.split(memory, sizes), self.counts, strict=True)
-        return [part.view(tokens, count, self.channels) for part, count in parts]
+            counts = [self.everywhere] * self.sharers
+            self.exchange(everywhere, of_texts.repeat(self.sharers, 1, 1), counts, counts)
+        return own, everywhere
 
 
 class _Boxes:
@@ -159,28 +189,22 @@ class _Boxes:
 
     def __init__(self, heads: _HeadRanks) -> None:
         self._heads = heads
-        self._here = heads.tokens[heads.ranks.rank]
-        self._sent = heads.room(self._here)
-        self._boxes = heads.cut(self._sent, self._here)
-        total = sum(heads.tokens)
-        self._all = heads.like.new_empty(total + heads.everywhere, heads.count, heads.channels)
-        self._everywhere = self._all[total:]
+        self._all = heads.room(heads.total + heads.everywhere)
+        alone = self._all[: heads.total][None]  # which nobody has to be sent
+        self._sent: Tensor | None = alone if heads.sharers == 1 else heads.room(heads.sharers, heads.here)
 
     def put(self, stream: Stream, rows: slice, made: Tensor) -> None:
         """Take what was made [rows, H, D] of a chunk of tokens."""
+        heads = self._heads
         if stream.is_everywhere:
-            self._everywhere[rows] = made[:, self._heads.own]
-            return
-        for box, span in zip(self._boxes, self._heads.spans, strict=True):
-            box[rows] = made[:, span]
+            write(self._all[heads.total :][rows], made[:, heads.own])
+        elif self._sent is not None:
+            write(self._sent[:, rows], made.view(-1, heads.sharers, heads.heads, heads.channels).transpose(0, 1))
 
     def exchanged(self) -> Tensor:
-        """Return what there is of the heads of this rank, [S + W, h, D]: of each rank's tokens, then those everywhere."""
-        heads = self._heads
-        sizes = [self._here * heads.width(rank) for rank in range(heads.ranks.size)]
-        received = [count * heads.width(heads.ranks.rank) for count in heads.tokens]
-        total = sum(heads.tokens)
-        heads.ranks.exchange(self._all[:total].view(-1), self._sent, received, sizes).wait()
-        self._boxes.clear()
-        del self._sent
+        """Return what there is of the heads of this rank, [G + W, h, D]: of each rank's tokens, then those everywhere."""
+        heads, sent = self._heads, self._sent
+        if sent is not None and heads.sharers > 1:
+            heads.exchange(self._all[: heads.total], sent, heads.tokens, [heads.here] * heads.sharers)
+        self._sent = None
         return self._all

@@ -24,7 +24,7 @@ from vramkit.offload.stores import PartedStore, Store, StoreKind
 
 __all__ = ["ShardedStore"]
 
-_SHARE_BYTES = 8 * 2**20  # of a piece: nearly the speed of a long copy, and a short gather at the end
+_SHARE_BYTES = 16 * 2**20  # of a piece: longer than the host takes to issue it, and a short gather at the end
 _ALIGNMENT = 256  # bytes, as that of leaves in a slot
 
 

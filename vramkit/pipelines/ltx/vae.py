@@ -33,7 +33,7 @@ from vramkit.pipelines.ltx.vae_layers import (
 )
 from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.networks.stripes import Stripe
-from vramkit.pipelines.networks.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
+from vramkit.pipelines.networks.tiling import Box, FrameTiling, Tiling, fill_by_rows, fill_clip, magnified, reduced
 from vramkit.pipelines.networks.video_autoencoder import FramewiseAutoencoder
 
 __all__ = ["AutoencoderKLLTXVideo"]
@@ -139,8 +139,13 @@ class Decoder(nn.Module):
         """Which block makes the pictures as large as they become."""
         return max((i for i, block in enumerate(self.up_blocks) if block.upsamplers is not None), default=0)
 
-    def forward(self, z: Tensor, timestep: Tensor | None, out: Tensor, stripes: int = 1) -> Tensor:
-        """Decode one tile into `out`, in so many stripes from the last enlargement on; `timestep` [B] from 0 to 1."""
+    def forward(
+        self, z: Tensor, timestep: Tensor | None, out: Tensor, stripes: int = 1, part: slice | None = None
+    ) -> Tensor:
+        """Decode one tile into `out`, in so many stripes from the last enlargement on; `timestep` [B] from 0 to 1.
+
+        With `part` of the rows of `z`, `out` has the rows that these stand for.
+        """
         if self.timestep_scale_multiplier is not None:
             assert timestep is not None
             timestep = timestep * self.timestep_scale_multiplier
@@ -151,20 +156,32 @@ class Decoder(nn.Module):
         for block in blocks:
             lag = block.lag_behind(lag)
         height, width = small[0].shape[3:]
-        lag = -(-(lag + 1) * self.patch_size * height // out.shape[3])
-        for stripe in Stripe().split(height, width, stripes, lag=lag, last=0.5):
+        part, enlarged = part or slice(0, z.shape[3]), height // z.shape[3]
+        kept = slice(part.start * enlarged, part.stop * enlarged)
+        ratio = out.shape[3] // (kept.stop - kept.start)
+        behind = (lag + 1) * self.patch_size
+        begun = 0
+        for stripe in Stripe().split(height, width, stripes, lag=-(-behind // ratio), last=0.5, part=kept):
+            if stripe.is_first:
+                begun = ratio * (stripe.taken.start - kept.start) + behind * (not stripe.is_top)
             clip = [(small.pop() if stripe.is_last else small[0])[..., stripe.taken, :]]
             for block in blocks:
                 clip.append(block(clip, stripe, timestep))
             rows = stripe.rows(self.conv_out, clip.pop())
-            place = out[..., stripe.give(self.patch_size * self.conv_out.height(rows)), :]
+            given = stripe.give(self.patch_size * self.conv_out.height(rows))
             self.conv_out(
                 rows,
-                lambda part, y, place=place: place[:, :, part].copy_(unpatchify(y, self.patch_size)),
+                partial(self._put, out, begun + given.start),
                 prepare=partial(normalize, modulation=modulation),
             )
             del rows  # before the next stripe is made
         return out
+
+    def _put(self, out: Tensor, row: int, frames: slice, y: Tensor) -> None:
+        """Put patches of frames into `out`, their first row at `row`; rows beyond `out` are left out."""
+        pixels = unpatchify(y, self.patch_size)
+        stop = min(row + pixels.shape[-2], out.shape[-2])
+        out[:, :, frames, max(0, row) : stop] = pixels[..., max(0, -row) : stop - row, :]
 
     def _modulation(self, timestep: Tensor | None, dtype: torch.dtype) -> Modulation | None:
         if self.time_embedder is None or self.scale_shift_table is None or timestep is None:
@@ -257,7 +274,10 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         for item, out, timestep in zip(self._slices(z), self._slices(sample), self._slices(timesteps), strict=True):
             told = None if temb is None else timestep
             if tiling is None and frame_tiling is None:
-                self._decode_into(out, item, told)
+                if self.tile_ranks is None:
+                    self._decode_into(out, item, told)
+                else:
+                    fill_by_rows(out, ratio, partial(self._decode_rows, item, told, out), self.tile_ranks)
                 continue
             fill_clip(
                 out,
@@ -301,6 +321,12 @@ class AutoencoderKLLTXVideo(FramewiseAutoencoder):
         sizes = rate * (tile.shape[2] - 1) + 1, ratio * tile.shape[3], ratio * tile.shape[4]
         out = z.new_empty(z.shape[0], self.config.out_channels, *sizes, device=self.output_device)
         return self._decode_into(out, tile, timestep)
+
+    def _decode_rows(self, z: Tensor, timestep: Tensor | None, clip: Tensor, part: slice, ranks: int) -> Tensor:
+        """The rows of `clip` that rows `part` of `z` stand for, with the stripes of the clip dealt to so many ranks."""
+        out = clip.new_empty(*clip.shape[:3], (part.stop - part.start) * self.spatial_compression_ratio, clip.shape[4])
+        rows: Tensor = self.decoder(z, timestep, out, -(-self._stripe_count(clip) // ranks), part)
+        return rows
 
     def _decode_into(self, out: Tensor, z: Tensor, timestep: Tensor | None) -> Tensor:
         """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W] and return it, in stripes where that is asked for."""

@@ -128,7 +128,7 @@ class ResidualBlock(nn.Module):
                 new = replace(new, new=between, above=None)
                 y = _plus(self.conv2.part(new, slice(done - start, stop - start), prepare=before2), noise2)
                 if not holds_shortcut:
-                    for place, piece in rows.pieces(0, height):
+                    for place, piece in rows.pieces(rows.lost, height):
                         y[..., place, :].add_(piece[:, :, done:stop])
                 _ = out[:, :, done:stop].add_(y) if holds_shortcut else out[:, :, done:stop].copy_(y)
                 del y
@@ -139,15 +139,15 @@ class ResidualBlock(nn.Module):
 
     def _begun(self, rows: Rows, stripe: Stripe, height: int) -> tuple[Tensor, bool]:
         """Memory for a result of so many rows, and whether it is the shortcut already."""
-        x = rows.new
+        x, kept = rows.new, slice(rows.lost, rows.lost + height)
         if self.conv_shortcut is not None:
             out = x.new_empty(x.shape[0], self.conv2.conv.out_channels, x.shape[2], height, x.shape[4])
-            for place, piece in rows.pieces(0, height):
+            for place, piece in rows.pieces(rows.lost, height):
                 self.conv_shortcut(piece, partial(put, out[..., place, :]), prepare=self.norm3)
             return out, True
         if stripe.is_last and not stripe.is_whole:
-            return rows.joined(), True
-        return x[..., :height, :], stripe.is_first
+            return rows.joined()[..., kept, :], True
+        return x[..., kept, :], stripe.is_first
 
     def _modulations(self, time: Tensor | None) -> tuple[Modulation | None, Modulation | None]:
         if self.scale_shift_table is None or time is None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vramkit.errors import ConfigError
 from vramkit.pipelines.networks.layers import TokenOps, write
 
 __all__ = ["AttentionLayers", "Projections", "Stream", "attention", "cross_attention_", "self_attention_"]
@@ -83,17 +82,10 @@ def self_attention_(streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | 
     """Let the tokens of all streams attend to one another; the streams follow each other in the order of the keys.
 
     mask is bool, True for the keys that are attended to; without it all are, which is what the fast kernels want. Where
-    ranks share the tokens, those of all ranks attend to one another.
-
-    Raises:
-        ConfigError: a mask where ranks share the tokens.
+    ranks share the tokens, those of all ranks attend to one another, and a mask hides none but those that are everywhere.
     """
     if ops.share is not None:
-        if mask is not None:
-            raise ConfigError(
-                "ranks that share tokens attend without a mask; compile nothing around it, or use one rank"
-            )
-        ops.share.self_attention_(streams, ops=ops)
+        ops.share.self_attention_(streams, ops=ops, mask=mask)
         return
     first = streams[0]
     lengths = [stream.tokens.shape[0] for stream in streams]

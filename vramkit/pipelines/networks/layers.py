@@ -168,7 +168,7 @@ class TokenShare(Protocol):
     own: slice
     """Where they lie among those of all ranks."""
 
-    def self_attention_(self, streams: Sequence[Any], *, ops: TokenOps) -> None:
+    def self_attention_(self, streams: Sequence[Any], *, ops: TokenOps, mask: Tensor | None = None) -> None:
         """What `attention.self_attention_` does, across ranks."""
 
     def gather(self, x: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ below, which puts them above its own. From layer to layer the rows given lag fur
 with the lower edge of the picture, catches up. Halos around each stripe would be simpler, and with few rows and many layers
 most of the work would be to compute them.
 
+Ranks that compute a part of the rows each have halos, at the edges of their parts: nothing is sent from layer to layer, and
+a part is so high that its halo is little. Where a part ends inside of the picture, its first stripe has nothing above and
+its last one nothing below; both give what they can, and take so much more that this is the part.
+
 Alive are, beside what a layer makes of a stripe, two rows of all frames for each convolution.
 
 Shapes: B batch, C channels, F frames, H rows, W columns.
@@ -38,6 +42,7 @@ class Rows:
     top: int = 0
     bottom: int = 0
     has_borders: bool = False  # whether all rows are here that are read for those that are given
+    lost: int = 0  # rows at the top, of which two kernels one after the other give nothing, as nobody left any above
 
     @property
     def count(self) -> int:
@@ -59,14 +64,17 @@ class Rows:
                 yield slice(at + first - start, at + stop - start), rows[..., first:stop, :]
             at += rows.shape[-2]
 
-    def fill(self, window: Tensor, frames: slice = slice(None)) -> Tensor:
-        """Write these rows of `frames` to `window` [B, C, f, count, W] and return it."""
+    def fill(
+        self, window: Tensor, frames: slice = slice(None), put: Callable[[Tensor, Tensor], object] | None = None
+    ) -> Tensor:
+        """Write these rows of `frames` to `window` [B, C, f, count, W], or what `put(rows, place)` writes, and return it."""
         height = self.count
         for zeros in (slice(0, self.top), slice(height - self.bottom, height)):
             if zeros.start < zeros.stop:
                 window[..., zeros, :] = 0
         for place, rows in self.pieces(0, height):
-            window[..., self.top + place.start : self.top + place.stop, :] = rows[:, :, frames]
+            target = window[..., self.top + place.start : self.top + place.stop, :]
+            _ = target.copy_(rows[:, :, frames]) if put is None else put(rows[:, :, frames], target)
         return window
 
     def joined(self) -> Tensor:
@@ -93,17 +101,38 @@ class Stripe:
     def __init__(self) -> None:
         self.is_first = True
         self.is_last = True
+        self._ends = (True, True)  # whether the stripes begin and end where the picture does
+        self._spare = (1, 0)
         self.taken = slice(None)  # rows of the picture that was split
         self._size = (0, 0)  # of that picture
         self._left = _Left()
 
-    def split(self, height: int, width: int, count: int, *, lag: int, last: float = 1.0) -> Iterator[Stripe]:
-        """Stripes of this whole picture, to be computed in this order; the arguments are those of `stripe_edges`."""
-        left, edges = _Left(), stripe_edges(height, count, lag=lag, last=last)
+    def split(
+        self,
+        height: int,
+        width: int,
+        count: int,
+        *,
+        lag: int,
+        last: float = 1.0,
+        part: slice | None = None,
+        spare: tuple[int, int] = (1, 0),
+    ) -> Iterator[Stripe]:
+        """Stripes of this whole picture, to be computed in this order; the first arguments are those of `stripe_edges`.
+
+        With `part` of its rows, they take `lag` rows more above and below it, as far as there are some. `spare` tells how
+        many rows of the result become of one, and how many of the result are made of these more than are needed, if
+        `enlarged` is to leave them out.
+        """
+        begin, end = (0, height) if part is None else (part.start, part.stop)
+        edges = [begin + edge for edge in stripe_edges(end - begin, count, lag=lag, last=last)]
+        edges[0], edges[-1] = max(0, begin - lag), min(height, end + lag)
+        left, ends = _Left(), (edges[0] == 0, edges[-1] == height)
         for start, stop in itertools.pairwise(edges):
             stripe = Stripe()
-            stripe.is_first, stripe.is_last = start == 0, stop == height
+            stripe.is_first, stripe.is_last, stripe._ends = start == edges[0], stop == edges[-1], ends
             stripe.taken, stripe._size, stripe._left = slice(start, stop), (height, width), left
+            stripe._spare = spare
             yield stripe
 
     def give(self, count: int) -> slice:
@@ -114,12 +143,28 @@ class Stripe:
 
     def given_by(self, convolutions: int, rows: int) -> int:
         """How many rows so many convolutions, one after the other, make of `rows` new ones: fewer at first, more at last."""
-        return rows + convolutions * (self.is_last - self.is_first)
+        return rows + convolutions * (self.is_bottom - self.is_first - (self.is_first and not self.is_top))
+
+    @property
+    def is_top(self) -> bool:
+        """Whether the upper edge of the picture is that of this stripe."""
+        return self.is_first and self._ends[0]
+
+    @property
+    def is_bottom(self) -> bool:
+        """Whether the lower edge of the picture is that of this stripe."""
+        return self.is_last and self._ends[1]
+
+    @property
+    def left_out(self) -> int:
+        """How many rows of the result `enlarged` leaves out that are not needed."""
+        edges = (self.is_first and not self.is_top) + (self.is_last and not self.is_bottom)
+        return edges * self._spare[1]
 
     @property
     def is_whole(self) -> bool:
         """Whether this is all of the picture."""
-        return self.is_first and self.is_last
+        return self.is_top and self.is_bottom
 
     def rows(
         self, layer: Hashable, x: Tensor, *, top: int = 1, bottom: int = 1, stride: int = 1, multiple: int = 1
@@ -136,8 +181,9 @@ class Stripe:
         """
         if self.is_whole:
             return Rows(x)
-        top, bottom = top * self.is_first, bottom * self.is_last
-        rows = Rows(x, None if self.is_first else self._take(layer, x.shape[2]), top, bottom, has_borders=True)
+        top, bottom, lost = top * self.is_top, bottom * self.is_bottom, 2 * (self.is_first and not self.is_top)
+        above = None if self.is_first else self._take(layer, x.shape[2])
+        rows = Rows(x, above, top, bottom, has_borders=True, lost=lost)
         if self.is_last:
             return rows
         given = ((rows.count - 3) // stride + 1) // multiple * multiple
@@ -153,6 +199,20 @@ class Stripe:
         if not self.is_last:
             self._leave(layer, rows, first=rows.count - 1)
         return rows.joined()
+
+    def enlarged(self, y: Tensor) -> Tensor:
+        """`y` [..., H, W], of which there are twice as many rows as before, without those whose neighbours are missing.
+
+        At the inner edges of a part of the picture, rows that are not needed are left out too.
+        """
+        if self.is_whole:
+            return y
+        ratio, spare = self._spare
+        each = max(1, ratio * self._size[1] // y.shape[-1])  # rows of the result for one of y
+        inner = 1 + spare % (2 * each) // each
+        top = inner if self.is_first and not self.is_top else int(not self.is_first)
+        bottom = inner if self.is_last and not self.is_bottom else int(not self.is_last)
+        return y[..., top : y.shape[-2] - bottom, :]
 
     def height_of_picture(self, x: Tensor) -> int:
         """How many rows the whole picture has of which `x` [B, C, F, H, W] is this stripe."""

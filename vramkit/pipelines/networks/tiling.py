@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "Tiling",
     "blend_",
     "fade_in_",
+    "fill_by_rows",
     "fill_by_tiles",
     "fill_clip",
     "frame_tiles",
@@ -217,6 +219,21 @@ def fill_by_tiles(
             fade_in_(place, kept, shared_frames=shared_frames)
             del tile, kept  # before the next one is computed
         above = lower_edges
+    return out
+
+
+def fill_by_rows(out: Tensor, ratio: int, compute_rows: Callable[[slice, int], Tensor], ranks: TileRanks) -> Tensor:
+    """Fill `out` [..., H, W], `ratio` rows for each of the latents, of whose rows each of the ranks computes a part.
+
+    `compute_rows(part, ranks)` returns what a part of the rows of latents becomes on one of so many ranks.
+    """
+    latents = out.shape[-2] // ratio
+    edges = [latents * rank // ranks.size for rank in range(ranks.size + 1)]
+    parts = [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
+    places = [out[..., ratio * part.start : ratio * part.stop, :] for part in parts]
+    makes = [partial(compute_rows, part, len(parts)) for part in parts]
+    for place, rows in zip(places, ranks.computed([tuple(place.shape) for place in places], makes, out), strict=True):
+        place.copy_(rows)
     return out
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from vramkit.errors import ConfigError
 from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
 from vramkit.pipelines.networks.stripes import Stripe
-from vramkit.pipelines.networks.tiling import Tiling, fill_by_tiles
+from vramkit.pipelines.networks.tiling import Tiling, fill_by_rows, fill_by_tiles
 from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
 from vramkit.pipelines.wan.vae_config import AutoencoderKLWanConfig
 from vramkit.pipelines.wan.vae_layers import (
@@ -265,6 +266,11 @@ class AutoencoderKLWan(VideoAutoencoder):
         sizes = self.config.out_channels // self.config.patch**2, frames, height, width
         items = self._slices(z)
         clip = z.new_empty(()).expand(items[0].shape[0], *sizes)  # without its memory
+        if self.tile_ranks is not None and self.has_stripes and not self._tiles_pictures(clip):
+            sample = self._new_clip(z, *sizes)
+            for item, out in zip(items, self._slices(sample), strict=True):
+                fill_by_rows(out, ratio, partial(self._decode_rows, item, out), self.tile_ranks)
+            return DecoderOutput(sample)
         if len(self._decoded_stripes(z, clip)) > 1:
             clips = [self._decode_stripes(item, self._decoded_stripes(item, clip), clip) for item in items]
             return DecoderOutput(clips[0] if len(clips) == 1 else torch.cat(clips))
@@ -373,6 +379,23 @@ class AutoencoderKLWan(VideoAutoencoder):
         lag = -(-self.decoder.lag // self.config.scale_factor_spatial)
         return list(Stripe().split(z.shape[3], z.shape[4], count, lag=lag))
 
+    def _decode_rows(self, z: Tensor, clip: Tensor, part: slice, ranks: int) -> Tensor:
+        """The rows of `clip` that rows `part` of `z` stand for, with the stripes of the clip dealt to so many ranks."""
+        ratio, behind = self.config.scale_factor_spatial, self.decoder.lag
+        count = -(-self._stripe_count(clip) // ranks)
+        lag = -(-behind // ratio)
+        spare = ratio, ratio * lag - behind
+        parts = list(Stripe().split(z.shape[3], z.shape[4], count, lag=lag, part=part, spare=spare))
+        first, last = parts[0], parts[-1]
+        if first.is_whole:
+            rows = self._decode_tile(z, self._new_clip(z, *clip.shape[1:])).clamp_(-1.0, 1.0)
+            return rows[..., ratio * part.start : ratio * part.stop, :]
+        # At an inner edge it begins, or ends, with the part; at one of the picture there may be a little more.
+        begun = 0 if first.is_top else ratio * part.start
+        ended = clip.shape[3] if last.is_bottom else ratio * part.stop
+        rows = self._decode_stripes(z, parts, clip[..., begun:ended, :])
+        return rows[..., ratio * part.start - begun : ratio * part.stop - begun, :]
+
     def _decode_stripes(self, z: Tensor, parts: list[Stripe], clip: Tensor) -> Tensor:
         """[B, Z, T, h, w] -> [B, 3, F, H, W] as `clip`, in stripes from where the pictures are first enlarged.
 
@@ -382,7 +405,7 @@ class AutoencoderKLWan(VideoAutoencoder):
         small, finished = self._begun_stripes(z, parts), []
         for stripe in parts:
             cache, x = FeatureCache(stripe), small.pop(0)
-            rows = stripe.given_by(self.decoder.lag, self.config.scale_factor_spatial * x.shape[3])
+            rows = stripe.given_by(self.decoder.lag, self.config.scale_factor_spatial * x.shape[3]) - stripe.left_out
             out = (
                 clip.new_empty(*clip.shape[:3], rows, clip.shape[4])
                 if whole is None

@@ -111,12 +111,9 @@ class FeatureCache:
             before.copy_(self._past.pop(conv))
         else:
             before.zero_()
-        if norm is None:
-            rows.fill(new)
-        elif height == x.shape[-2]:
-            F.silu(norm(x, out=new), inplace=True)
-        else:  # zeros stay zeros
-            F.silu(norm(rows.fill(new), out=new), inplace=True)
+        rows.fill(new, put=norm)
+        if norm is not None:  # zeros stay zeros
+            F.silu(new, inplace=True)
         return window
 
     def keep(self, conv: CausalConv3d, frames: Tensor) -> None:
@@ -143,7 +140,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(h, cache)
         h = cache.window(self.conv2, h, self.norm2)
         h = self.conv2(h, cache)
-        for place, piece in rows.pieces(0, h.shape[-2]):
+        for place, piece in rows.pieces(rows.lost, h.shape[-2]):
             h[..., place, :].add_(self.conv_shortcut(piece))
         return h
 
@@ -235,8 +232,7 @@ class Upsample(nn.Module):
             images = torch.unflatten(pairs, 1, (2, channels)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
             del pairs
         y = self.resample(images.flatten(0, 1))  # [B F, C', 2 H, 2 W]
-        # Beyond the inner edges of a stripe are no zeros, as the convolution takes it.
-        y = y[:, :, int(not cache.stripe.is_first) : y.shape[2] - int(not cache.stripe.is_last)]
+        y = cache.stripe.enlarged(y)  # beyond its inner edges are no zeros, as the convolution takes it
         return torch.unflatten(y, 0, (batch, -1)).transpose(1, 2)
 
 
