@@ -207,13 +207,17 @@ class Fit:
         return f"<{type(self).__name__} of {self.plan.model} in {format_bytes(self.plan.vram_bytes)}>"
 
     def _take_off(self) -> None:
-        applied, self._applied = self._applied, None
-        with contextlib.ExitStack() as steps:  # one that fails keeps no other from being taken
-            steps.callback(self._features.reset)
-            for name in self._narrowed.ways:
-                steps.callback(self._narrowed.undo, name)
-            if applied is not None:
-                steps.callback(applied.remove)
+        try:
+            with contextlib.ExitStack() as steps:  # one that fails keeps no other from being taken
+                steps.callback(self._features.reset)
+                for name in self._narrowed.ways:
+                    steps.callback(self._narrowed.undo, name)
+                if self._applied is not None:
+                    steps.callback(self._applied.remove)
+        except Exception:
+            self._applied = None
+            raise
+        self._applied = None  # not after Ctrl-C: then there is something left to be taken off
 
     def _apply(self, plan: Plan) -> None:
         if self._applied is not None:
@@ -227,6 +231,7 @@ class Fit:
             else:
                 self._narrowed.undo(each.name)
         self._applied = Applied(self._modules, plan, disk_folder=self._disk_folder, mesh=self._mesh)
+        self._applied.open()
         self.plan, self._weights = plan, _weights_of(components_of(self._target))
         is_other = chosen.decode is not None and chosen.decode != self._features.before.decode
         if plan.allow == "exact" and is_other and plan.decode is not None and plan.decode.mode == "tiles":
@@ -240,17 +245,22 @@ class Fit:
     def _guard(self) -> None:
         is_of_pipeline = self._planner.is_of_pipeline
         if is_of_pipeline:
-            self._guards.append(Guard(self._target, self._around_pipeline))
-            if self._mesh is not None:
+            self._attach(Guard(self._target, self._around_pipeline))
+            if self._mesh is not None:  # ranks would have to plan together for what each does by itself
                 return
         around = self._around_part if is_of_pipeline else self._around
         for name, module in self._modules.items():
             methods = [method for method in entry_points_of(module) if method != "forward"]
-            self._guards.append(Guard(module, functools.partial(around, name), methods))
+            self._attach(Guard(module, functools.partial(around, name), methods))
+
+    def _attach(self, guard: Guard) -> None:
+        self._guards.append(guard)  # first: an interrupt may come after any step
+        guard.attach()
 
     def _unguard(self) -> None:
         while self._guards:
-            self._guards.pop().remove()
+            self._guards[-1].remove()
+            self._guards.pop()
 
     @contextlib.contextmanager
     def _inside(self, name: str) -> Iterator[bool]:

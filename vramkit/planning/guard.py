@@ -13,7 +13,7 @@ Around: TypeAlias = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractCon
 
 
 class Guard:
-    """While it is on, every call of `target`, and of its `methods`, is made inside of ``around(method, args, kwargs)``."""
+    """Between `attach` and `remove`, calls of `target` and of its `methods` are made in ``around(method, args, kwargs)``."""
 
     def __init__(self, target: Any, around: Around, methods: Sequence[str] = ()) -> None:
         kind = type(target)
@@ -31,7 +31,10 @@ class Guard:
         guarded = {name: _Guarded(name, kind, target, around) for name in methods if hasattr(kind, name)}
         self._target, self._kind = target, kind
         self._derived = derive(kind.__name__, (kind,), {**names, **guarded, "__call__": call})
-        target.__class__ = self._derived
+
+    def attach(self) -> None:
+        """Give the object the class that looks at its calls."""
+        self._target.__class__ = self._derived
 
     def remove(self) -> None:
         """Give the object its class back."""
