@@ -218,8 +218,8 @@ def test_the_second_try_of_what_found_no_memory(source: Any, monkeypatch: pytest
                 try:
                     again()
                 except KeyboardInterrupt:
-                    clock.wind("", -1)
-                net.is_full = False
+                    net.is_full = False
+                clock.wind("", -1)
                 assert torch.equal(net(x), expected)
             clock.wind("", -1)
             assert traces(net) == before
