@@ -61,9 +61,11 @@ class PlannedCall:
         """Return this call of a pipeline, and before or after it `part`, a call of components."""
 
         def make(twin: Any) -> None:
-            calls = (lambda: part.make(twin.components)), (lambda: self.make(twin))
-            for call in calls if is_first else reversed(calls):
-                call()
+            if is_first:
+                part.make(twin.components)
+            self.make(twin)
+            if not is_first:
+                part.make(twin.components)
 
         return dataclasses.replace(self, make=make)
 

@@ -50,7 +50,7 @@ class Generation:
                 f"{', '.join(options)} were given, and no length of what is generated; give max_length=, or example= (token "
                 "ids) and max_new_tokens="
             )
-        batch, prompt = (1, max(1, length - (new or 1))) if example is None else _sizes_of(example)
+        batch, prompt = (1, max(1, (length or 1) - (new or 1))) if example is None else _sizes_of(example)
         return cls(
             batch=options.get("batch", batch),
             prompt=prompt,

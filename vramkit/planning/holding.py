@@ -15,7 +15,7 @@ _ROUNDS = 3  # of components that alternate: by then what they leave one another
 _CALLS = 2  # the first one begins with what applying left on the device, later ones with what the one before left
 
 
-@dataclasses.dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclasses.dataclass(eq=False)
 class Holding:
     """What one component has on the device at a moment: slots, and weights that stay. Sizes in bytes."""
 
