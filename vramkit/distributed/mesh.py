@@ -212,7 +212,8 @@ class Mesh:
         """Make groups; one of all ranks is that of all, since each group has buffers on the device."""
         if name != "weights" and hasattr(self, "all") and len(groups) == 1:
             return self.all
-        return Ranks(name, groups, self.rank, self._heartbeats, self._timeout_s)
+        is_beside = name == "weights"
+        return Ranks(name, groups, self.rank, self._heartbeats, self._timeout_s, is_beside=is_beside)
 
 
 def _store_of_mesh(rank: int) -> Any:

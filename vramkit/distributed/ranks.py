@@ -23,6 +23,7 @@ from vramkit.errors import RankError
 __all__ = ["Ranks", "Transfer", "ranks_of"]
 
 _POLL = dt.timedelta(seconds=0.2)
+_PROCESSORS = 8  # of NCCL for the weights: each carries some 20 GB/s, and two links bring 55
 # The name of torch 2.13, and that of before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -60,11 +61,19 @@ class Ranks:
     """A group of processes, as one of them sees it. Used by one thread at a time."""
 
     def __init__(
-        self, name: str, groups: Sequence[Sequence[int]], rank: int, heartbeats: Heartbeats, timeout_s: float
+        self,
+        name: str,
+        groups: Sequence[Sequence[int]],
+        rank: int,
+        heartbeats: Heartbeats,
+        timeout_s: float,
+        *,
+        is_beside: bool = False,
     ) -> None:
         """Make groups of the world's ranks, and be the one called `name` that has this process, which is `rank`.
 
-        All ranks make all `groups`, each of several ranks in order, as torch asks.
+        All ranks make all `groups`, each of several ranks in order, as torch asks. What `is_beside` the computation takes
+        few processors of a device from it.
         """
         self.name = name
         self.number = next(_numbers)
@@ -77,7 +86,9 @@ class Ranks:
         heartbeats.join_group(name, self.members)
         # Twice as long as what the heartbeats allow, which say whose fault it is.
         timeout = dt.timedelta(seconds=2 * timeout_s + 60)
-        made = {tuple(members): dist.new_group(members, timeout=timeout) for members in groups if len(members) > 1}
+        options = _beside(timeout) if is_beside and torch.cuda.is_available() else None
+        several = [tuple(members) for members in groups if len(members) > 1]
+        made = {each: dist.new_group(each, timeout=timeout, pg_options=options) for each in several}
         self._group = made.get(self.members)
         self._begun: set[torch.device] = set()
 
@@ -155,6 +166,18 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise self._heartbeats.blame(error) from error
+
+
+def _beside(timeout: dt.timedelta) -> Any:
+    """Options of NCCL for what runs beside the computation.
+
+    A kernel that waits for another card holds the processors that it has: they are few. And it goes before kernels that
+    compute, behind which it would keep the other card waiting.
+    """
+    options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # noqa: SLF001 (torch warns where it is another than that of the group)
+    options.config.max_ctas = _PROCESSORS
+    return options
 
 
 _numbers = itertools.count()

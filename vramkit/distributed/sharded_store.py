@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vramkit.distributed.ranks import Ranks
+from vramkit.distributed.ranks import Ranks, Transfer
 from vramkit.distributed.turnstile import Turnstile
 from vramkit.errors import RankError
+from vramkit.offload.backend import Arrival
 from vramkit.offload.stores import PartedStore, Store, StoreKind
 
 __all__ = ["ShardedStore"]
@@ -65,7 +66,11 @@ class ShardedStore:
         self._turns.append(self._turnstile.take())
 
     def fill(self, target: torch.Tensor) -> None:
-        """When it is its turn, read this rank's shares, and gather those of all.
+        """Do as `begin` does, and wait."""
+        self.begin(target).wait()
+
+    def begin(self, target: torch.Tensor) -> Arrival:
+        """When it is its turn, read this rank's shares; those of the others come in behind.
 
         Raises:
             StoreError: the bytes cannot be had.
@@ -73,18 +78,17 @@ class ShardedStore:
         """
         with self._turnstile.turn(self._turns.popleft()):
             self._meet()
-            self._gather(target)
+            return _Gathered(self._gathering(target))
 
-    def _gather(self, target: torch.Tensor) -> None:
-        gathered = []
+    def _gathering(self, target: torch.Tensor) -> list[Transfer]:
+        transfers = []
         for start, stop, own in self._pieces:
             for part in own:
                 part.fill(target)
-            gathered.append(self._ranks.gather_(target[start:stop]))
+            transfers.append(self._ranks.gather_(target[start:stop]))
         for part in self._rest:
             part.fill(target)
-        for each in gathered:
-            each.wait()
+        return transfers
 
     def _meet(self) -> None:
         """See that all ranks are here for this group."""
@@ -95,6 +99,18 @@ class ShardedStore:
                 f"ranks need weights in different orders ({wanted}), and each has only a part of them. All have to make the "
                 "same calls of the same module; what skips blocks by the values of tensors cannot share their weights"
             )
+
+
+class _Gathered:
+    """The pieces of a group on their way."""
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        self._transfers = transfers
+
+    def wait(self) -> None:
+        """Wait for all of them; see `Transfer.wait`."""
+        for transfer in self._transfers:
+            transfer.wait()
 
 
 class _Part:

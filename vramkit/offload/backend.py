@@ -10,13 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from vramkit.offload.workers import Job, Workers
 
-__all__ = ["AcceleratorBackend", "Backend", "CopyQueue", "CpuBackend", "Fence", "accelerator_for", "backend_for"]
+__all__ = [
+    "AcceleratorBackend",
+    "Arrival",
+    "Backend",
+    "CopyQueue",
+    "Copying",
+    "CpuBackend",
+    "Fence",
+    "accelerator_for",
+    "backend_for",
+]
 
 
 class Fence(Protocol):
@@ -29,11 +39,24 @@ class Fence(Protocol):
         """Hold the host until this point is reached."""
 
 
+class Arrival(Protocol):
+    """Bytes that others send."""
+
+    def wait(self) -> None:
+        """Let the current stream wait for them, or the host where there are no streams."""
+
+
+Copying: TypeAlias = Callable[[], Sequence[Arrival]]
+
+
 class CopyQueue(Protocol):
     """Copies in order, beside the computation."""
 
-    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
-        """Run `job` after all that was submitted and after the fences; the result is passed when the job is done."""
+    def submit(self, job: Copying, after: Iterable[Fence]) -> Fence:
+        """Run `job` after all that was submitted and after the fences.
+
+        The result is passed when the job is done and what it returned has arrived. Later jobs need not wait for arrivals.
+        """
 
     def drain(self) -> None:
         """Hold the host until everything submitted is done, whether it failed or not. Closed: nothing to do."""
@@ -116,7 +139,7 @@ class _WorkerQueue:
         self._worker = Workers("vramkit-copy")
         self._worker.start()  # now, because a thread that cannot be had is an error of applying
 
-    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+    def submit(self, job: Copying, after: Iterable[Fence]) -> Fence:
         return _JobFence(self._worker.submit(partial(self._inner.submit, job, tuple(after))))
 
     def drain(self) -> None:
@@ -131,10 +154,11 @@ class _WorkerQueue:
 class _DirectQueue:
     """Jobs run where they are submitted: what a worker thread does on the CPU."""
 
-    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+    def submit(self, job: Copying, after: Iterable[Fence]) -> Fence:
         for fence in after:
             fence.synchronize()
-        job()
+        for arrival in job():
+            arrival.wait()
         return _Passed()
 
     def drain(self) -> None:
@@ -192,21 +216,36 @@ class _EventFence:
 
 
 class _StreamQueue:
-    """A stream of its own: jobs issue asynchronous copies, fences are events, nothing waits on the host."""
+    """A stream of its own: jobs issue asynchronous copies, fences are events, nothing waits on the host.
+
+    A second stream waits for what arrives from others, so that the link goes on with the next job.
+    """
 
     def __init__(self, api: Any, device: torch.device) -> None:
         self._api = api
+        self._device = device
         self._stream = api.Stream(device=device)
+        self._arrivals: Any = None  # a stream, where there are any
 
-    def submit(self, job: Callable[[], None], after: Iterable[Fence]) -> Fence:
+    def submit(self, job: Copying, after: Iterable[Fence]) -> Fence:
         with self._api.stream(self._stream):
             for fence in after:
                 fence.wait()  # "computation issued from now on" is what this stream does next
-            job()
-            return _EventFence(self._api, self._stream)
+            arrivals = job()
+            issued = _EventFence(self._api, self._stream)
+        if not arrivals:
+            return issued
+        self._arrivals = self._arrivals or self._api.Stream(device=self._device)
+        with self._api.stream(self._arrivals):
+            issued.wait()
+            for arrival in arrivals:
+                arrival.wait()
+            return _EventFence(self._api, self._arrivals)
 
     def drain(self) -> None:
         self._stream.synchronize()
+        if self._arrivals is not None:
+            self._arrivals.synchronize()
 
     def close(self) -> None:
         self.drain()

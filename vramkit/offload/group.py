@@ -11,6 +11,7 @@ from torch import nn
 
 from vramkit import tensors
 from vramkit.errors import ConflictError
+from vramkit.offload.backend import Arrival
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.layout import BufferLayout, LeafSpec
 from vramkit.offload.passes import is_in_functional_call
@@ -212,15 +213,24 @@ class ModuleGroup:
 
     def reserve(self) -> None:
         """Say that a fill comes next of all that this process does with other ranks."""
-        for store in self._joint:
+        for _, _, store in self._joint:
             store.reserve()
 
-    def fill(self, memory: torch.Tensor) -> None:
-        """Put the bytes into `memory`, in order with the current stream, and make there what is made of them."""
-        for offset, size_bytes, store in self.stores:
+    def fill(self, memory: torch.Tensor) -> Sequence[Arrival]:
+        """Put the bytes into `memory`, in order with the current stream, and make there what is made of them.
+
+        Returns what others send there.
+        """
+        for offset, size_bytes, store in self._alone:
             store.fill(memory[offset : offset + size_bytes])
+        arrivals = [joint.begin(memory[offset : offset + size_bytes]) for offset, size_bytes, joint in self._joint]
+        if not self._made:
+            return arrivals
+        for arrival in arrivals:
+            arrival.wait()
         for binding in self._made:
             binding.make_in(memory)
+        return ()
 
     def show_device(self, memory: torch.Tensor, *, remember: bool) -> None:
         """Let owners have the tensors in `memory`; `remember` them where the same memory comes back every pass."""
@@ -343,6 +353,7 @@ class ModuleGroup:
 
     def _find_stores(self, changed: Sequence[torch.Tensor]) -> None:
         self.stores = tuple(self._home.stores(changed))
-        self._joint = [store for _, _, store in self.stores if isinstance(store, JointStore)]
+        self._joint = [(at, size, store) for at, size, store in self.stores if isinstance(store, JointStore)]
+        self._alone = [each for each in self.stores if not isinstance(each[2], JointStore)]
         self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
         self._version_in_files = self.version()

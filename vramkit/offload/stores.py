@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from vramkit.offload.backend import Backend, Fence
+from vramkit.offload.backend import Arrival, Backend, Fence
 from vramkit.offload.disk import FileReader, FileSpan, MappedFile
 from vramkit.offload.memory_map import own_pages
 
@@ -69,6 +69,14 @@ class JointStore(Protocol):
 
     def reserve(self) -> None:
         """Take a place for the next fill, in the order in which this is called among all such stores."""
+
+    def begin(self, target: torch.Tensor) -> Arrival:
+        """Do as `fill` does, but for what others send, which the result stands for.
+
+        Raises:
+            StoreError: the bytes cannot be had.
+            RankError: a rank has failed.
+        """
 
 
 class Sharing(Protocol):

@@ -18,7 +18,7 @@ import torch
 from torch._functorch import pyfunctorch
 from torch.profiler import record_function
 
-from vramkit.offload.backend import Backend, Fence
+from vramkit.offload.backend import Arrival, Backend, Copying, Fence
 from vramkit.offload.group import ModuleGroup
 from vramkit.offload.orders import Orders
 from vramkit.offload.ring import Region, SlotRing
@@ -412,10 +412,13 @@ class Streamer:
         return _Load(group, region, ready, version)
 
     def _drop(self, load: _Load) -> None:
-        """Give a load back unused. Its copy ends before later ones begin: the queue is in order."""
+        """Give a load back unused. Its copy ends before later ones begin: the queue is in order.
+
+        What others send is not: a load of several ranks frees its slot when it is all there.
+        """
         self._ahead.remove(load)
         load.region.is_given_up = True
-        self._ring.give(load.region, None)
+        self._ring.give(load.region, load.ready if load.group.is_joint else None)
         self._counters.dropped_loads += 1
 
 
@@ -426,9 +429,10 @@ def _span(step: str, group: ModuleGroup) -> AbstractContextManager[object]:
     return record_function(f"vramkit::{step} {group.name}")
 
 
-def _filling(group: ModuleGroup, region: Region) -> Callable[[], None]:
-    def fill() -> None:
-        if not region.is_given_up or group.is_joint:  # other ranks, who may have begun it, would wait
-            group.fill(region.memory)
+def _filling(group: ModuleGroup, region: Region) -> Copying:
+    def fill() -> Sequence[Arrival]:
+        if region.is_given_up and not group.is_joint:  # other ranks, who may have begun it, would wait
+            return ()
+        return group.fill(region.memory)
 
     return fill

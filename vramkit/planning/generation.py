@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -100,15 +101,21 @@ class Generation:
     def _token(self, twin: Any, tokens: int, **more: Any) -> Any:
         if more:  # of a cache, all but the last token are known
             tokens += 1
-        return twin.generate(
-            torch.ones(self.batch, tokens, dtype=torch.int64),
-            max_new_tokens=max(1, self.length - tokens),
-            do_sample=False,
-            return_dict_in_generate=True,
-            stopping_criteria=[lambda ids, _scores, **_: torch.ones(len(ids), dtype=torch.bool)],
-            **({"cache_implementation": self.cache_implementation} if self.cache_implementation else {}),
-            **more,
-        )
+        config = twin.generation_config
+        twin.generation_config = copy.copy(config)
+        twin.generation_config.eos_token_id = None  # no token has a value that could be compared with it
+        try:
+            return twin.generate(
+                torch.ones(self.batch, tokens, dtype=torch.int64),
+                max_new_tokens=max(1, self.length - tokens),
+                do_sample=False,
+                return_dict_in_generate=True,
+                stopping_criteria=[lambda ids, _scores, **_: torch.ones(len(ids), dtype=torch.bool)],
+                **({"cache_implementation": self.cache_implementation} if self.cache_implementation else {}),
+                **more,
+            )
+        finally:
+            twin.generation_config = config
 
 
 def can_generate(module: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vramkit.errors import ConfigError, ConflictError
+from vramkit.offload.backend import Arrival, Copying
 from vramkit.timeline import MemoryTimeline
 from vramkit.tracing.recording import ENDINGS, Event, Kind, Recording
 
@@ -39,13 +40,14 @@ class Track:
         if self._recorder.is_on:
             self.notes.append((kind, name, start, end, size_bytes, slot))
 
-    def copying(self, name: str, size_bytes: int, slot: int | None, fill: Callable[[], None]) -> Callable[[], None]:
+    def copying(self, name: str, size_bytes: int, slot: int | None, fill: Copying) -> Copying:
         """Return `fill`, which runs on the queue that copies, with a note of when it did."""
 
-        def noted() -> None:
+        def noted() -> Sequence[Arrival]:
             start = self.backend.moment()
-            fill()
+            arrivals = fill()
             self.note("copy", name, start, self.backend.moment(), size_bytes, slot)
+            return arrivals
 
         return noted
 
