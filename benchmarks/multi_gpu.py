@@ -40,6 +40,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import vramkit
+from benchmarks.rows import Results, Row
 from vramkit.distributed import Mesh, connect
 from vramkit.distributed.branches import GuidanceBranches
 from vramkit.distributed.sequence import SequenceRanks
@@ -48,7 +49,6 @@ from vramkit.memory import probe_link_gbps
 from vramkit.offload import Offload, apply_group_offloading, load_mapped, parameters_on_meta
 from vramkit.offload.checkpoint import write_checkpoint
 
-Row = dict[str, Any]
 GIB = 2**30
 # Of the seconds of one card, on two.
 TARGETS = {
@@ -377,14 +377,14 @@ def environment(device: torch.device) -> Row:
 
 
 def write(out: Path, rows: list[Row], notes: Row) -> None:
-    """Write the rows as JSON and as a table."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"benchmark": "multi_gpu", **notes, "rows": rows}, indent=1) + "\n")
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([str(row[name]) for name in columns] for row in rows)]
-    facts = "".join(f"- {name}: {value}\n" for name, value in notes.items())
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    out.with_suffix(".md").write_text(f"# Several cards beside one\n\n{facts}\n{table}\n")
+    """Put the rows into a file of results, in the place of older ones of these cases, and write its table."""
+    from benchmarks.report import report
+
+    file = out.with_suffix(".json")
+    results = Results.read(file) if file.exists() else Results(title="multi_gpu")
+    results.add(rows, notes)
+    results.write(file)
+    out.with_suffix(".md").write_text(report(results))
 
 
 def main(arguments: list[str] | None = None) -> None:
