@@ -53,6 +53,7 @@ PUBLIC = {
     "export_to_video",
     "fit",
     "load_image",
+    "load_video",
     "load_mapped",
     "offload_of",
     "parameters_on_meta",

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         WanTransformer3DModel,
         export_to_video,
         load_image,
+        load_video,
     )
     from vramkit.planning import Fit, Plan, fit, plan
     from vramkit.quant import PipelineQuantizationConfig, quantize
@@ -117,6 +118,7 @@ _HOMES = {
         "WanTransformer3DModel",
         "export_to_video",
         "load_image",
+        "load_video",
     ),
     "vramkit.planning": (
         "Fit",
@@ -181,6 +183,7 @@ __all__ = [
     "fit",
     "load_image",
     "load_mapped",
+    "load_video",
     "offload_of",
     "parameters_on_meta",
     "plan",

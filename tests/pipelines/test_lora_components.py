@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vramkit import HunyuanVideoPipeline, WanPipeline
-from vramkit.errors import ConfigError, ConflictError
+from vramkit.errors import CheckpointError, ConfigError, ConflictError
 from vramkit.offload import offload_of
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -308,3 +308,30 @@ def test_weights_that_are_no_numbers(weight: Any, pipeline: WanPipeline, loras: 
     with pytest.raises(ConfigError, match=r"the adapter weight is .*; expected a finite number"):
         pipeline.set_adapters("a", weight)
     pipeline.set_adapters("a", torch.tensor(0.5))
+
+
+def test_a_file_that_says_whom_it_is_for_is_as_strong_where_the_call_says_so_too(
+    wan_folder: Path, pipeline: WanPipeline, loras: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    pipeline.transformer_2 = load(wan_folder).transformer
+    layers = {key.removeprefix("transformer."): tensor for key, tensor in loras["small"].items()}
+    entries = {"r": 2, "lora_alpha": 8}
+    for component in ("transformer", "transformer_2"):
+        named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": entries}
+        pipeline.save_lora_weights(tmp_path / component, **named)
+    pipeline.load_lora_weights(tmp_path / "transformer")
+    expected = flow(pipeline.transformer)
+    for folder, second in (("transformer_2", False), ("transformer_2", True), ("transformer", True)):
+        pipeline.load_lora_weights(tmp_path / folder, "low", load_into_transformer_2=second)
+        assert torch.equal(flow(pipeline.transformer_2), expected)
+        pipeline.delete_adapters("low")
+
+
+def test_a_file_of_two_models_cannot_be_for_the_second_alone(
+    wan_folder: Path, pipeline: WanPipeline, loras: dict[str, dict[str, Tensor]]
+) -> None:
+    pipeline.transformer_2 = load(wan_folder).transformer
+    second = {key.replace("transformer.", "transformer_2.", 1): tensor for key, tensor in loras["small"].items()}
+    with pytest.raises(CheckpointError, match="leave out load_into_transformer_2, and each gets its own"):
+        pipeline.load_lora_weights(loras["small"] | second, load_into_transformer_2=True)
+    assert pipeline.get_list_adapters() == {}

@@ -175,6 +175,15 @@ def test_a_pipeline_is_saved_while_it_is_offloaded(family: str, stock: Stock, tm
     assert_same(saved.text_encoder, expected["text_encoder"])
 
 
+def test_a_compiled_model_is_saved_as_what_it_wraps(stock: Stock, tmp_path: Path) -> None:
+    pipeline = stock.pipeline("Wan2.1")
+    model = pipeline.transformer
+    pipeline.transformer = torch.compile(model, backend="eager")
+    pipeline.save_pretrained(tmp_path)
+    assert_same(load("Wan2.1", tmp_path).transformer, model)
+    assert_same(load_oracle(tmp_path).transformer, model)
+
+
 def test_adapters_are_refused_and_fused_ones_are_saved(stock: Stock, tmp_path: Path) -> None:
     pipeline = load("Wan2.1", stock.folder("Wan2.1"), text_encoder=None, tokenizer=None)
     apply_model_offload(pipeline, "cpu")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError, StoreError
-from vramkit.pipelines.calling.video import export_to_video, load_image, postprocess_video
+from vramkit.pipelines.calling.video import export_to_video, load_image, load_video, postprocess_video
 
 HEIGHT, WIDTH, COUNT = 32, 48, 7
 
@@ -267,3 +267,41 @@ class TestLoadImage:
             load_image(tmp_path / "text.png")
         with pytest.raises(ConfigError, match="does not exist"):
             load_image(tmp_path / "missing.png")
+
+
+class TestLoadVideo:
+    @pytest.fixture
+    def frames(self) -> Any:
+        coarse = np.random.default_rng(0).random((9, 4, 6, 3))
+        return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+    def test_frames_of_an_exported_clip(self, frames: Any, tmp_path: Path) -> None:
+        path = export_to_video(frames, tmp_path / "a: clip.mp4", fps=16)
+        got = load_video(path)
+        assert [picture.size for picture in got] == [(48, 32)] * 9
+        raw = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        assert (
+            b"".join(picture.tobytes() for picture in got)
+            == subprocess.run(raw, check=True, capture_output=True).stdout
+        )
+        assert np.abs(np.stack(got) / 255 - frames).mean() < 0.1
+
+    def test_pictures_of_a_gif(self, frames: Any, tmp_path: Path) -> None:
+        first, *rest = [PIL.Image.fromarray((frame * 255).astype(np.uint8)) for frame in frames]
+        first.save(tmp_path / "clip.gif", save_all=True, append_images=rest)
+        got = load_video(tmp_path / "clip.gif")
+        assert [picture.mode for picture in got] == ["RGB"] * 9
+        assert [picture.tobytes() for picture in got] == [picture.tobytes() for picture in (first, *rest)]
+
+    def test_what_converts_is_given_the_pictures(self, frames: Any, tmp_path: Path) -> None:
+        path = export_to_video(frames, tmp_path / "clip.mp4")
+        assert load_video(path, lambda pictures: pictures[::2][:3])[0].size == (48, 32)
+        assert len(load_video(path, convert_method=lambda pictures: pictures[::2])) == 5
+
+    def test_what_is_no_video(self, tmp_path: Path) -> None:
+        for name, content in (("text.mp4", b"no video"), ("short.gif", b"GIF89a"), ("empty.mp4", b"")):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=rf"{name} is not a video"):
+                load_video(tmp_path / name)
+        with pytest.raises(ConfigError, match="does not exist: give the path or http\\(s\\) address of a video"):
+            load_video(tmp_path / "missing.mp4")

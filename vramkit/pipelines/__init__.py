@@ -12,7 +12,7 @@ from vramkit.lazy import lazy_names
 if TYPE_CHECKING:
     from vramkit.pipelines.calling.decoding import DecodeMemoryError
     from vramkit.pipelines.calling.pipeline import Pipeline
-    from vramkit.pipelines.calling.video import export_to_video, load_image
+    from vramkit.pipelines.calling.video import export_to_video, load_image, load_video
     from vramkit.pipelines.cogvideox.image_to_video import CogVideoXImageToVideoPipeline
     from vramkit.pipelines.cogvideox.pipeline import CogVideoXPipeline
     from vramkit.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
@@ -62,6 +62,7 @@ _HOMES = {
     "vramkit.pipelines.calling.video": (
         "export_to_video",
         "load_image",
+        "load_video",
     ),
     "vramkit.pipelines.wan.image_to_video": ("WanImageToVideoPipeline",),
     "vramkit.pipelines.wan.pipeline": ("WanPipeline",),
@@ -96,6 +97,7 @@ __all__ = [
     "WanTransformer3DModel",
     "export_to_video",
     "load_image",
+    "load_video",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -6,6 +6,7 @@ from vramkit.pipelines.calling.video import (
     check_video,
     export_to_video,
     load_image,
+    load_video,
     postprocess_video,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "check_video",
     "export_to_video",
     "load_image",
+    "load_video",
     "postprocess_video",
 ]

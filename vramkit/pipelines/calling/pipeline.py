@@ -106,7 +106,8 @@ class Pipeline(CheckpointCalls, LoraAdapters, MemoryCalls):
             refuse_adapters(module)
         index: dict[str, Any] = {"_class_name": type(self).__name__, "_vramkit_version": __version__}
         with staged_folder(save_directory) as stage:
-            for name, component in self.components.items():
+            for name, given in self.components.items():
+                component = getattr(given, "_orig_mod", given)  # what torch.compile wraps
                 index[name] = [None, None] if component is None else [_library_of(component), type(component).__name__]
                 if component is not None:
                     _save(component, stage / name, how if isinstance(component, nn.Module) else {})

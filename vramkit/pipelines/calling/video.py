@@ -1,4 +1,4 @@
-"""Frames: from the VAE's output to arrays or pictures, to an mp4 file, and a picture from a file."""
+"""Frames: from the VAE's output to arrays or pictures, to an mp4 file, and pictures and clips from files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -134,7 +134,7 @@ def load_image(image: str | os.PathLike[str] | Image) -> Image:
         picture = image
     else:
         try:
-            picture = PIL.Image.open(io.BytesIO(_image_bytes(os.fspath(image))))
+            picture = PIL.Image.open(io.BytesIO(_content(os.fspath(image), "a picture")))
             picture.load()
         except OSError as error:  # what Pillow raises for bytes that it does not know, or that end too early
             raise CheckpointError(f"{image} is not a picture that can be read: {error}") from error
@@ -142,7 +142,52 @@ def load_image(image: str | os.PathLike[str] | Image) -> Image:
     return upright.convert("RGB")
 
 
-def _image_bytes(name: str) -> bytes:
+def load_video(video: str | os.PathLike[str], convert_method: Callable[[list[Image]], Any] | None = None) -> Any:
+    """Return the frames of a clip as RGB pictures, from a local path or an http(s) address.
+
+    Args:
+        video: a video that ffmpeg reads, or a GIF.
+        convert_method: is given the list of pictures; what it returns is returned.
+
+    Raises:
+        ConfigError: the path does not exist.
+        CheckpointError: the address cannot be read, or the bytes are no video.
+    """
+    with extra("video", needed_for="a video"):
+        import imageio_ffmpeg  # noqa: PLC0415
+        import PIL.Image  # noqa: PLC0415
+        import PIL.ImageSequence  # noqa: PLC0415
+
+    content = _content(os.fspath(video), "a video")
+    if content.startswith(b"GIF8"):
+        try:
+            frames = [frame.convert("RGB") for frame in PIL.ImageSequence.Iterator(PIL.Image.open(io.BytesIO(content)))]
+        except OSError as error:
+            raise CheckpointError(f"{video} is not a video that can be read: {error}") from error
+    else:
+        with tempfile.TemporaryDirectory(prefix="vramkit-") as folder:
+            copied = Path(folder) / "video"  # a name that ffmpeg takes for no protocol, whatever the clip is called
+            copied.write_bytes(content)
+            frames = _read_frames(copied, str(video), imageio_ffmpeg.get_ffmpeg_exe(), PIL.Image)
+    return frames if convert_method is None else convert_method(frames)
+
+
+def _read_frames(path: Path, name: str, ffmpeg: str, pillow: Any) -> list[Image]:
+    """Decode a video to pictures in the PPM format, one behind the other: a header with the size, then the pixels."""
+    command = [ffmpeg, "-v", "error", "-i", str(path), "-f", "image2pipe", "-c:v", "ppm", "-"]
+    decoder = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    if decoder.returncode != 0 or not decoder.stdout:
+        reason = decoder.stderr.decode(errors="replace").strip().replace("\n", "; ").replace(str(path), name)
+        raise CheckpointError(f"{name} is not a video that can be read: {reason or 'it has no frames'}")
+    stream, frames = io.BytesIO(decoder.stdout), []
+    while stream.readline() == b"P6\n":
+        width, height = (int(side) for side in stream.readline().split())
+        stream.readline()  # the largest value, 255
+        frames.append(pillow.frombytes("RGB", (width, height), stream.read(width * height * 3)))
+    return frames
+
+
+def _content(name: str, what: str) -> bytes:
     if name.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(name, timeout=30) as answer:
@@ -152,7 +197,7 @@ def _image_bytes(name: str) -> bytes:
             raise CheckpointError(f"Cannot read {name}: {error}") from error
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ConfigError(f"{name} does not exist: give the path or http(s) address of a picture.")
+        raise ConfigError(f"{name} does not exist: give the path or http(s) address of {what}.")
     return path.read_bytes()
 
 

@@ -366,15 +366,20 @@ class LoraAdapters:
     def _read(self, file: LoraFile, main: str) -> dict[str, AdapterWeights]:
         """Read a file for the models that it is for, by component; `main` takes what is for the transformer."""
         models = self._lora_models()
-        parts: dict[str, dict[str, str]] = defaultdict(dict)  # component -> name in it -> name in the file
+        parts: dict[str, dict[str, str]] = defaultdict(dict)  # component by its names -> name in it -> name in the file
         for key in file.state:
-            component, inner = component_of(key)
-            held = parts[main if component == "transformer" else component]
-            if inner in held:
-                raise CheckpointError(f"{file.source} has one layer twice, as {held[inner]} and as {key}")
-            held[inner] = key
+            named, inner = component_of(key)
+            if inner in parts[named]:
+                raise CheckpointError(f"{file.source} has one layer twice, as {parts[named][inner]} and as {key}")
+            parts[named][inner] = key
+        if main in parts and main != "transformer" and "transformer" in parts:
+            raise CheckpointError(
+                f"{file.source} has layers of both transformer and {main}, so both cannot be for {main}: leave out "
+                f"load_into_{main}, and each gets its own"
+            )
         read: dict[str, AdapterWeights] = {}
-        for component, keys in parts.items():
+        for named, keys in parts.items():
+            component = main if named == "transformer" else named
             if component not in models:
                 left = dict.fromkeys(keys.values(), f"is for {component}, which the pipeline does not have")
                 read[component] = AdapterWeights(left_out=left)
@@ -383,7 +388,7 @@ class LoraAdapters:
             found = lora_weights(
                 model.model,
                 {inner: file.state[key] for inner, key in keys.items()},
-                file.config("transformer" if component == main else component),
+                file.config(named),
                 source=file.source,
                 bases=model.differences.bases,
             )
