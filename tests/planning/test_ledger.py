@@ -134,3 +134,12 @@ def test_large_results_of_views_that_repeat_few_values_are_counted_and_not_made(
     assert without_memory
     assert all(without_memory)
     assert found.phases[0].activation_bytes >= 60_000**2
+
+
+@pytest.mark.parametrize(("dtype", "is_more"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_convolutions_of_clips_take_their_tensors_once_more_in_16_bits(*, dtype: torch.dtype, is_more: bool) -> None:
+    net = nn.Sequential(nn.Conv3d(8, 4, 3, padding=1, dtype=dtype), nn.Flatten())
+    x = torch.empty(1, 8, 5, 32, 32, dtype=dtype, device="meta")
+    taken = [plan(net, "1GiB", device=device, example=(x,)).phases[0].activation_bytes for device in ("cuda", "cpu")]
+    weight = net.get_parameter("0.weight").nbytes
+    assert taken[0] - taken[1] == (x.nbytes + x.nbytes // 2 + weight if is_more else 0)

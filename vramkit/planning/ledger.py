@@ -47,9 +47,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A component computes from when a weight of it is read until one of another component is; weights are not counted.
     """
 
-    def __init__(self, owners: Mapping[int, str], results: Results) -> None:
-        """Take the component that each storage (by its address in C) of a weight belongs to, and what was made before."""
+    def __init__(self, owners: Mapping[int, str], results: Results, *, on_accelerator: bool = False) -> None:
+        """Take the component that each storage (by its address in C) of a weight belongs to, and what was made before.
+
+        Convolutions of accelerators have workspaces.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
+        self._on_accelerator = on_accelerator
         self.live_bytes = self.peak_bytes = self.flops = 0
         self.segments = [Segment("", 0)]
         self._owners = owners
@@ -79,6 +83,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         note = self.ignore if self._is_on_host(given) else self.enter
         for tensor in _tensors(result):
             note(tensor)
+        if self._on_accelerator and func.overloadpacket in _CONVOLUTIONS:
+            self.raise_peak(_workspace_bytes(result, *args))
         return result
 
     def enter(self, tensor: torch.Tensor) -> None:
@@ -195,6 +201,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if count is not None:
             times = _OF_CONVOLUTIONS if func.overloadpacket in _CONVOLUTIONS else 1
             self.add_flops(times * int(count(*args, **kwargs, out_val=result)))
+
+
+def _workspace_bytes(result: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, *_: Any) -> int:
+    """What a convolution takes beside its result: in 16 bits and three dimensions, all of it once more in another order.
+
+    So cuDNN did on an H100 for clips of CogVideoX and HunyuanVideo.
+    """
+    is_rearranged = given.ndim == 5 and given.element_size() == 2
+    return given.nbytes + result.nbytes + weight.nbytes if is_rearranged else 0
 
 
 class Device(TorchFunctionMode):

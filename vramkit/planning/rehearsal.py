@@ -98,7 +98,7 @@ def rehearse(
     held = [(tensor, name) for name, module in reversed(list(shadows.items())) for tensor in _held(module)]
     owners = {tensor.untyped_storage()._cdata: name for tensor, name in held}  # noqa: SLF001 (see Ledger)
     known = Known() if known is None else known
-    ledger = Ledger(owners, known.results)
+    ledger = Ledger(owners, known.results, on_accelerator=device.type != "cpu")
     watch = _Watch(ledger, known)
     with contextlib.ExitStack() as stack:
         for name, module in shadows.items():
