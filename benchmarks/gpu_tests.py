@@ -12,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 from benchmarks.rows import Results, Row
 
@@ -25,7 +25,7 @@ _PARTS = {"together": "gpu and not alone", "alone": "gpu and alone"}
 
 def outcomes(report: Path) -> Iterator[tuple[str, str]]:
     """Yield every test of a report in JUnit's format, and whether it passed, failed or was skipped."""
-    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 (pytest wrote it a moment ago)
+    for case in ElementTree.parse(report).iter("testcase"):
         ends = {child.tag for child in case} & {"failure", "error", "skipped"}
         end = "skipped" if ends == {"skipped"} else "failed" if ends else "passed"
         yield f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}", end

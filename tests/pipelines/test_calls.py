@@ -53,6 +53,9 @@ class TestOneAtATime:
         try:
             with pytest.raises(ConcurrentUseError, match=r"in use by another call.*from_pipe"):
                 frames(other, **CLIP, prompt="a dog")
+            for change in (pipeline.unload_lora_weights, pipeline.disable_lora, pipeline.fuse_lora):
+                with pytest.raises(ConcurrentUseError, match=f"{change.__name__} of a .* of another thread"):
+                    change()
         finally:
             done.set()
             first.join()

@@ -142,4 +142,4 @@ def test_convolutions_of_clips_take_their_tensors_once_more_in_16_bits(*, dtype:
     x = torch.empty(1, 8, 5, 32, 32, dtype=dtype, device="meta")
     taken = [plan(net, "1GiB", device=device, example=(x,)).phases[0].activation_bytes for device in ("cuda", "cpu")]
     weight = net.get_parameter("0.weight").nbytes
-    assert taken[0] - taken[1] == (x.nbytes + x.nbytes // 2 + weight if is_more else 0)
+    assert taken[0] - taken[1] == pytest.approx(x.nbytes + x.nbytes // 2 + weight if is_more else 0, abs=8)

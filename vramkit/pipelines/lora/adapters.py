@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.arguments import download_arguments, refuse_saving
+from vramkit.pipelines.loading.use import between_calls
 from vramkit.pipelines.lora.files import LoraFile, LoraSource, read_lora, save_lora
 from vramkit.pipelines.lora.keys import AdapterWeights, check_fit, lora_weights
 from vramkit.pipelines.lora.model_adapters import ModelAdapters, Weight, check_name, name_to_swap, new_name
@@ -33,6 +34,7 @@ class LoraAdapters:
 
     lora_components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2", "text_encoder", "text_encoder_2")
 
+    @between_calls
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: LoraSource,
@@ -84,6 +86,7 @@ class LoraAdapters:
             else:
                 model.add(name, found[component])
 
+    @between_calls
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Give adapters that are loaded from now on room for others, which ``load_lora_weights(hotswap=True)`` puts there.
 
@@ -112,6 +115,7 @@ class LoraAdapters:
         """
         self._found(pretrained_model_name_or_path_or_dict, "transformer", **where)
 
+    @between_calls
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
@@ -174,6 +178,7 @@ class LoraAdapters:
         """How many adapters are fused."""
         return len(self.fused_loras)
 
+    @between_calls
     def disable_lora(self) -> None:
         """Compute as if there were no adapters, until `enable_lora` or another one is loaded.
 
@@ -182,6 +187,7 @@ class LoraAdapters:
         """
         self._enable(enabled=False)
 
+    @between_calls
     def enable_lora(self) -> None:
         """Compute with the adapters that count, as before `disable_lora`.
 
@@ -190,6 +196,7 @@ class LoraAdapters:
         """
         self._enable(enabled=True)
 
+    @between_calls
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Unload some adapters; the others go on as they were.
 
@@ -209,12 +216,14 @@ class LoraAdapters:
                 if name in model.names:
                     model.delete(name)
 
+    @between_calls
     def unload_lora_weights(self) -> None:
         """Unload all adapters. What was fused stays in the weights, as in diffusers; `unfuse_lora` first to be rid of it."""
         for model in self._lora_models(required=False).values():
             if model.names:
                 model.take_out()
 
+    @between_calls
     def fuse_lora(
         self,
         components: Sequence[str] | None = None,
@@ -262,6 +271,7 @@ class LoraAdapters:
             if names:
                 models[component].merge(names, lora_scale, in_place=in_place)
 
+    @between_calls
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Take fused adapters out of the weights, which come back to rounding; they count again as before `fuse_lora`.
 

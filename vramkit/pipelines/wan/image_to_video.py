@@ -276,8 +276,8 @@ class WanImageToVideoPipeline(WanVideoPipeline):
         expected = latents if self.expand_timesteps else 2 * latents + self.vae_scale_factor_temporal
         if channels != expected:
             raise ConfigError(
-                f"the transformer takes {channels} channels; image-to-video needs one that takes {expected}. Use "
-                "WanPipeline for text-to-video checkpoints"
+                f"the transformer takes {channels} channels; image-to-video needs one that takes {expected}. This is a "
+                "text-to-video checkpoint: leave the image out and use WanPipeline"
             )
 
     def _check_last(self, last: Any, size: ClipSize) -> None:
