@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from benchmarks.rows import Results, Row
 
@@ -25,7 +25,7 @@ _PARTS = {"together": "gpu and not alone", "alone": "gpu and alone"}
 
 def outcomes(report: Path) -> Iterator[tuple[str, str]]:
     """Yield every test of a report in JUnit's format, and whether it passed, failed or was skipped."""
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ET.parse(report).iter("testcase"):
         ends = {child.tag for child in case} & {"failure", "error", "skipped"}
         end = "skipped" if ends == {"skipped"} else "failed" if ends else "passed"
         yield f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}", end

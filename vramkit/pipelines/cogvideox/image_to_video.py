@@ -131,7 +131,7 @@ class CogVideoXImageToVideoPipeline(CogVideoXVideoPipeline):
         if channels != 2 * latents:
             raise ConfigError(
                 f"the transformer takes {channels} channels; image-to-video needs one that takes {2 * latents}. Use "
-                "CogVideoXPipeline for text-to-video checkpoints"
+                "CogVideoXPipeline, without an image, for text-to-video checkpoints"
             )
         if image is None:
             raise ConfigError("there is no image: give the picture that the clip begins with")
