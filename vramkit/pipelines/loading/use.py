@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from torch import nn
 
 from vramkit.errors import ConcurrentUseError
 
-__all__ = ["between_calls", "used"]
+__all__ = ["refuse_within_call", "used"]
 
 _USE = "_vramkit_use"
-Change = TypeVar("Change", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -44,24 +42,18 @@ def used(holder: Any, *, by: str) -> Iterator[None]:
         use.leave(call)
 
 
-def between_calls(change: Change) -> Change:
-    """Make a method one that changes what a call computes: refused while a call of another thread is inside the pipeline.
+def refuse_within_call(pipeline: Any, change: str) -> None:
+    """Refuse a change of what a call computes while a call of another thread is inside; a callback, of its own, may do it.
 
-    A callback, which is of the thread of the call, may do it.
+    Raises:
+        ConcurrentUseError: one is.
     """
-
-    @functools.wraps(change)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        use: _Use | None = vars(self).get(_USE)
-        if use is not None and use.is_inside_elsewhere:
-            name = type(self).__name__
-            raise ConcurrentUseError(
-                f"{change.__name__} of a {name} that is in use by a call of another thread, whose clip it would change from "
-                "the next step on: wait for that call, or do it in its callback_on_step_end"
-            )
-        return change(self, *args, **kwargs)
-
-    return cast("Change", wrapped)
+    use: _Use | None = vars(pipeline).get(_USE)
+    if use is not None and use.is_inside_elsewhere:
+        raise ConcurrentUseError(
+            f"{change} of a {type(pipeline).__name__} that is in use by a call of another thread, whose clip it would change "
+            "from the next step on: wait for that call, or do it in its callback_on_step_end"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.arguments import download_arguments, refuse_saving
-from vramkit.pipelines.loading.use import between_calls
+from vramkit.pipelines.loading.use import refuse_within_call
 from vramkit.pipelines.lora.files import LoraFile, LoraSource, read_lora, save_lora
 from vramkit.pipelines.lora.keys import AdapterWeights, check_fit, lora_weights
 from vramkit.pipelines.lora.model_adapters import ModelAdapters, Weight, check_name, name_to_swap, new_name
@@ -34,7 +34,6 @@ class LoraAdapters:
 
     lora_components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2", "text_encoder", "text_encoder_2")
 
-    @between_calls
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: LoraSource,
@@ -70,6 +69,7 @@ class LoraAdapters:
             CheckpointError: nothing that fits, a kind that is not plain LoRA, or a damaged file. Nothing is changed then.
             ConflictError: adapters are fused.
         """
+        refuse_within_call(self, "load_lora_weights")
         models = self._lora_models()
         for model in models.values():
             model.refuse_fused()
@@ -86,7 +86,6 @@ class LoraAdapters:
             else:
                 model.add(name, found[component])
 
-    @between_calls
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Give adapters that are loaded from now on room for others, which ``load_lora_weights(hotswap=True)`` puts there.
 
@@ -100,6 +99,7 @@ class LoraAdapters:
         Raises:
             ConfigError: a rank that is no positive number.
         """
+        refuse_within_call(self, "enable_lora_hotswap")
         if not isinstance(target_rank, int) or target_rank < 1:
             raise ConfigError(
                 f"target_rank={target_rank}; expected the highest rank of the adapters to come, 1 or more"
@@ -115,7 +115,6 @@ class LoraAdapters:
         """
         self._found(pretrained_model_name_or_path_or_dict, "transformer", **where)
 
-    @between_calls
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
@@ -133,6 +132,7 @@ class LoraAdapters:
                 number, or one for layers that an adapter does not have.
             ConflictError: adapters are fused.
         """
+        refuse_within_call(self, "set_adapters")
         models = self._lora_models()
         names = _names(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
@@ -178,25 +178,24 @@ class LoraAdapters:
         """How many adapters are fused."""
         return len(self.fused_loras)
 
-    @between_calls
     def disable_lora(self) -> None:
         """Compute as if there were no adapters, until `enable_lora` or another one is loaded.
 
         Raises:
             ConflictError: adapters are fused.
         """
+        refuse_within_call(self, "disable_lora")
         self._enable(enabled=False)
 
-    @between_calls
     def enable_lora(self) -> None:
         """Compute with the adapters that count, as before `disable_lora`.
 
         Raises:
             ConflictError: adapters are fused.
         """
+        refuse_within_call(self, "enable_lora")
         self._enable(enabled=True)
 
-    @between_calls
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Unload some adapters; the others go on as they were.
 
@@ -206,6 +205,7 @@ class LoraAdapters:
             ConfigError: an adapter that is not loaded.
             ConflictError: adapters are fused.
         """
+        refuse_within_call(self, "delete_adapters")
         models = self._lora_models()
         names = list(dict.fromkeys(_names(adapter_names)))
         self._check_loaded(names)
@@ -216,14 +216,13 @@ class LoraAdapters:
                 if name in model.names:
                     model.delete(name)
 
-    @between_calls
     def unload_lora_weights(self) -> None:
         """Unload all adapters. What was fused stays in the weights, as in diffusers; `unfuse_lora` first to be rid of it."""
+        refuse_within_call(self, "unload_lora_weights")
         for model in self._lora_models(required=False).values():
             if model.names:
                 model.take_out()
 
-    @between_calls
     def fuse_lora(
         self,
         components: Sequence[str] | None = None,
@@ -251,6 +250,7 @@ class LoraAdapters:
                 (without `in_place` also one in fp8); nothing is changed then.
             ConflictError: adapters are fused already.
         """
+        refuse_within_call(self, "fuse_lora")
         models = self._chosen(components)
         lora_scale = _number(lora_scale)
         if adapter_names is not None:
@@ -271,13 +271,13 @@ class LoraAdapters:
             if names:
                 models[component].merge(names, lora_scale, in_place=in_place)
 
-    @between_calls
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Take fused adapters out of the weights, which come back to rounding; they count again as before `fuse_lora`.
 
         Raises:
             ConfigError: a component without models.
         """
+        refuse_within_call(self, "unfuse_lora")
         for model in self._chosen(components).values():
             model.unmerge()
 
