@@ -487,7 +487,7 @@ class FileReader:
             done = min(came, len(view))
             with memoryview(bounce) as aligned:
                 view[:done] = aligned[offset - first : offset - first + done]
-        self._read_plain(offset + done, view[done:])  # of a read that ended early; a direct one would have to begin at a sector
+        self._read_plain(offset + done, view[done:])  # the rest, where the read ended early
 
 
 def read_workers() -> Workers:
