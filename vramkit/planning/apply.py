@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from vramkit.offload import Offload, apply_group_offloading
+from vramkit.offload import Offload, apply_group_offloading, offload_of
 from vramkit.offload.stores import Sharing
 from vramkit.offload.turns import Turns
 from vramkit.planning.plans import ComponentPlan, Plan
@@ -30,19 +30,23 @@ class Applied:
         disk_folder: Path | None = None,
         mesh: Sharing | None = None,
     ) -> None:
-        """Offload every component; all ranks of `mesh` share the weights of those that all run alike.
+        """Nothing is done yet; all ranks of `mesh` will share the weights of components that all run alike."""
+        self.offloads: dict[str, Offload] = {}
+        self._modules, self._plan, self._disk_folder = modules, plan, disk_folder
+        self._mesh = mesh
+        self._folder: Path | None = None
+        self._turns = Turns(plan.vram_bytes - plan.margin_bytes)
+
+    def open(self) -> None:
+        """Offload every component.
 
         Raises:
             ConfigError, ConflictError, UnsupportedTensorError, StoreError: as `apply_group_offloading`; then none is.
         """
-        self.offloads: dict[str, Offload] = {}
-        self._mesh = mesh
-        self._folder: Path | None = None
-        self._turns = Turns(plan.vram_bytes - plan.margin_bytes)
         try:
-            for component in plan.components:
-                options = self._options(component, plan, disk_folder)
-                offload = apply_group_offloading(modules[component.name], plan.device, **options)
+            for component in self._plan.components:
+                options = self._options(component, self._plan, self._disk_folder)
+                offload = apply_group_offloading(self._modules[component.name], self._plan.device, **options)
                 self.offloads[component.name] = offload
                 offload.join(self._turns, activation_bytes=component.activation_bytes)
         except BaseException:
@@ -50,7 +54,11 @@ class Applied:
             raise
 
     def remove(self) -> None:
-        """Give all components their tensors back; one that fails keeps no other from it."""
+        """Give all components their tensors back; one that fails keeps no other from it. Later calls finish what is left."""
+        for component in self._plan.components:  # a Ctrl-C may have come between the offloading and its note
+            offload = offload_of(self._modules[component.name])
+            if offload is not None:
+                self.offloads.setdefault(component.name, offload)
         with contextlib.ExitStack() as steps:  # the last one that is put on it is taken first
             if self._folder is not None:
                 steps.callback(shutil.rmtree, self._folder, ignore_errors=True)

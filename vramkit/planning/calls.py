@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vramkit.errors import ConfigError
 from vramkit.extras import extra
+from vramkit.planning.generation import Generation
 
-__all__ = ["Arguments", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
+__all__ = ["Arguments", "Example", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Example: TypeAlias = Arguments | Generation
 _KNOWN_BYTES = 2**18
 
 # As long as any prompt that is not cut: what is planned for it holds for shorter ones.
@@ -54,6 +56,18 @@ class PlannedCall:
         """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind."""
         names = (self.arguments.keys() | other.arguments.keys()) - _FREE
         return all(_is_within(other.arguments.get(name), self.arguments.get(name)) for name in names)
+
+    def beside(self, part: PlannedCall, *, is_first: bool) -> PlannedCall:
+        """Return this call of a pipeline, and before or after it `part`, a call of components."""
+
+        def make(twin: Any) -> None:
+            if is_first:
+                part.make(twin.components)
+            self.make(twin)
+            if not is_first:
+                part.make(twin.components)
+
+        return dataclasses.replace(self, make=make)
 
 
 def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
@@ -109,20 +123,30 @@ def arguments_of(example: Any) -> Arguments:
     return _copied((args, {}))
 
 
-def module_calls(examples: Mapping[str, Arguments]) -> PlannedCall:
-    """Say how modules, by their names among the twins, are called one after the other."""
+def module_calls(examples: Mapping[str, Example]) -> PlannedCall:
+    """Say how modules, by their names among the twins, or methods ("name.method"), are called one after the other."""
 
-    def make(twins: Mapping[str, Callable[..., object]]) -> None:
-        for name, example in examples.items():
+    def make(twins: Mapping[str, Any]) -> None:
+        for key, example in examples.items():
+            name, _, method = key.rpartition(".")
+            is_method = key not in twins
+            if isinstance(example, Generation):
+                example.make(twins[name])
+                continue
             args, kwargs = _copied(example)
-            twins[name](*args, **kwargs)
+            (getattr(twins[name], method) if is_method else twins[key])(*args, **kwargs)
 
-    named = {
-        f"{name}.{key}": value
-        for name, (args, kwargs) in examples.items()
-        for key, value in [*((str(index), value) for index, value in enumerate(args)), *kwargs.items()]
-    }
-    return PlannedCall(named, make)
+    return PlannedCall(
+        {f"{key}.{name}": value for key, each in examples.items() for name, value in _named(each).items()}, make
+    )
+
+
+def _named(example: Example) -> dict[str, Any]:
+    """Return the arguments of an example by name, or by number."""
+    if isinstance(example, Generation):
+        return dataclasses.asdict(example)
+    args, kwargs = example
+    return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
 
 
 def _copied(arguments: Arguments) -> Arguments:

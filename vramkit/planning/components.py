@@ -10,7 +10,16 @@ from torch import nn
 
 from vramkit.errors import ConfigError, ConflictError
 
-__all__ = ["PHASES", "Component", "Phase", "components_of", "refuse_shared_modules", "tied_components"]
+__all__ = [
+    "PHASES",
+    "Component",
+    "Phase",
+    "components_of",
+    "entry_points_of",
+    "phase_of",
+    "refuse_shared_modules",
+    "tied_components",
+]
 
 Phase = Literal["encode", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
@@ -62,7 +71,7 @@ def components_of(target: Any) -> dict[str, Component]:
     for name, module in held.items():
         if isinstance(module, nn.Module) and id(module) not in seen:
             seen.add(id(module))
-            found[str(name)] = Component(str(name), module, _entry_points(module), phase_of(str(name)))
+            found[str(name)] = Component(str(name), module, entry_points_of(module), phase_of(str(name)))
     if not found:
         raise ConfigError(
             f"the {type(target).__name__} that was given has no torch.nn.Module in it; load its models first"
@@ -106,7 +115,9 @@ def _joined(name: str, part: str) -> str:
     return f"{name}.{part}" if part else name
 
 
-def _entry_points(module: nn.Module) -> tuple[str, ...]:
+def entry_points_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the methods by which `module` may be run."""
+
     def is_method(name: str) -> bool:
         member = getattr(module, name, None)
         return callable(member) and not isinstance(member, nn.Module)

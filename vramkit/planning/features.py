@@ -45,7 +45,7 @@ class Features:
             name: module for name, module in modules.items() if hasattr(module, "set_chunk_size")
         }
         self.before = Settings(guidance=getattr(pipeline, "guidance", None), decode=self._decode_now())
-        self._now = self.before
+        self._now: Settings | None = self.before
 
     def settings(self, chunk_tokens: int | None = None) -> Iterator[Settings]:
         """Yield what may be chosen beside `chunk_tokens`; the first is the simplest."""
@@ -59,15 +59,16 @@ class Features:
 
     def set(self, settings: Settings) -> None:
         """Choose `settings`."""
-        before, self._now = self._now, settings
-        if settings.guidance != before.guidance:
+        before, self._now = self._now, None  # where this is cut short, the next one sets all
+        if self.before.guidance is not None and (before is None or settings.guidance != before.guidance):
             self._pipeline.guidance = settings.guidance
-        if settings.chunk_tokens != before.chunk_tokens:
+        if before is None or settings.chunk_tokens != before.chunk_tokens:
             for transformer in self._transformers.values():
                 transformer.set_chunk_size(settings.chunk_tokens)
-        if settings.decode is not None and settings.decode != before.decode:
+        if settings.decode is not None and (before is None or settings.decode != before.decode):
             for vae in self._vaes.values():
                 _set_decode(vae, settings.decode)
+        self._now = settings
 
     def of_components(self, settings: Settings) -> dict[str, Any]:
         """Return by name what components do otherwise with `settings`; pairs are another call of the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 import warnings
@@ -20,10 +21,11 @@ from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload import Offload, OffloadStats, offload_of
 from vramkit.offload.allocator import use_expandable_segments
 from vramkit.planning.apply import Applied
-from vramkit.planning.calls import Arguments, PlannedCall, arguments_of, module_calls, pipeline_call
-from vramkit.planning.components import Component, components_of
+from vramkit.planning.calls import Example, PlannedCall, arguments_of, module_calls, pipeline_call
+from vramkit.planning.components import Component, components_of, entry_points_of, phase_of
 from vramkit.planning.explain import explain
 from vramkit.planning.features import Features, Settings
+from vramkit.planning.generation import Generation, can_generate
 from vramkit.planning.guard import Guard
 from vramkit.planning.measured import PeakMeter
 from vramkit.planning.narrowing import STORED, Narrowed
@@ -72,7 +74,9 @@ def fit(
         mesh: ranks (`vramkit.distributed.connect`) that all make this call, each with a budget of `vram` on its device: they
             share links and work, a pipeline as by `vramkit.distributed.parallelize`.
         **call: for pipelines: what the call will be (``height=``, ``width=``, ``num_frames=``, ``batch=``, ``prompt=`` ...);
-            what is left out is as the pipeline has it.
+            what is left out is as the pipeline has it. For a language model of transformers: what it will generate
+            (``batch=``, ``max_length=``, ``max_new_tokens=``, ``cache_implementation=``), after `example`, the token ids
+            [batch, tokens] of a prompt, or prompts as long as the lengths leave; the cache counts at its full length.
 
     Returns:
         The handle: ``plan``, ``explain()``, ``stats()``, ``remove()``. A context manager, too.
@@ -88,7 +92,7 @@ def fit(
     use_expandable_segments(device)
     planner = Planner(target, budget, device, ranks=1 if mesh is None else mesh.size)
     plans: Any = planner if mesh is None else _planner_of_first(planner, mesh)
-    examples: dict[str, Arguments] = {}
+    examples: dict[str, Example] = {}
     if planner.is_of_pipeline:
         if example is not None:
             raise ConfigError(
@@ -96,9 +100,7 @@ def fit(
             )
         planned: PlannedCall | None = pipeline_call(target, call)
     else:
-        if call:
-            raise ConfigError(f"{next(iter(call))}= is an argument of a pipeline's call; modules take example=")
-        examples = read_examples(target, planner.names, example)
+        examples = read_examples(target, planner.names, example, call)
         planned = module_calls(examples) if examples else None
     plan = plans.plan(planned)
     folder = None if disk_folder is None else Path(disk_folder)
@@ -139,7 +141,7 @@ class Fit:
         *,
         plan: Plan,
         planned: PlannedCall | None,
-        examples: Mapping[str, Arguments],
+        examples: Mapping[str, Example],
         disk_folder: Path | None,
         mesh: Any = None,
     ) -> None:
@@ -154,6 +156,8 @@ class Fit:
         self._applied: Applied | None = None
         self._mesh, self._parallel = mesh, None
         self._guards: list[Guard] = []
+        self._parts: list[PlannedCall] = []  # calls of parts of a pipeline that the plan holds for, too
+        self._entered = threading.local()
         self._lock = threading.RLock()  # twins are for one rehearsal at a time
         device = torch.device(plan.device)
         # Ranks plan anew together, for which they have to meet: too much for each call of a module.
@@ -187,8 +191,7 @@ class Fit:
         try:
             self._take_off()
         finally:
-            while self._guards:
-                self._guards.pop().remove()
+            self._unguard()
             if self._parallel is not None:
                 self._parallel.remove()
 
@@ -204,13 +207,17 @@ class Fit:
         return f"<{type(self).__name__} of {self.plan.model} in {format_bytes(self.plan.vram_bytes)}>"
 
     def _take_off(self) -> None:
-        applied, self._applied = self._applied, None
-        with contextlib.ExitStack() as steps:  # one that fails keeps no other from being taken
-            steps.callback(self._features.reset)
-            for name in self._narrowed.ways:
-                steps.callback(self._narrowed.undo, name)
-            if applied is not None:
-                steps.callback(applied.remove)
+        try:
+            with contextlib.ExitStack() as steps:  # one that fails keeps no other from being taken
+                steps.callback(self._features.reset)
+                for name in self._narrowed.ways:
+                    steps.callback(self._narrowed.undo, name)
+                if self._applied is not None:
+                    steps.callback(self._applied.remove)
+        except Exception:
+            self._applied = None
+            raise
+        self._applied = None  # not after Ctrl-C: then there is something left to be taken off
 
     def _apply(self, plan: Plan) -> None:
         if self._applied is not None:
@@ -224,6 +231,7 @@ class Fit:
             else:
                 self._narrowed.undo(each.name)
         self._applied = Applied(self._modules, plan, disk_folder=self._disk_folder, mesh=self._mesh)
+        self._applied.open()
         self.plan, self._weights = plan, _weights_of(components_of(self._target))
         is_other = chosen.decode is not None and chosen.decode != self._features.before.decode
         if plan.allow == "exact" and is_other and plan.decode is not None and plan.decode.mode == "tiles":
@@ -235,30 +243,74 @@ class Fit:
             )
 
     def _guard(self) -> None:
-        if self._planner.is_of_pipeline:
-            self._guards.append(Guard(self._target, self._around_pipeline))
-        else:
-            self._guards += [Guard(module, self._around(name)) for name, module in self._modules.items()]
+        is_of_pipeline = self._planner.is_of_pipeline
+        if is_of_pipeline:
+            self._attach(Guard(self._target, self._around_pipeline))
+            if self._mesh is not None:  # ranks would have to plan together for what each does by itself
+                return
+        around = self._around_part if is_of_pipeline else self._around
+        for name, module in self._modules.items():
+            methods = [method for method in entry_points_of(module) if method != "forward"]
+            self._attach(Guard(module, functools.partial(around, name), methods))
+
+    def _attach(self, guard: Guard) -> None:
+        self._guards.append(guard)  # first: an interrupt may come after any step
+        guard.attach()
+
+    def _unguard(self) -> None:
+        while self._guards:
+            self._guards[-1].remove()
+            self._guards.pop()
 
     @contextlib.contextmanager
-    def _around_pipeline(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        names = list(inspect.signature(type(self._target).__call__).parameters)[1:]
-        self._meet(pipeline_call(self._target, {**dict(zip(names, args, strict=False)), **kwargs}))
-        with self._measuring():
-            yield
+    def _inside(self, name: str) -> Iterator[bool]:
+        """Be in a call of a component, or of the pipeline (""); tell whether it is looked at: a part of one is not."""
+        entered = vars(self._entered).setdefault("names", [])
+        depth = len(entered)
+        try:
+            is_part = name in entered or "" in entered
+            entered.append(name)
+            yield not is_part
+        finally:
+            del entered[depth:]
 
-    def _around(self, name: str) -> Any:
-        @contextlib.contextmanager
-        def around(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-            example = arguments_of(args)[0], arguments_of(kwargs)[1]
+    @contextlib.contextmanager
+    def _around_pipeline(self, _method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        names = list(inspect.signature(type(self._target).__call__).parameters)[1:]
+        with self._inside(""):
+            self._meet(pipeline_call(self._target, {**dict(zip(names, args, strict=False)), **kwargs}))
+            with self._measuring():
+                yield
+
+    @contextlib.contextmanager
+    def _around_part(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Be around a call that goes past the pipeline, such as ``pipeline.vae.decode(latents)``."""
+        with self._inside(name) as is_looked_at:
+            if not is_looked_at:
+                yield
+                return
+            self._meet_part(name, module_calls({_key(name, method): _example(args, kwargs)}))
+            with self._measuring():
+                yield
+
+    @contextlib.contextmanager
+    def _around(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        example: Example | None = None
+        if method == "generate":
+            example = Generation.of_call(self._modules[name], args, kwargs)
+            if example is None:  # the passes that it makes are looked at, each
+                yield
+                return
+        with self._inside(name) as is_looked_at:
+            if not is_looked_at:
+                yield
+                return
             with self._lock:
-                examples = {**self._examples, name: example}
+                examples = {**self._examples, _key(name, method): example or _example(args, kwargs)}
                 if self._meet(module_calls(examples)):
                     self._examples = examples
             with self._measuring():
                 yield
-
-        return around
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
@@ -318,34 +370,61 @@ class Fit:
                 return True
             if self._planned is not None and self._planned.covers(call):
                 return False
-            plan, before = self._planner.plan(call, self._narrowed.ways), self.plan
-            if _is_other(plan, before):
-                self._refuse_running()
-                try:
-                    self._apply(plan)
-                except BaseException:
-                    self._apply(before)
-                    raise
-            self.plan, self._planned = plan, call
+            self._change(call)
+            self._parts.clear()
             return True
+
+    def _meet_part(self, name: str, call: PlannedCall) -> None:
+        """Plan for `call` of a component beside what was planned for, if it needs more than that component was given.
+
+        Raises:
+            PlanInfeasible, ConcurrentUseError: as `_meet`.
+        """
+        with self._lock:
+            planned = self._planned
+            if self._applied is None or planned is None or any(each.covers(call) for each in self._parts):
+                return
+            if self._weights != _weights_of(components_of(self._target)):
+                self._begin_anew(planned)
+            if self._planner.activation_bytes(name, call, self.plan) > self.plan.component(name).activation_bytes:
+                self._change(planned.beside(call, is_first=phase_of(name) == "encode"))
+            self._parts.append(call)
+
+    def _change(self, call: PlannedCall) -> None:
+        """Run by another plan, for `call`; on an error that of before stays."""
+        plan, before = self._planner.plan(call, self._narrowed.ways), self.plan
+        if _is_other(plan, before):
+            self._refuse_running()
+            try:
+                self._apply(plan)
+            except BaseException:
+                self._apply(before)
+                raise
+        self.plan, self._planned = plan, call
 
     def _begin_anew(self, call: PlannedCall) -> None:
         """Plan `call` for the modules as they are now; on an error those of before run as before."""
         self._refuse_running()
         before, ways = (self.plan, self._modules, self._features), self._narrowed.ways
         self._take_off()
+        self._unguard()
         try:
             self._planner = self._planner.renewed(self._target)
             self._modules = {name: component.module for name, component in components_of(self._target).items()}
             self._features = Features(self._target, self._modules)
             rounded = {name: way for name, way in ways.items() if self._modules.get(name) is before[1][name]}
-            self._apply(self._planner.plan(call, rounded))
+            plan = self._planner.plan(call, rounded)
+            self._guard()
+            self._apply(plan)
         except BaseException:
             self._take_off()
+            self._unguard()
             plan, self._modules, self._features = before
+            self._guard()
             self._apply(plan)
             raise
         self._planned = call
+        self._parts.clear()
 
     def _refuse_running(self) -> None:
         for name, offload in self.offloads.items():
@@ -381,12 +460,27 @@ def _is_other(plan: Plan, before: Plan) -> bool:
     return bool(doings(plan) != doings(before))
 
 
-def read_examples(target: Any, names: Sequence[str], example: Any) -> dict[str, Arguments]:
-    """Return the arguments by the names of the modules.
+def _key(name: str, method: str) -> str:
+    return name if method == "__call__" else f"{name}.{method}"
+
+
+def _example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    return arguments_of(args)[0], arguments_of(kwargs)[1]
+
+
+def read_examples(target: Any, names: Sequence[str], example: Any, options: Mapping[str, Any]) -> dict[str, Example]:
+    """Return by the names of the modules the arguments, or what a language model will generate by `options`.
 
     Raises:
-        ConfigError: a mapping of modules, and no mapping of its names.
+        ConfigError: a mapping of modules, and no mapping of its names; `options` of something that generates nothing.
     """
+    if options:
+        if not isinstance(target, nn.Module) or not can_generate(target):
+            raise ConfigError(
+                f"{next(iter(options))}= is an argument of a pipeline's call, or of generate of a language model; modules "
+                "take example="
+            )
+        return {_key(names[0], "generate"): Generation.of_options(example, options)}
     if example is None:
         return {}
     if isinstance(target, nn.Module):

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["Guard"]
+__all__ = ["Around", "Guard"]
+
+Around: TypeAlias = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
 
 
 class Guard:
-    """While it is on, every call of `target` is made inside of ``around(args, kwargs)``."""
+    """Between `attach` and `remove`, calls of `target` and of its `methods` are made in ``around(method, args, kwargs)``."""
 
-    def __init__(
-        self, target: Any, around: Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, target: Any, around: Around, methods: Sequence[str] = ()) -> None:
         kind = type(target)
 
         def call(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not target:
                 return kind.__call__(this, *args, **kwargs)
-            with around(args, kwargs):
+            with around("__call__", args, kwargs):
                 return kind.__call__(this, *args, **kwargs)
 
         call.__wrapped__ = kind.__call__  # type: ignore[attr-defined] # its signature is looked at
         derive: Any = type(kind)
         names: dict[str, Any] = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         names["offloaded_kind"] = kind  # that of copies
+        guarded = {name: _Guarded(name, kind, target, around) for name in methods if hasattr(kind, name)}
         self._target, self._kind = target, kind
-        self._derived = derive(kind.__name__, (kind,), {**names, "__call__": call})
-        target.__class__ = self._derived
+        self._derived = derive(kind.__name__, (kind,), {**names, **guarded, "__call__": call})
+
+    def attach(self) -> None:
+        """Give the object the class that looks at its calls."""
+        self._target.__class__ = self._derived
 
     def remove(self) -> None:
         """Give the object its class back."""
         if type(self._target) is self._derived:
             self._target.__class__ = self._kind
+
+
+class _Guarded:
+    """A method of a guarded object. What offloading puts on the object under its name runs inside of the guard."""
+
+    def __init__(self, name: str, kind: type, target: Any, around: Around) -> None:
+        self._name, self._kind, self._target, self._around = name, kind, target, around
+
+    def __get__(self, this: Any, _kind: type) -> Any:
+        if this is None:
+            return getattr(self._kind, self._name)
+        method = vars(this).get(self._name) or getattr(self._kind, self._name).__get__(this)
+        if this is not self._target:
+            return method
+
+        @functools.wraps(method)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with self._around(self._name, args, kwargs):
+                return method(*args, **kwargs)
+
+        return guarded
+
+    def __set__(self, this: Any, value: Any) -> None:
+        vars(this)[self._name] = value
+
+    def __delete__(self, this: Any) -> None:
+        if self._name not in vars(this):
+            raise AttributeError(self._name)
+        del vars(this)[self._name]

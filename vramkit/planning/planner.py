@@ -117,6 +117,16 @@ class Planner:
             raise min(failures, key=lambda each: each.nearest_bytes) from None
         return exact
 
+    def activation_bytes(self, name: str, call: PlannedCall, plan: Plan) -> int:
+        """Return what `call` of a component needs beside its weights, set as `plan` says; 0 where nobody can tell."""
+        try:
+            needed = self._twins.activation_bytes(name, call, Settings.of(plan), self._device)
+        except VramkitError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            return 0
+        return needed + (self._twins.widest_bytes(name) if plan.component(name).wire_dtype in STORED else 0)
+
     def _attempts(self, call: PlannedCall | None, notes: list[str]) -> Iterator[list[Variant]]:
         """Yield the ways to make the call, and then those that take less in the transformer; add notes to `notes`."""
         if call is None:

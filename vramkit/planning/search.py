@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from vramkit.errors import ConfigError, PlanInfeasible
 from vramkit.memory import GIB, format_bytes
 from vramkit.planning.components import PHASES
+from vramkit.planning.holding import Holding, phase_peaks
 from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED
 from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
@@ -307,7 +308,10 @@ def _phases(
     works: Sequence[Work], choices: Mapping[str, _Choice], machine: Machine, budget_bytes: int
 ) -> Iterator[PhasePlan]:
     reloads = not _fit_together(choices, works, budget_bytes)
-    together = sum(choice.device_bytes for choice in choices.values())
+    held = {
+        name: Holding(each.device_bytes - each.resident_bytes, each.resident_bytes) for name, each in choices.items()
+    }
+    peaks = phase_peaks(held, works, budget_bytes)
     for phase in PHASES:
         ours = [work for work in works if work.phase == phase]
         if not ours:
@@ -324,7 +328,7 @@ def _phases(
             name=phase,
             components=order_of(ours),
             activation_bytes=activations,
-            peak_bytes=min(budget_bytes, activations + together),  # what is idle goes only as far as it must
+            peak_bytes=peaks[phase],
             seconds=_seconds(choices, ours, machine, reloads=reloads),
             binds="link" if link > compute else "compute",
         )

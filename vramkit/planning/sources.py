@@ -54,5 +54,5 @@ def plan(
     planner = Planner(model, budget, where)
     if planner.is_of_pipeline:
         return planner.plan(pipeline_call(model, call))
-    examples = read_examples(model, planner.names, example)
+    examples = read_examples(model, planner.names, example, call)
     return planner.plan(module_calls(examples) if examples else None)

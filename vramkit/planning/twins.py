@@ -14,10 +14,10 @@ from vramkit import tensors
 from vramkit.offload.memory_map import MemoryMap
 from vramkit.planning.calls import PlannedCall
 from vramkit.planning.components import Component, components_of
-from vramkit.planning.features import Features
+from vramkit.planning.features import Features, Settings
 from vramkit.planning.narrowing import Stored, narrow_shadow
 from vramkit.planning.profile import ComponentProfile, Variant, component_profile, variants_of
-from vramkit.planning.rehearsal import Known
+from vramkit.planning.rehearsal import Known, rehearse
 from vramkit.planning.shadow import shadow_of, shadows_of
 
 __all__ = ["Twins"]
@@ -57,6 +57,16 @@ class Twins:
         """Return the bytes of the largest weight of a component (of a stack, of one matrix)."""
         weights = (p for p in self.shadows[name].parameters() if p.ndim > 1)
         return max((p.nbytes // (p.shape[0] if p.ndim > 2 else 1) for p in weights), default=0)
+
+    def activation_bytes(self, name: str, call: PlannedCall, settings: Settings, device: torch.device) -> int:
+        """Rehearse `call` of components by themselves, and return the most that is alive while `name` computes."""
+        entry_points = {each: component.entry_points for each, component in self.components.items()}
+        try:
+            self.features.set(settings)
+            done = rehearse(self.shadows, entry_points, lambda: call.make(self.shadows), device=device)
+        finally:
+            self.features.reset()
+        return max((segment.peak_bytes for segment in done.segments if segment.component == name), default=0)
 
     def rehearsed(self, call: PlannedCall, *, chunk_tokens: int | None, device: torch.device) -> Iterator[Variant]:
         """Rehearse `call` in every way that a plan may choose, the simplest first; none is rehearsed twice."""
