@@ -6,12 +6,14 @@ room and calls that end in the middle leave the caller's cache as the resident r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import random
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,7 @@ def _try(draw: random.Random, folder: Path, counts: Counter[str]) -> None:  # no
 
 
 def _fitted(draw: random.Random, module: nn.Module, x: torch.Tensor, cache: Any) -> tuple[Any, str]:
-    """Plan for the call, with room for it or without, and let something fail; return the handle, if any, and how it ended."""
+    """Plan for the call, with room for it or without, and let something fail; return the handle, if any, and the outcome."""
     way, options = draw.choice(["known", "not known yet", "fails", "cannot be copied"]), {"device": "cpu"}
     given: Any = None if way == "not known yet" else {"x": x, "cache": cache}
     if way == "cannot be copied":
@@ -151,11 +153,11 @@ def _fitted(draw: random.Random, module: nn.Module, x: torch.Tensor, cache: Any)
         warnings.simplefilter("ignore")
         try:
             try:
-                return fit(module, "1KiB", example=given, **options), "planned with no room"  # type: ignore[arg-type]
+                return fit(module, "1KiB", example=given, **options), "planned with no room"
             except PlanInfeasible as infeasible:
                 least = infeasible.nearest_bytes
             more = draw.choice([0, 1000, module_bytes(module)])
-            return fit(module, least + more, example=given, **options), f"planned, the call {way}"  # type: ignore[arg-type]
+            return fit(module, least + more, example=given, **options), f"planned, the call {way}"
         except PlanInfeasible:
             if way != "fails":
                 raise
@@ -174,9 +176,9 @@ def _call_both(
     before, ends = copy.deepcopy(caches[1]), []
     for twin, cache in ((module, caches[1]), (resident, caches[0])):
         try:
-            with torch.no_grad(), _failing_layer(twin, fails_in):
+            with torch.no_grad(), _failing(twin, fails_in):
                 ends.append(twin(x, cache))
-        except PlanInfeasible:
+        except PlanInfeasible:  # noqa: PERF203 (each may end)
             assert _are_equal(before, cache), "a refused call has written to the cache"
             counts["calls without room for a cache that grew"] += 1
             return
@@ -191,22 +193,19 @@ def _call_both(
     counts["calls with the same bytes" if fails_in is None else "calls that ended by the error of a layer"] += 1
 
 
-class _failing_layer:  # noqa: N801 (used as a function)
-    """Let one layer of a model fail, but no copy of it."""
+@contextlib.contextmanager
+def _failing(model: Any, at: int | None) -> Iterator[None]:
+    """Let layer `at` of a model fail, but no copy of it; None: none."""
+    if at is None:
+        yield
+        return
 
-    def __init__(self, model: Any, at: int | None) -> None:
-        self._layer = None if at is None else model.layers[at]
-
-    def __enter__(self) -> None:
-        if self._layer is not None:
-            self._handle = self._layer.register_forward_pre_hook(self._fail)
-
-    def __exit__(self, *_: object) -> None:
-        if self._layer is not None:
-            self._handle.remove()
-
-    def _fail(self, layer: nn.Module, _args: Any) -> None:
-        if layer is self._layer:
+    def fail(layer: nn.Module, _args: Any) -> None:
+        if layer is model.layers[at]:
             raise OnPurposeError
 
-
+    handle = model.layers[at].register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
