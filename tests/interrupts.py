@@ -29,7 +29,7 @@ from modules import BlockNet, mapped_copy, tokens, traces
 
 from vramkit.offload import Offload, apply_group_offloading, offload_of
 
-HANG_SECONDS = 20
+HANG_SECONDS = 60  # a hang is for ever, and a busy machine may let a process wait for longer than it takes to notice
 
 
 def tasks() -> list[Path]:

@@ -9,6 +9,7 @@ Ends with 1 where a case was broken. The counts of kinds that did not run stay i
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import multiprocessing
 import pkgutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults import BROKEN
+from benchmarks.faults._cases import prepare
 from benchmarks.measure import environment
 from benchmarks.rows import Results, Row
 
@@ -38,19 +40,33 @@ def tried(kind: str, count: int | None, seed: int, jobs: int = 1) -> Row:
 
     Each of several `jobs` is a process with a seed of its own, from `seed` on, and its share of the cases.
     """
-    module: Any = importlib.import_module(f"benchmarks.faults.{kind}")
-    count = module.COUNT if count is None else count
+    count = _module(kind).COUNT if count is None else count
     start = time.perf_counter()
     outcomes = Counter({BROKEN: 0})
     if jobs == 1:
-        outcomes.update(module.run(count, seed))
+        outcomes.update(_counted(kind, count, seed))
     else:
         shares = [count * (job + 1) // jobs - count * job // jobs for job in range(jobs)]
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for found in pool.map(module.run, shares, range(seed, seed + jobs)):
+            for found in pool.map(_counted, [kind] * jobs, shares, range(seed, seed + jobs)):
                 outcomes.update(found)
     seconds = round(time.perf_counter() - start, 1)
     return {"kind": kind, "count": count, "seed": seed, "jobs": jobs, "seconds": seconds, "outcomes": dict(outcomes)}
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"benchmarks.faults.{kind}")
+
+
+def _counted(kind: str, count: int, seed: int) -> dict[str, int]:
+    """Run cases of one kind in this process."""
+    module = _module(kind)
+    prepare()
+    try:
+        counts: dict[str, int] = module.run(count, seed)
+    finally:
+        gc.unfreeze()
+    return counts
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Row]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.faults import BROKEN, tell
-from vramkit import load_mapped
+from vramkit import hooks, load_mapped
 from vramkit.offload import Offload, apply_group_offloading
 from vramkit.offload.checkpoint import distinct_weights, write_checkpoint
 
@@ -32,6 +32,7 @@ __all__ = [
     "descriptors",
     "environ_of_forks",
     "patched",
+    "prepare",
     "settled_threads",
     "tried",
 ]
@@ -58,6 +59,16 @@ def tried(
                 counts[BROKEN] += 1
                 tell(kind, at, traceback.format_exc()[-400:])
     return dict(counts)
+
+
+def prepare() -> None:
+    """Import what takes seconds, and let the collector of garbage pass over what is there until ``gc.unfreeze()``.
+
+    The objects of torch take it longer than a case takes otherwise.
+    """
+    hooks.prepare()
+    gc.collect()
+    gc.freeze()
 
 
 def environ_of_forks() -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-__all__ = ["mutated_bytes", "mutated_json"]
+__all__ = ["drawn_stand_in", "mutated_bytes", "mutated_json"]
 
 _ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, -0.0, 0.5, 1e-320, 1e308, float("nan"), float("inf"), 10**400),
@@ -60,6 +60,29 @@ _TOKENS = (
     ),
     *(b"[", b"]", b"{", b"}", b",", b":", b'"', b"'", b" ", b"\n", b"//", b"[" * 130, b"[" * 2000, b'"a":1,', b'{"x":'),
 )
+
+_STAND_INS = (
+    b"",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0f" * 32 + b"\nsize 9876543210\n",
+    b"version https://git-lfs.github.com/spec/v1\r\noid sha256:\r\nsize " + b"9" * 400,
+    b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>",
+    b'\xef\xbb\xbf  <?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+    b"PK\x03\x04" + bytes(40),
+    b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s.",
+    b"\x1f\x8b\x08" + bytes(30),
+    b"GGUF\x03\0\0\0" + bytes(16),
+    b'\x10\0\0\0\0\0\0\0{"a": {"dtype":1',
+    b"Entry not found",
+    b"Access to model x/y is restricted.\n" * 40,
+    b"\0" * 600,
+    b"\n\n\n",
+)
+
+
+def drawn_stand_in(rng: random.Random, good: bytes) -> bytes:
+    """Return what lies under a name where a download went wrong: another format, a pointer, a page, half of `good`."""
+    made = rng.choice((*_STAND_INS, good[: len(good) // 2]))
+    return made[: rng.randrange(len(made) + 1)] if rng.random() < 0.3 else made
 
 
 def mutated_json(rng: random.Random, value: Any) -> bytes:

@@ -1,8 +1,9 @@
 """Mutated JSON of checkpoints through the loader that reads it: it loads, or a VramkitError says what is wrong, soon.
 
 A case changes one file of a small checkpoint: config.json of a transformer, an autoencoder or a text encoder,
-model_index.json, an index of shards, what quantization noted, a scheduler's config, an adapter's, a tokenizer's. What loads
-although a value was changed computes with it, so nothing more is asked of it than of a good file: weights that are there.
+model_index.json, an index of shards, what quantization noted, a scheduler's config, an adapter's, a tokenizer's; or puts
+there what is no JSON, as downloads that went wrong do. What loads although a value was changed computes with it, so nothing
+more is asked of it than of a good file: weights that are there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.faults import BROKEN, tell
-from benchmarks.faults._mutations import mutated_json
+from benchmarks.faults._mutations import drawn_stand_in, mutated_json
 from benchmarks.faults.headers import MOST_MESSAGE
 from vramkit.errors import VramkitError
 
@@ -55,10 +56,13 @@ def run(count: int, seed: int) -> dict[str, int]:
         for case in range(count):
             kind = rng.choices(found, [each.weight for each in found])[0]
             good = kind.file.read_bytes()
-            changed = mutated_json(rng, json.loads(good))
+            is_other = rng.random() < 0.05
+            changed = drawn_stand_in(rng, good) if is_other else mutated_json(rng, json.loads(good))
             try:
                 kind.file.write_bytes(changed)
-                outcomes[f"{kind.name}, {_tried(kind)}"] += 1
+                ended = _tried(kind)
+                assert ended == "refused" or not is_other, "what is no JSON at all was taken"
+                outcomes[f"{kind.name}, {ended}"] += 1
             except BaseException as error:  # whatever it is: that is what is looked for
                 if isinstance(error, KeyboardInterrupt):
                     raise

@@ -22,9 +22,8 @@ import torch
 from torch import nn
 
 from benchmarks.faults import BROKEN, tell
-from benchmarks.faults._cases import LEVELS, Case, environ_of_forks
+from benchmarks.faults._cases import LEVELS, Case, environ_of_forks, prepare
 from benchmarks.faults._graphs import same
-from vramkit import hooks
 from vramkit.errors import StoreError
 
 __all__ = ["COUNT", "run"]
@@ -74,7 +73,7 @@ def run(count: int, seed: int) -> dict[str, int]:
 def try_all(count: int, seed: int) -> None:
     """Print how each case ended, a line for each."""
     torch.set_num_threads(1)
-    hooks.prepare()  # imports what takes seconds, once for all
+    prepare()
     for at in range(count):
         draw = random.Random(f"{seed}/{at}")
         what = tuple(draw.choice(choices) for choices in (LEVELS, _PLACES, _WAYS, _ACTS))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.faults import BROKEN, tell
-from benchmarks.faults._mutations import mutated_bytes, mutated_json
+from benchmarks.faults._mutations import drawn_stand_in, mutated_bytes, mutated_json
 from vramkit.errors import CheckpointError
 from vramkit.offload import read_checkpoint
 
@@ -46,6 +46,9 @@ def run(count: int, seed: int) -> dict[str, int]:
         warnings.simplefilter("ignore")
         for case in range(count):
             kind, path = (_gguf if case % 5 == 4 else _safetensors)(rng, Path(folder))
+            if rng.random() < 0.03:
+                kind = f"instead of {kind}"
+                path.write_bytes(drawn_stand_in(rng, path.read_bytes()))
             try:
                 outcomes[f"{kind}, {_compared(path)}"] += 1
             except Exception as error:  # noqa: BLE001 - whatever it is: that is what is looked for

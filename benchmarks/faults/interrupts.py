@@ -37,6 +37,7 @@ def run(count: int, seed: int) -> dict[str, int]:
                 tell("interrupts", seed, name)
         if done.returncode:
             counts[BROKEN] += 1
-            tell("interrupts", seed, done.stderr[-400:])
+            tell("interrupts", seed, f"ended with {done.returncode}")
+            sys.stderr.write(done.stderr)  # whole: of a hang it has the stacks of all threads
         seed += 1
     return dict(counts)

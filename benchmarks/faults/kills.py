@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.faults import BROKEN, tell
-from benchmarks.faults._cases import Case, environ_of_forks, patched
+from benchmarks.faults._cases import Case, environ_of_forks, patched, prepare
 from benchmarks.faults._graphs import WIDTH, drawn_graph, drawn_steps
-from vramkit import hooks
 from vramkit.offload import disk
 
 __all__ = ["COUNT", "run"]
@@ -55,7 +54,7 @@ def run(count: int, seed: int) -> dict[str, int]:
 def serve(folder: str) -> None:
     """For each line that comes, fork a process that offloads to `folder` for ever; say its number, and when it is gone."""
     torch.set_num_threads(1)
-    hooks.prepare()
+    prepare()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

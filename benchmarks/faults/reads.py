@@ -56,8 +56,10 @@ def _passes(draw: random.Random, case: Case, counts: Counter[str]) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if kind == "end":
             return 0
+        came = -(-read(descriptor, buffers, offset) // 2)
         with memoryview(buffers[0]) as whole:
-            return read(descriptor, [whole[: max(1, len(whole) // 2)]], offset)
+            whole[came:] = bytes(len(whole) - came)
+        return came
 
     x = torch.randn(3, WIDTH)
     with patched(os, "preadv", reading):
@@ -65,7 +67,7 @@ def _passes(draw: random.Random, case: Case, counts: Counter[str]) -> None:
             assert case.is_right(x, steps), f"other bytes, {kind}"
             counts[f"right although reads brought: {kind}" if wrong else "no read went wrong"] += 1
         except StoreError as error:
-            if str(case.folder) not in str(error):
+            if kind == "fewer" or str(case.folder) not in str(error):
                 raise
             counts[f"an error that names the file: {kind}"] += 1
     for module in (case.resident, case.module):

@@ -419,8 +419,14 @@ def hangs(rank: int) -> None:
     _until_it_fails(rank, lambda: time.sleep(600), timeout_s=5.0)
 
 
-def runs_out_of_memory(rank: int) -> None:
-    def fault() -> None:
-        raise MemoryError("no room for 3 GiB")
+def _raise_memory_error() -> None:
+    raise MemoryError("no room for 3 GiB")
 
-    _until_it_fails(rank, fault)
+
+def runs_out_of_memory(rank: int) -> None:
+    _until_it_fails(rank, _raise_memory_error)
+
+
+def first_runs_out_of_memory(rank: int) -> None:
+    """The process that holds the store of all, and so what it has said of its error."""
+    _until_it_fails(rank, _raise_memory_error, of=0)

@@ -350,6 +350,32 @@ def test_reads_are_the_bytes_of_the_file(
     assert torch.equal(target, content[offset : offset + size])
 
 
+@pytest.mark.parametrize("most", [1, 100, 5_000])
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_does_not_come_at_once_is_asked_for_again(
+    direct: bool, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read may end anywhere, and around the page cache the next one could not begin there."""
+    content = torch.randint(0, 256, (20_000,), dtype=torch.uint8)
+    (tmp_path / "x.bin").write_bytes(content.numpy().tobytes())
+    whole, short = os.preadv, []
+
+    def reading(descriptor: int, buffers: list[Any], offset: int) -> int:
+        count = min(most, whole(descriptor, buffers, offset))
+        with memoryview(buffers[0]) as view:
+            short.append(count < len(view))
+            view[count:] = bytes(len(view) - count)
+        return count
+
+    reader = FileReader(MappedFile(tmp_path / "x.bin"), direct=direct)
+    monkeypatch.setattr(os, "preadv", reading)
+    target = torch.zeros(12_000, dtype=torch.uint8)
+    reader.read(2_345, target)
+    reader.close()
+    assert torch.equal(target, content[2_345:14_345])
+    assert any(short)
+
+
 def test_many_threads_read_at_once_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They share one position in the file: without turns, bytes of one read would land in another."""
     monkeypatch.delattr(os, "preadv")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -265,6 +268,48 @@ def test_a_file_that_shrinks_is_an_error_that_names_it(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"shrinking\.bin.*cut short"):
             reader.read(5_000, torch.zeros(9_000, dtype=torch.uint8))
         reader.close()
+
+
+def test_an_interrupt_between_any_two_lines_of_a_pass_is_survived() -> None:
+    """Where lines are traced (debuggers, coverage) Ctrl-C may also come between the body of a ``with`` and its end."""
+    model, x = BlockNet(blocks=1).eval(), tokens(8)
+    with torch.no_grad():
+        expected = model(x)
+        offload = apply_group_offloading(model, "cpu")
+        engine = offload.current_engine()
+        assert engine is not None
+        for at in itertools.count(1):
+            if not _is_interrupted(lambda: model(x), at, {"begin", "end", "is_busy"}):
+                break
+            assert engine._lock.acquire(timeout=10)  # a forward would wait for ever
+            engine._lock.release()
+            assert torch.equal(model(x), expected)
+    assert at > 20
+    offload.remove()
+
+
+def _is_interrupted(work: Callable[[], object], at: int, names: set[str]) -> bool:
+    """Interrupt `work` at the line number `at` of all that the engine's methods of these names come to."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        is_ours = frame.f_code.co_name in names and frame.f_code.co_filename.endswith("engine.py")
+        lines += event == "line" and is_ours
+        if lines == at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace if is_ours else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
 
 
 def test_two_threads_on_two_models_are_right(tmp_path: Path) -> None:

@@ -738,6 +738,27 @@ def test_writes_to_a_tied_weight_reach_all_that_have_it(way: str, through_data: 
     same(module, reference, calls=1)
 
 
+def tied_ends() -> nn.Module:
+    net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+    net[5].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize("resident", range(5_000, 25_000, 5_000))
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_tied_weights_stay_one_tensor_where_one_of_them_stays_on_the_device(level: str, resident: int) -> None:
+    module, reference = pair(tied_ends)
+    offload = apply_group_offloading(module, "cpu", offload_type=level, slots=1, unit_bytes=5_000, resident=resident)
+    for _ in range(2):
+        assert module[0].weight is module[5].weight
+        same(module, reference)
+    assert list(dict(module.named_parameters())) == list(dict(reference.named_parameters()))
+    stats = offload.stats()
+    assert stats.resident_bytes > 0 < stats.streamed_bytes
+    offload.remove()
+    assert module[0].weight is module[5].weight
+
+
 class ReplacesABlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()

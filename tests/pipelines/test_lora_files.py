@@ -164,10 +164,19 @@ def test_a_file_that_does_not_exist(name: str, pipeline: WanPipeline, tmp_path: 
             pipeline.load_lora_weights(source)
 
 
-def test_damaged_configs(pipeline: WanPipeline, wan_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", "expected a JSON object, got list"),
+        (b"", "is empty: download it again"),
+        (b"\xff{}", "not JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 700\n", "is a git-lfs pointer"),
+    ],
+)
+def test_damaged_configs(content: bytes, message: str, pipeline: WanPipeline, wan_folder: Path, tmp_path: Path) -> None:
     train(wan_folder, tmp_path)
-    (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"adapter_config.json is not a JSON object"):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json:? {message}"):
         pipeline.load_lora_weights(tmp_path)
     assert pipeline.get_list_adapters() == {}
 

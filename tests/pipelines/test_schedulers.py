@@ -232,6 +232,7 @@ def test_config_travels_between_schedulers(tmp_path):
         (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=0.0), "flow_shift=0.0, expected a number above 0"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=float("nan")), "flow_shift=nan"),
         (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=None), "flow_shift=None"),
+        (lambda: UniPCMultistepScheduler.from_config(WAN, flow_shift=10**400), "flow_shift=1000.*, expected a number"),
         (lambda: FlowMatchEulerDiscreteScheduler(shift=-3.0), "shift=-3.0"),
         (lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
         (lambda: FlowMatchEulerDiscreteScheduler(time_shift_type="cubic"), "time_shift_type='cubic'"),

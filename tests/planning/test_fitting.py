@@ -266,6 +266,20 @@ def test_a_call_that_cannot_be_rehearsed_leaves_room_for_it() -> None:
         assert torch.equal(net(x), expected)
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_nearest_budget_for_a_call_that_nobody_knows_fits(is_known: bool) -> None:
+    net, x = Stubborn(256, 12).eval(), torch.randn(3, 256)
+    example = x if is_known else None
+    with pytest.raises(PlanInfeasible) as refused:
+        fit(net, 1000, device="cpu", example=example)
+    nearest = refused.value.nearest_bytes
+    with pytest.raises(PlanInfeasible) as refused:
+        fit(net, nearest - 2, device="cpu", example=example)
+    assert refused.value.nearest_bytes == nearest
+    with fit(net, nearest, device="cpu", example=example) as fitted:
+        assert fitted.plan.peak_bytes <= nearest
+
+
 def test_smaller_chunks_where_nothing_else_fits(stock: Stock) -> None:
     pipeline = stock.pipeline("Wan2.1")
     call = {**call_of("Wan2.1"), "height": 256, "width": 512, "num_frames": 9, "output_type": "latent"}

@@ -126,6 +126,15 @@ class Heartbeats:
             self._thread.join()
             with contextlib.suppress(Exception):  # whoever holds the store may be gone already
                 self._beat(has_left=True)
+                if self._failed_rank == self.rank:
+                    self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """Stay until they have read what went wrong here: the store may end with this process."""
+        told = [f"told/{rank}" for rank in self._members if rank != self.rank]
+        end = time.monotonic() + _LOST_S
+        while not self._store.check(told) and time.monotonic() < end:
+            time.sleep(0.05)
 
     # --- the thread
 
@@ -154,6 +163,7 @@ class Heartbeats:
     def _look(self) -> None:
         if self._store.check(["failed"]):
             self._learn(json.loads(self._store.get("failed")))
+            self._store.set(f"told/{self.rank}", "")
             return
         now = time.monotonic()
         for rank in self._members:
@@ -200,6 +210,7 @@ class Heartbeats:
         mine = json.dumps({"rank": rank, "cause": cause})
         try:
             first = self._store.compare_set("failed", "", mine).decode()
+            self._store.set(f"told/{self.rank}", "")
         except Exception:  # noqa: BLE001 - the store may be what is gone
             first = mine
         self._learn(json.loads(first or mine))

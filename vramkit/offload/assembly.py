@@ -75,7 +75,7 @@ def footprints(module: nn.Module, configs: Iterable[OffloadConfig]) -> Iterator[
     total = sum(tensor_bytes(item.tensor) for item in inventory)
     for config in configs:
         parts = parts_of(module, config, None)
-        plans = [plan for unit in parts.units if (plan := _plan(unit, inventory)).items]
+        plans = _without_staying([_plan(unit, inventory) for unit in parts.units], parts.tables)
         travelling = {  # tied ones may travel in two units
             id(item.tensor): sum(leaf.nbytes for leaf, goes in zip(item.leaves(), travels, strict=True) if goes)
             for plan in plans
@@ -116,12 +116,12 @@ def assemble(
     inventory = Inventory(module)
     place.survey(inventory)
     parts = parts_of(module, config, times)
-    plans = [plan for unit in parts.units if (plan := _plan(unit, inventory)).items]
     tables = list(parts.tables)
+    plans = _without_staying([_plan(unit, inventory) for unit in parts.units], tables)
     sizes = [BufferLayout.of(plan.leaves()).size_bytes for plan in plans]
     streams = streaming(sizes, config)
-    plans = [plan for plan, does in zip(plans, streams, strict=True) if does]
-    sizes = [size for size, does in zip(sizes, streams, strict=True) if does]
+    plans = _without_staying([plan for plan, does in zip(plans, streams, strict=True) if does], tables)
+    sizes = [BufferLayout.of(plan.leaves()).size_bytes for plan in plans]
 
     table_items = [item for table in tables for item in inventory.parameters_of([table])]  # tied tables share one
     place.check(leaf for plan in plans for leaf in plan.leaves())
@@ -160,6 +160,22 @@ def _plan(unit: Unit, inventory: Inventory) -> _Plan:
         if tensors.materializes(item.tensor):  # in the slot, in its first leaf
             flags[0] = any(flags)
     return _Plan(unit, [(item, flags) for item, flags in travels if any(flags)])
+
+
+def _without_staying(plans: Sequence[_Plan], tables: Sequence[nn.Embedding]) -> list[_Plan]:
+    """Return the plans that move something, without tied tensors that stay on the device for one of their owners.
+
+    There they are for all: they need not travel as well, and owners go on having one tensor in common.
+    """
+    covered = {(id(table), "weight") for table in tables}
+    for plan in plans:
+        holders = set(plan.unit.holders)
+        covered |= {(id(owner), name) for item, _ in plan.items for owner, name in item.owners if owner in holders}
+    travelling = [
+        (plan.unit, [each for each in plan.items if covered.issuperset((id(o), name) for o, name in each[0].owners)])
+        for plan in plans
+    ]
+    return [_Plan(unit, items) for unit, items in travelling if items]
 
 
 def _whole(table: nn.Embedding, item: Item) -> _Plan:

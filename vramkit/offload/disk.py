@@ -483,10 +483,11 @@ class FileReader:
         first = offset - offset % _SECTOR_BYTES
         length = -(-(offset + len(view) - first) // _SECTOR_BYTES) * _SECTOR_BYTES
         with contextlib.closing(mmap.mmap(-1, length)) as bounce:  # anonymous memory is aligned to pages
-            if os.preadv(descriptor, [bounce], first) < offset - first + len(view):
-                raise OSError("the file ends earlier; it was cut short after it was opened")
+            came = max(0, os.preadv(descriptor, [bounce], first) - (offset - first))
+            done = min(came, len(view))
             with memoryview(bounce) as aligned:
-                view[:] = aligned[offset - first : offset - first + len(view)]
+                view[:done] = aligned[offset - first : offset - first + done]
+        self._read_plain(offset + done, view[done:])  # the rest, where the read ended early
 
 
 def read_workers() -> Workers:

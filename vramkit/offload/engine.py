@@ -92,7 +92,7 @@ class Engine:
         self._open: list[OpenCall] = []  # calls that are running, outermost first
         self._armed: list[OpenCall] = []  # methods that run, and become calls when they need weights
         self._thread: int | None = None  # that they run in
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # traced by a debugger, a Ctrl-C before the end of a `with` leaves it taken
         self.is_stale = False  # modules were added or replaced since
         self._computed: Fence | None = None  # the end of the latest pass
         self._handled: BaseException | None = None  # by whoever began the pass that runs

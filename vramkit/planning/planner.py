@@ -19,7 +19,7 @@ from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED, Stored, ways_to_store
 from vramkit.planning.plans import ALLOWED, Allowed, Plan
 from vramkit.planning.profile import Profile, Variant, Work
-from vramkit.planning.search import estimate, search
+from vramkit.planning.search import estimate, least_bytes, search
 from vramkit.planning.twins import Twins, is_pipeline
 
 __all__ = ["Budget", "Planner"]
@@ -214,10 +214,21 @@ class Planner:
         )
 
     def _unknown(self) -> Variant:
+        """A call that takes half of the budget, or as much as weights do where these do not fit the other half.
+
+        So a refusal names the budget of which half is enough for them.
+        """
         half = self._budget.vram_bytes // 2
         works = [
-            Work(phase=each.phase, component=name, activation_bytes=half, calls=1, flops=0, turns=1)
-            for name, each in self._twins.components.items()
+            Work(
+                phase=each.phase,
+                component=each.name,
+                activation_bytes=max(half, least_bytes(each) + self._machine.margin_bytes),
+                calls=1,
+                flops=0,
+                turns=1,
+            )
+            for each in self._profile((), {}).components
         ]
         return Variant(settings=Settings(), works=tuple(works))
 

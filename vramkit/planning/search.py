@@ -19,7 +19,7 @@ from vramkit.planning.narrowing import STORED
 from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
 from vramkit.planning.profile import ComponentProfile, Cut, Profile, Variant, Work, order_of
 
-__all__ = ["estimate", "search"]
+__all__ = ["estimate", "least_bytes", "search"]
 
 # What a ring loses beside the longer of the two, as a share of the time on the link: computing is a little slower while the
 # device is written to, and of layers, which differ, two slots are too few (docs/architecture.md). One slot overlaps nothing.
@@ -132,6 +132,11 @@ def estimate(profile: Profile, machine: Machine, vram_bytes: int) -> tuple[float
     return fastest, _floor(profile, machine)[0]
 
 
+def least_bytes(profile: ComponentProfile) -> int:
+    """Return the device memory that a component holds at the least while it runs."""
+    return _least(profile).device_bytes
+
+
 class _Fit:
     """Deals memory out to the components of one variant."""
 
@@ -142,7 +147,7 @@ class _Fit:
 
     def least(self) -> tuple[int, Work]:
         """Return the smallest budget that fits, and the work that needs it."""
-        held = {name: _least(profile).device_bytes for name, profile in self._profiles.items()}
+        held = {name: least_bytes(profile) for name, profile in self._profiles.items()}
         needs = [(work.activation_bytes + held.get(work.component, 0), work) for work in self._works]
         return max(needs, key=lambda need: need[0], default=(max(held.values()), _NOTHING))
 
@@ -150,7 +155,7 @@ class _Fit:
         """Return the fastest choices under the budget, None where nothing fits."""
         if self.least()[0] > budget_bytes:
             return None
-        least = {name: _least(each).device_bytes for name, each in self._profiles.items()}
+        least = {name: least_bytes(each) for name, each in self._profiles.items()}
         room = budget_bytes - self._machine.slack_bytes
         caps = {name: max(least[name], room - self._activations(name)) for name in self._profiles}
         found = [{name: self._best(each, caps[name], reloads=True) for name, each in self._profiles.items()}]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vramkit.errors import CheckpointError, ConfigError
+from vramkit.pipelines.loading.folders import read_json
 from vramkit.pipelines.lora.config import LoraConfig
 
 __all__ = ["LoraFile", "LoraSource", "read_lora", "save_lora"]
@@ -162,10 +163,7 @@ def _peft_config(path: Path) -> dict[str, Any]:
             stacklevel=5,
         )
         return {}
-    try:
-        return _json(config.read_text(encoding="utf-8"), str(config))
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{config} is no text ({error}); remove it or save the adapter again") from error
+    return read_json(config)
 
 
 def _file(source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, **download: Any) -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -287,8 +288,8 @@ def check_options(options: Any, *, supported: Mapping[str, Sequence[Any]], above
     """Raise ConfigError for the first option that is too small or not supported."""
     for name in above_zero:
         value = getattr(options, name)
-        if not 0 < value < math.inf:  # written so that NaN fails too
-            raise ConfigError(f"scheduler option {name}={value}, expected a number above 0")
+        if not 0 < value <= sys.float_info.max:  # written so that NaN fails too, and integers that no float holds
+            raise ConfigError(f"scheduler option {name}={str(value)[:40]}, expected a number above 0")
     for name, values in supported.items():
         value = getattr(options, name)
         if value not in values:
