@@ -51,8 +51,8 @@ def refuse_within_call(pipeline: Any, change: str) -> None:
     use: _Use | None = vars(pipeline).get(_USE)
     if use is not None and use.is_inside_elsewhere:
         raise ConcurrentUseError(
-            f"{change} of a {type(pipeline).__name__} that is in use by a call of another thread, whose clip it would change "
-            "from the next step on: wait for that call, or do it in its callback_on_step_end"
+            f"{change} of a {type(pipeline).__name__} that is in use by a call of another thread, whose clip it would "
+            "change from the next step on: wait for that call, or do it in its callback_on_step_end"
         )
 
 
