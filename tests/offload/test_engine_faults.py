@@ -65,9 +65,10 @@ def test_what_is_broken_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     fill: Any = ModuleGroup.fill
 
-    def forgets(self: ModuleGroup, memory: torch.Tensor) -> None:
-        fill(self, memory)
+    def forgets(self: ModuleGroup, memory: torch.Tensor) -> Any:
+        arrivals = fill(self, memory)
         memory[: memory.numel() // 2].zero_()
+        return arrivals
 
     monkeypatch.setattr(ModuleGroup, "fill", forgets)
     assert graphs.run(6, 0)[BROKEN] > 0
