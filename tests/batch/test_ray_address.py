@@ -80,6 +80,7 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_cluster_that_was_started_elsewhere(model: Path, prompts: Path, tmp_path: Path) -> None:
     """Joined by its address; it is still there afterwards, for another run."""
     batch = [sys.executable, "-m", "vramkit", "batch", str(prompts), "--model", str(model), *OPTIONS]

@@ -107,7 +107,7 @@ def test_blocks_that_share_tokens_compile_fullgraph(two: RankGroup, family: str)
     two.run("shares_tokens_compiled", family=family, whole=False)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_a_mask_of_texts_is_kept_where_a_whole_model_is_compiled(groups: Groups, count: int) -> None:
     """Whose compiler knows no lengths, so texts are not cut."""
     groups[count].run("shares_tokens_compiled", family="HunyuanVideo", whole=True)

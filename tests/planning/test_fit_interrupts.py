@@ -119,7 +119,14 @@ def moments(total: int, most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("source", [of_operators, of_modules, of_turns_and_memory])
+@pytest.mark.parametrize(
+    "source",
+    [
+        of_modules,
+        pytest.param(of_operators, marks=pytest.mark.thorough),
+        pytest.param(of_turns_and_memory, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_call_that_was_interrupted_leaves_the_next_one_as_it_was(
     source: Any, phase: str, stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +153,7 @@ def test_a_call_that_was_interrupted_leaves_the_next_one_as_it_was(
     assert torch.equal(clip(pipeline), expected)
 
 
-@pytest.mark.parametrize("source", [of_operators, of_turns_and_memory])
+@pytest.mark.parametrize("source", [of_operators, pytest.param(of_turns_and_memory, marks=pytest.mark.thorough)])
 def test_fit_that_was_interrupted_leaves_the_pipeline_as_it_was(
     source: Any, stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
