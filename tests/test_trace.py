@@ -65,9 +65,9 @@ def test_copies_computation_and_passes_are_recorded(module: torch.nn.Module) -> 
 def test_what_computation_waits_for_is_a_stall(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     fill = ModuleGroup.fill
 
-    def slow(self: ModuleGroup, memory: torch.Tensor) -> None:
+    def slow(self: ModuleGroup, memory: torch.Tensor) -> Any:
         time.sleep(0.03)
-        fill(self, memory)
+        return fill(self, memory)
 
     offload = apply_group_offloading(module, "cpu", slots=1)
     offload.rest()

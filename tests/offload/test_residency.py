@@ -67,8 +67,9 @@ class Weight(Group):
         super().__init__("g", [], mib)
         self.clock = clock
 
-    def fill(self, memory: torch.Tensor) -> None:
+    def fill(self, memory: torch.Tensor) -> tuple[()]:
         self.clock.filled_bytes = self.size_bytes * MIB
+        return ()
 
 
 def ratios(level: str, frames: int, streams: list[bool], slots: int | None = None) -> tuple[float, float]:

@@ -357,12 +357,13 @@ def test_no_copy_is_under_way_when_slots_go(tmp_path: Path, monkeypatch: pytest.
     running, begun = [0], [0]
     fill, close = ModuleGroup.fill, SlotRing.close
 
-    def slow(self: ModuleGroup, memory: torch.Tensor) -> None:
+    def slow(self: ModuleGroup, memory: torch.Tensor) -> Any:
         begun[0] += 1
         running[0] += 1
         time.sleep(0.02)
-        fill(self, memory)
+        arrivals = fill(self, memory)
         running[0] -= 1
+        return arrivals
 
     seen: list[int] = []
 
