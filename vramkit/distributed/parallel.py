@@ -30,9 +30,8 @@ def parallelize(pipeline: Any, mesh: Mesh) -> Parallel:
     branch share the tokens of the video: equal to one rank within rounding, and the same bytes in every run. What the
     autoencoder computes in tiles, ranks compute some of each: the same bytes. Of pictures that it decodes whole or in
     stripes each rank computes a part of the rows, where stripes are possible (`enable_striping`): as exact as these. Weights
-    stay where they are; offload the
-    models with ``apply_group_offloading(..., mesh=mesh)``, or the pipeline with ``fit(..., mesh=mesh)``, to share their
-    loading.
+    stay where they are; offload the models with ``apply_group_offloading(..., mesh=mesh)``, or the pipeline with
+    ``fit(..., mesh=mesh)``, to share their loading.
 
     All ranks have to make the same calls, with the same arguments; the first one's random numbers are those of all. When
     one raises, dies or hangs, the call ends on all of them with a RankError.

@@ -23,27 +23,7 @@ from vramkit.pipelines.networks.layers import token_chunks
 __all__ = ["ring_attention"]
 
 
-def _attend_around(  # noqa: PLR0917 - those of an operation
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    lengths: Sequence[int],
-    step: int,
-    rows: int,
-    number: int,
-) -> Tensor:
-    return _Ring(ranks_of(number), lengths, step).attend(query, key, value, mask, rows)
-
-
-_opaque_ring = torch.library.custom_op("vramkit::ring_attention", _attend_around, mutates_args=())
-
-
-@_opaque_ring.register_fake
-def _(query: Tensor, *_given: Any) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
+@torch.library.custom_op("vramkit::ring_attention", mutates_args=())
 def ring_attention(  # noqa: PLR0917 - those of the operation
     query: Tensor,
     key: Tensor,
@@ -69,8 +49,12 @@ def ring_attention(  # noqa: PLR0917 - those of the operation
     Returns:
         [G + W, h, D], in the dtype of the query.
     """
-    run = _opaque_ring if torch.compiler.is_compiling() else _attend_around
-    return run(query, key, value, mask, lengths, step, rows, number)
+    return _Ring(ranks_of(number), lengths, step).attend(query, key, value, mask, rows)
+
+
+@ring_attention.register_fake
+def _(query: Tensor, *_given: Any) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 class _Ring:

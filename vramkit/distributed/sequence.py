@@ -158,7 +158,8 @@ class _HeadRanks:
         parts = ops.chunks(query.flatten(1))
         if len(self.lengths) > 1:
             rows = parts[0].stop if parts else 1
-            return ring_attention(query, key, value, mask, self.lengths, self.sharers, rows, self.number)
+            found: Tensor = ring_attention(query, key, value, mask, self.lengths, self.sharers, rows, self.number)
+            return found
         mask = None if mask is None else F.pad(mask, (self.total, 0), value=True)
         for part in parts:
             write(query[part], attention(query[part], key, value, mask).view_as(query[part]))  # read by no other chunk

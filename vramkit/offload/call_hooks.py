@@ -178,9 +178,8 @@ def _own_methods(kind: type) -> Iterator[str]:
     """Yield the public methods that model code defines: not those of torch, nor of a library's base classes."""
     seen = {name for base in kind.__mro__ if _keeps_books(base) for name in vars(base)}
     for base in kind.__mro__:
-        if not _keeps_books(base) and "offloaded_kind" not in vars(
-            base
-        ):  # a guard's class has the methods of the next one
+        is_of_guard = "offloaded_kind" in vars(base)  # whose methods are those of the next one
+        if not is_of_guard and not _keeps_books(base):
             for name, member in vars(base).items():
                 if name not in seen and not name.startswith("_") and inspect.isfunction(member):
                     yield name
