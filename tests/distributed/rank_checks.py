@@ -371,11 +371,11 @@ class _Meter:
     def __init__(self, peak_bytes: int | None) -> None:
         self._peak_bytes = peak_bytes
 
-    def begin(self, held_bytes: int) -> tuple[int, int]:
-        return held_bytes, 0
+    def begin(self, held_bytes: int) -> tuple[int, int, int]:
+        return held_bytes, 0, 0
 
-    def end(self, begun: tuple[int, int]) -> int | None:
-        return self._peak_bytes
+    def end(self, begun: tuple[int, int, int]) -> tuple[int | None, bool]:
+        return self._peak_bytes, False
 
 
 # -- commands

@@ -27,8 +27,19 @@ def test_segments_grow_by_pages(settings: list[str], monkeypatch: pytest.MonkeyP
     assert use_expandable_segments("cuda")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     assert use_expandable_segments("cuda:0")
-    assert settings == ["expandable_segments:True"] * 2
+    assert settings == ["expandable_segments:True,large_segment_size_mb:12"] * 2
     assert not use_expandable_segments("cpu")
+
+
+def test_where_torch_knows_pages_of_one_size_alone(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_few(setting: str) -> None:
+        if "large_segment" in setting:
+            raise RuntimeError("Unrecognized key 'large_segment_size_mb' in CachingAllocator config.")
+        settings.append(setting)
+
+    monkeypatch.setattr(allocator, "_set", set_few)
+    assert use_expandable_segments("cuda")
+    assert settings == ["expandable_segments:True"]
 
 
 @pytest.mark.parametrize(

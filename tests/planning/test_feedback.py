@@ -27,14 +27,14 @@ class Net(nn.Module):
 class Meter:
     """Measures what it is told to."""
 
-    def __init__(self, *peaks: int | None) -> None:
-        self.peaks = list(peaks)
+    def __init__(self, *peaks: int | None, ran_out: bool = False) -> None:
+        self.peaks, self.ran_out = list(peaks), ran_out
 
-    def begin(self, held_bytes: int) -> tuple[int, int]:
-        return held_bytes, 0
+    def begin(self, held_bytes: int) -> tuple[int, int, int]:
+        return held_bytes, 0, 0
 
-    def end(self, begun: tuple[int, int]) -> int | None:
-        return self.peaks.pop(0)
+    def end(self, begun: tuple[int, int, int]) -> tuple[int | None, bool]:
+        return self.peaks.pop(0), self.ran_out
 
 
 def test_a_call_above_the_budget_is_told_and_planned_anew() -> None:
@@ -58,6 +58,20 @@ def test_a_call_above_the_budget_is_told_and_planned_anew() -> None:
         assert fitted.plan.margin_bytes == after.margin_bytes  # holds for larger calls as well
 
 
+def test_a_call_that_went_on_although_memory_ran_out_is_told_and_planned_anew() -> None:
+    net, x = Net().eval(), torch.randn(2, 64)
+    expected = net(x)
+    with fit(net, 100_000, device="cpu", example=x) as fitted, torch.no_grad():
+        before: Any = fitted.plan
+        fitted._meter = Meter(before.peak_bytes, ran_out=True)  # type: ignore[assignment]
+        with pytest.warns(UserWarning, match="memory ran out within a call, which went on .* slower kernels, where"):
+            assert torch.equal(net(x), expected)
+        assert fitted.plan.margin_bytes == 103_125 - before.peak_bytes
+        assert fitted.plan.peak_bytes < before.peak_bytes
+        fitted._meter = Meter(fitted.plan.peak_bytes)  # type: ignore[assignment]
+        assert torch.equal(net(x), expected)
+
+
 def test_where_no_other_plan_fits_it_is_told_and_nothing_changes() -> None:
     net, x = Net().eval(), torch.randn(2, 64)
     with fit(net, 60_000, device="cpu", example=x) as fitted, torch.no_grad():
@@ -71,13 +85,11 @@ def test_where_no_other_plan_fits_it_is_told_and_nothing_changes() -> None:
 class Statistics:
     """Of torch, for a device."""
 
-    allocated, peak = 500, 900
+    allocated, peak, failures = 500, 900, 3
 
-    def memory_allocated(self, device: torch.device) -> int:
-        return self.allocated
-
-    def max_memory_allocated(self, device: torch.device) -> int:
-        return self.peak
+    def memory_stats_as_nested_dict(self, device: torch.device) -> dict[str, Any]:
+        of_tensors = {"all": {"current": self.allocated, "peak": self.peak}}
+        return {"allocated_bytes": of_tensors, "num_ooms": self.failures}
 
 
 def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +97,13 @@ def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "cuda", statistics)
     meter = PeakMeter(torch.device("cuda"))
     begun = meter.begin(200)
-    assert meter.end(begun) is None  # no higher than before: nobody knows
-    statistics.peak = 1000
-    assert meter.end(begun) == 1000 - 300
+    assert meter.end(begun) == (None, False)  # no higher than before: nobody knows
+    statistics.peak, statistics.failures = 1000, 4
+    assert meter.end(begun) == (1000 - 300, True)
+
+
+def test_of_a_device_that_nobody_used_yet_there_are_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Statistics, "memory_stats_as_nested_dict", lambda *_: {})
+    monkeypatch.setattr(torch, "cuda", Statistics())
+    meter = PeakMeter(torch.device("cuda"))
+    assert meter.end(meter.begin(200)) == (None, False)

@@ -428,3 +428,28 @@ def test_a_component_that_is_replaced_is_planned_for() -> None:
         assert offload_of(pair.components["two"]) is fitted.offloads["two"]
         assert offload_of(first) is None
     assert offload_of(pair.components["two"]) is None
+
+
+class Embedded:
+    """A pipeline that is given embeddings and joins them."""
+
+    def __init__(self) -> None:
+        self.net = nn.Linear(512, 8).eval().requires_grad_(False)
+        self.components = {"net": self.net}
+
+    def __call__(self, embeds: torch.Tensor, negative_embeds: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([negative_embeds, embeds]))  # type: ignore[no-any-return]
+
+
+def test_what_a_caller_gives_a_pipeline_counts_as_long_as_the_call() -> None:
+    given = {name: torch.randn(256, 512) for name in ("embeds", "negative_embeds")}
+    pipeline = Embedded()
+    size = 4 * given["embeds"].nbytes  # both, and both once more
+    found = plan(pipeline, GIB, device="cpu", **given)
+    assert size <= found.phases[0].activation_bytes <= size * 1.1
+    assert size <= found.before_bytes <= size * 1.1
+    expected = pipeline(**given)
+    with fit(pipeline, GIB, device="cpu", **given):
+        assert torch.equal(pipeline(**given), expected)
+    with pytest.raises(PlanInfeasible, match="MiB of activations"):
+        fit(pipeline, size, device="cpu", **given)

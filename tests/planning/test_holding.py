@@ -45,6 +45,13 @@ def test_those_that_alternate_leave_one_another_what_there_is_room_for() -> None
     assert peaks(200, works, one=(20, 30), two=(20, 30)) == {"denoise": 110}
 
 
+def test_what_is_held_makes_room_for_what_a_pipeline_does_before_its_components() -> None:
+    works = [work("encode", "", 40), work("encode", "text", 5), work("denoise", "steps", 20)]
+    found = peaks(100, works, text=(30, 5), steps=(20, 30))
+    assert found["encode"] == 95  # it would be 125 if all stayed
+    assert max(found.values()) <= 100
+
+
 @pytest.mark.parametrize(
     ("family", "share"), [("Wan2.1", 1.01), ("Wan2.1", 1.2), ("LTX-Video", 1.5), ("HunyuanVideo", 1.2)]
 )

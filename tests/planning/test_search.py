@@ -66,6 +66,17 @@ def test_a_budget_above_the_card_is_refused() -> None:
         search(profile(), small, 9 * GIB)
 
 
+def test_room_is_kept_for_holes_between_activations() -> None:
+    spared = dataclasses.replace(profile(), variants=tuple(each.spared(1 / 16) for each in profile().variants))
+    assert spared.variants[0].works[0].room_bytes == GIB * 17 // 16
+    found = search(spared, MACHINE, 4 * GIB)
+    steps = found.component("transformer")
+    assert (steps.activation_bytes, steps.spare_bytes) == (GIB, GIB // 16)
+    assert steps.device_bytes + steps.room_bytes <= 4 * GIB
+    assert {phase.name: phase.activation_bytes for phase in found.phases} == {"denoise": GIB, "decode": 2 * GIB}
+    assert found.floor_bytes == search(profile(), MACHINE, 4 * GIB).floor_bytes + 2 * GIB // 16
+
+
 def test_the_margin_is_kept_free() -> None:
     careful = dataclasses.replace(MACHINE, margin_bytes=512 * MIB)
     plan = search(profile(), careful, 4 * GIB)

@@ -9,6 +9,8 @@ import torch
 __all__ = ["use_expandable_segments"]
 
 _SETTING = "expandable_segments:True"
+# Pages that segments grow by: 20 MiB unless said otherwise, and what lies around a hole is given back by whole pages only.
+_PAGES = "large_segment_size_mb:12"  # torch wants more than 10; its versions before 2.10 know no other size
 _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -27,7 +29,10 @@ def use_expandable_segments(device: torch.device | str) -> bool:
         return _SETTING in asked
     if torch.cuda.get_allocator_backend() != "native" or torch.version.cuda is None:
         return False
-    _set(_SETTING)
+    try:
+        _set(f"{_SETTING},{_PAGES}")
+    except (RuntimeError, ValueError):
+        _set(_SETTING)
     return True
 
 

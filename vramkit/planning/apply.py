@@ -14,6 +14,7 @@ from torch import nn
 from vramkit.offload import Offload, apply_group_offloading, offload_of
 from vramkit.offload.stores import Sharing
 from vramkit.offload.turns import Turns
+from vramkit.planning.holding import Holding
 from vramkit.planning.plans import ComponentPlan, Plan
 
 __all__ = ["Applied"]
@@ -36,6 +37,8 @@ class Applied:
         self._mesh = mesh
         self._folder: Path | None = None
         self._turns = Turns(plan.vram_bytes - plan.margin_bytes)
+        self._call = Holding(0, 0)  # which holds nothing itself
+        self._turns.add(self._call, activation_bytes=plan.before_bytes)
 
     def open(self) -> None:
         """Offload every component.
@@ -48,10 +51,14 @@ class Applied:
                 options = self._options(component, self._plan, self._disk_folder)
                 offload = apply_group_offloading(self._modules[component.name], self._plan.device, **options)
                 self.offloads[component.name] = offload
-                offload.join(self._turns, activation_bytes=component.activation_bytes)
+                offload.join(self._turns, activation_bytes=component.room_bytes)
         except BaseException:
             self.remove()
             raise
+
+    def begin(self) -> None:
+        """Make room for what a call of the pipeline needs before the first component computes."""
+        self._turns.make_room(self._call)
 
     def remove(self) -> None:
         """Give all components their tensors back; one that fails keeps no other from it. Later calls finish what is left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vramkit.errors import ConfigError
 from vramkit.extras import extra
+from vramkit.offload.arguments import with_tensors
 from vramkit.planning.generation import Generation
 
 __all__ = ["Arguments", "Example", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
@@ -97,8 +99,14 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
     steps = given.get("num_inference_steps", defaults.get("num_inference_steps"))
     if isinstance(steps, int) and steps > _STEPS and "timesteps" not in given and "sigmas" not in given:
         rehearsed["num_inference_steps"] = _STEPS
-        return PlannedCall({**defaults, **given}, lambda twin: twin(**rehearsed), steps / _STEPS)
-    return PlannedCall({**defaults, **given}, lambda twin: twin(**rehearsed))
+        return PlannedCall({**defaults, **given}, functools.partial(_call, rehearsed), steps / _STEPS)
+    return PlannedCall({**defaults, **given}, functools.partial(_call, rehearsed))
+
+
+def _call(given: dict[str, Any], twin: Any) -> None:
+    """Call a twin of a pipeline. Large tensors among the arguments lie on the device until the end: the caller has them."""
+    held = with_tensors(given, lambda tensor: _without_memory(tensor) if _is_large(tensor) else tensor)
+    twin(**held)
 
 
 def _completed(parameters: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -176,13 +184,22 @@ class _Copies(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         if id(tensor) not in memo:
-            if tensor.layout is torch.strided and (tensor.is_meta or tensor.nbytes > _KNOWN_BYTES):
-                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            if _is_large(tensor):
+                made = _without_memory(tensor)
             else:
                 with _disable_current_modes():  # what is small is not counted
                     made = tensor.detach().cpu().clone()
             memo[id(tensor)] = made
         return memo[id(tensor)]
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and (tensor.is_meta or tensor.nbytes > _KNOWN_BYTES)
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return one like `tensor` that has no memory; made in a rehearsal it counts there."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _is_within(other: Any, planned: Any) -> bool:

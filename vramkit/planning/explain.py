@@ -13,6 +13,7 @@ __all__ = ["explain"]
 def explain(plan: Plan) -> str:
     """Say what stays, streams and is page-locked, why, and what each phase takes."""
     figures = "measured" if plan.is_measured else "assumed"
+    holes = max((each.spare_bytes for each in plan.components), default=0)
     ram = "any" if plan.ram_bytes is None else format_bytes(plan.ram_bytes)
     lines = [
         f"{plan.model} on {plan.device}: {format_bytes(plan.vram_bytes)} on the device, {ram} of host memory, {plan.allow}",
@@ -27,6 +28,7 @@ def explain(plan: Plan) -> str:
         "",
         f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.vram_bytes)}"
         + (f", {format_bytes(plan.margin_bytes)} kept for what is no tensor" if plan.margin_bytes else "")
+        + (f", {format_bytes(holes)} for holes between tensors" if holes else "")
         + f"; the least that would do: {format_bytes(plan.floor_bytes)}",
         f"host memory {format_bytes(plan.host_bytes)}, page-locked up to {format_bytes(plan.pinned_bytes)}",
         f"{_seconds(plan.seconds)} s in all; one more GiB would save {plan.next_gib}",

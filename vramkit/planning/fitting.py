@@ -34,6 +34,8 @@ from vramkit.planning.plans import Plan
 
 __all__ = ["Fit", "fit"]
 
+_ASKED_FOR = 33  # 32nds of the budget: what a call counts as that ran out of memory and went on
+
 
 def fit(
     target: Any,
@@ -279,6 +281,8 @@ class Fit:
         names = list(inspect.signature(type(self._target).__call__).parameters)[1:]
         with self._inside(""):
             self._meet(pipeline_call(self._target, {**dict(zip(names, args, strict=False)), **kwargs}))
+            if self._applied is not None:
+                self._applied.begin()
             with self._measuring():
                 yield
 
@@ -322,24 +326,29 @@ class Fit:
         try:
             begun = meter.begin(sum(offload.held_bytes for offload in self.offloads.values()))
             yield
-            peak_bytes = meter.end(begun)
+            peak_bytes, ran_out = meter.end(begun)
         finally:
             self._is_measuring.release()
+        if ran_out:  # nobody knows how much was asked for
+            peak_bytes = self.plan.vram_bytes * _ASKED_FOR // 32
         if self._mesh is not None:
             peak_bytes = self._planner.highest(peak_bytes)
         if peak_bytes is not None:
-            self._correct(peak_bytes)
+            self._correct(peak_bytes, ran_out=ran_out)
 
-    def _correct(self, peak_bytes: int) -> None:
+    def _correct(self, peak_bytes: int, *, ran_out: bool) -> None:
         """Plan anew, with as much kept free as a call took more than was predicted, if it took more than the budget."""
         with self._lock:
             plan, planned = self.plan, self._planned
             if self._applied is None or peak_bytes <= plan.vram_bytes:
                 return
             more = peak_bytes - plan.peak_bytes
+            taken = f"a call took {format_bytes(peak_bytes)}"
+            if ran_out:  # cuDNN then takes another algorithm, which wants no workspace
+                taken = "memory ran out within a call, which went on with less or by other, slower kernels,"
             told = (
-                f"a call took {format_bytes(peak_bytes)} where {format_bytes(plan.peak_bytes)} were predicted and "
-                f"{format_bytes(plan.vram_bytes)} were given"
+                f"{taken} where {format_bytes(plan.peak_bytes)} were predicted and {format_bytes(plan.vram_bytes)} "
+                "were given"
             )
             try:
                 self._refuse_running()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vramkit.offload.turns import Turns
 from vramkit.planning.components import PHASES
 from vramkit.planning.profile import Work
 
-__all__ = ["Holding", "phase_peaks"]
+__all__ = ["Holding", "phase_peaks", "room_before"]
 
 _ROUNDS = 3  # of components that alternate: by then what they leave one another no longer changes
 _CALLS = 2  # the first one begins with what applying left on the device, later ones with what the one before left
@@ -51,6 +51,11 @@ class Holding:
         self.has_slots = self.has_residents = True
 
 
+def room_before(works: Iterable[Work]) -> int:
+    """Return what a call needs before a component computes: the pipeline makes ready what it was given."""
+    return max((work.room_bytes for work in works if not work.component), default=0)
+
+
 def phase_peaks(holdings: Mapping[str, Holding], works: Sequence[Work], budget_bytes: int) -> dict[str, int]:
     """Return by phase the most that is alive in calls that do `works`: activations, and what all hold meanwhile.
 
@@ -63,15 +68,19 @@ def phase_peaks(holdings: Mapping[str, Holding], works: Sequence[Work], budget_b
     for name, holding in holdings.items():  # as `Applied` does it: what is computed is told afterwards
         turns.add(holding)
         holding.wake(turns)
-        ours = [work.activation_bytes for work in works if work.component == name]
+        ours = [work.room_bytes for work in works if work.component == name]
         turns.add(holding, activation_bytes=max(ours, default=0))
+    call = Holding(0, 0)
+    turns.add(call, activation_bytes=room_before(works))
     peaks: dict[str, int] = {}
     for phase in PHASES * _CALLS:
         ours_now = [work for work in works if work.phase == phase]
         rounds = min(_ROUNDS, max((work.turns for work in ours_now), default=0))
         for work in ours_now * rounds:
             holding_now = holdings.get(work.component)
-            if holding_now is not None:
+            if holding_now is None:
+                turns.make_room(call)
+            else:
                 holding_now.wake(turns)
                 turns.begin(holding_now)
             alive = work.activation_bytes + sum(each.held_bytes for each in holdings.values())

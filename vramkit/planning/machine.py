@@ -19,6 +19,8 @@ _CPU_LINK_GBPS, _CPU_TFLOPS = 2.0, 0.1
 _ACCELERATOR_MARGIN_BYTES = 64 * MIB
 # What is only faster on the device leaves as much again: the allocator's holes grow with the number of weights that stay.
 _ACCELERATOR_SLACK_BYTES = 64 * MIB
+# Of activations: what lies unused between those that live, in segments that grow (docs/architecture.md).
+_ACCELERATOR_HOLES = 1 / 16
 # Of the rate of large square products, what transformers reach: 0.48 to 0.66 on an H100 (docs/architecture.md).
 _REACHED = 0.6
 _PROBE_SIZE = 4096
@@ -36,6 +38,8 @@ class Machine:
     margin_bytes: int = 0
     slack_bytes: int = 0
     """Of the budget, left free beside the margin by weights that stay although they could travel."""
+    holes_share: float = 0.0
+    """Of activations, what has to be free beside them for holes between them."""
 
     @classmethod
     def of(cls, device: torch.device | str) -> Machine:
@@ -51,6 +55,7 @@ class Machine:
                 is_measured=False,
                 margin_bytes=_ACCELERATOR_MARGIN_BYTES,
                 slack_bytes=_ACCELERATOR_SLACK_BYTES,
+                holes_share=_ACCELERATOR_HOLES,
             )
         return cls(
             device=str(device),
@@ -60,6 +65,7 @@ class Machine:
             card_bytes=getattr(torch, device.type).get_device_properties(device).total_memory,
             margin_bytes=_ACCELERATOR_MARGIN_BYTES,
             slack_bytes=_ACCELERATOR_SLACK_BYTES,
+            holes_share=_ACCELERATOR_HOLES,
         )
 
     def times(self, ranks: int) -> Machine:

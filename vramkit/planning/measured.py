@@ -17,13 +17,22 @@ class PeakMeter:
         self._device = device
         self._statistics: Any = getattr(torch, device.type)
 
-    def begin(self, held_bytes: int) -> tuple[int, int]:
+    def begin(self, held_bytes: int) -> tuple[int, int, int]:
         """Return what `end` wants, if `held_bytes` of what is allocated now are not of others."""
-        others = self._statistics.memory_allocated(self._device) - held_bytes
-        return max(0, others), self._statistics.max_memory_allocated(self._device)
+        now, peak, failures = self._read()
+        return max(0, now - held_bytes), peak, failures
 
-    def end(self, begun: tuple[int, int]) -> int | None:
-        """Return the peak since then in bytes, less what others had; None where there was a higher one before."""
-        others, before = begun
-        peak = self._statistics.max_memory_allocated(self._device)
-        return None if peak <= before else int(peak - others)
+    def end(self, begun: tuple[int, int, int]) -> tuple[int | None, bool]:
+        """Return the peak since then, less what others had, and whether memory ran out meanwhile and somebody did without.
+
+        The peak is in bytes; None where there was a higher one before.
+        """
+        others, before, failures_before = begun
+        _, peak, failures = self._read()
+        return (None if peak <= before else peak - others), failures > failures_before
+
+    def _read(self) -> tuple[int, int, int]:
+        """Return the bytes of tensors now, the most there ever were, and how often an allocation failed."""
+        found = self._statistics.memory_stats_as_nested_dict(self._device)
+        of_tensors = found.get("allocated_bytes", {}).get("all", {})  # nothing where nothing was allocated yet
+        return of_tensors.get("current", 0), of_tensors.get("peak", 0), found.get("num_ooms", 0)

@@ -150,8 +150,8 @@ class Planner:
         """Rehearse the call in the ways that differ in what they take, until no other one can be faster."""
         variants = []
         for variant in self._twins.rehearsed(call, chunk_tokens=chunk_tokens, device=self._device):
-            variants.append(variant)
-            if self._is_best(variant):
+            variants.append(variant.spared(self._machine.holes_share))
+            if self._is_best(variants[-1]):
                 break
         return variants
 

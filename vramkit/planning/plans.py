@@ -14,7 +14,7 @@ __all__ = ["ALLOWED", "Allowed", "ComponentPlan", "Decode", "PhasePlan", "Plan"]
 
 Allowed = Literal["exact", "bounded", "any"]
 ALLOWED: tuple[Allowed, ...] = ("exact", "bounded", "any")
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,8 @@ class ComponentPlan:
     """The bound given for what travels together; None: what the granularity suggests."""
     activation_bytes: int = 0
     """The most that is alive beside weights while it computes."""
+    spare_bytes: int = 0
+    """Kept free beside that, for holes that the allocator leaves."""
     table_bytes: int = 0
     """Embeddings that are looked up where they rest."""
     store: str | None = None
@@ -55,6 +57,11 @@ class ComponentPlan:
     def device_bytes(self) -> int:
         """Device memory while it is in use: what stays, and the ring."""
         return self.resident_bytes + self.slots * self.slot_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """What all that is held leaves to it while it computes."""
+        return self.activation_bytes + self.spare_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +105,8 @@ class Plan:
     phases: tuple[PhasePlan, ...]
     order: tuple[str, ...]
     """Components as they take turns."""
+    before_bytes: int
+    """What the call needs before the first of them computes."""
     guidance: Literal["in turn", "paired"] | None
     chunk_tokens: int | None
     decode: Decode | None

@@ -86,6 +86,13 @@ class Work:
     """Of all calls."""
     turns: int
     """How many times it begins after another component."""
+    spare_bytes: int = 0
+    """Kept free beside activations: the allocator leaves holes between them."""
+
+    @property
+    def room_bytes(self) -> int:
+        """What weights leave to it."""
+        return self.activation_bytes + self.spare_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +108,11 @@ class Variant:
             dataclasses.replace(work, activation_bytes=work.activation_bytes + more.get(work.component, 0))
             for work in self.works
         ]
+        return dataclasses.replace(self, works=tuple(works))
+
+    def spared(self, share: float) -> Variant:
+        """Return the same with so large a share of activations kept free beside them."""
+        works = (dataclasses.replace(work, spare_bytes=int(work.activation_bytes * share)) for work in self.works)
         return dataclasses.replace(self, works=tuple(works))
 
     def repeated(self, times: float) -> Variant:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from vramkit.errors import ConfigError, PlanInfeasible
 from vramkit.memory import GIB, format_bytes
 from vramkit.planning.components import PHASES
-from vramkit.planning.holding import Holding, phase_peaks
+from vramkit.planning.holding import Holding, phase_peaks, room_before
 from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED
 from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
@@ -106,6 +106,7 @@ def search(
         components=_stored(choices, variant.works, ram_bytes, machine),
         phases=tuple(_phases(variant.works, choices, machine, budget_bytes)),
         order=order_of(variant.works),
+        before_bytes=room_before(variant.works),
         guidance=settings.guidance,
         chunk_tokens=settings.chunk_tokens,
         decode=settings.decode,
@@ -148,7 +149,7 @@ class _Fit:
     def least(self) -> tuple[int, Work]:
         """Return the smallest budget that fits, and the work that needs it."""
         held = {name: least_bytes(profile) for name, profile in self._profiles.items()}
-        needs = [(work.activation_bytes + held.get(work.component, 0), work) for work in self._works]
+        needs = [(work.room_bytes + held.get(work.component, 0), work) for work in self._works]
         return max(needs, key=lambda need: need[0], default=(max(held.values()), _NOTHING))
 
     def choose(self, budget_bytes: int) -> dict[str, _Choice] | None:
@@ -180,10 +181,10 @@ class _Fit:
         return choices
 
     def _most_activations(self) -> int:
-        return max((work.activation_bytes for work in self._works), default=0)
+        return max((work.room_bytes for work in self._works), default=0)
 
     def _activations(self, name: str) -> int:
-        return max((work.activation_bytes for work in self._works if work.component == name), default=0)
+        return max((work.room_bytes for work in self._works if work.component == name), default=0)
 
     def _by_value(self) -> list[str]:
         """Return the components, those first whose weights are used most often."""
@@ -254,7 +255,7 @@ def _seconds(choices: Mapping[str, _Choice], works: Sequence[Work], machine: Mac
 
 def _fit_together(choices: Mapping[str, _Choice], works: Sequence[Work], budget_bytes: int) -> bool:
     """Whether nothing that a component holds need make room for another one."""
-    activations = max((work.activation_bytes for work in works), default=0)
+    activations = max((work.room_bytes for work in works), default=0)
     return activations + sum(choice.device_bytes for choice in choices.values()) <= budget_bytes
 
 
@@ -265,7 +266,7 @@ def _floor(profile: Profile, machine: Machine) -> tuple[int, str]:
         size_bytes, work = _Fit(profile.components, variant, machine).least()
         least.append((size_bytes, work, variant))
     size_bytes, work, variant = min(least, key=lambda each: each[0])  # the simplest of those that are alike
-    weights = size_bytes - work.activation_bytes
+    weights = size_bytes - work.room_bytes
     how = f" ({variant.settings.decode})" if work.phase == "decode" and variant.settings.decode is not None else ""
     binds = (
         f"the {work.phase} by {work.component or 'the pipeline'}{how} takes {format_bytes(work.activation_bytes)} of "
@@ -356,16 +357,16 @@ def _stored(
             host, pins = (0, 0) if store else (host, 0)
         if left is not None:
             left = max(0, left - max(host, pins))
-        ours = [work.activation_bytes for work in works if work.component == choice.profile.name]
-        plans.append(_component(choice, store, pins, host, max(ours, default=0)))
+        plans.append(_component(choice, works, store, pins, host))
     by_name = {plan.name: plan for plan in plans}
     return tuple(by_name[name] for name in choices)
 
 
 def _component(
-    choice: _Choice, store: str | None, pinned_bytes: int, host_bytes: int, activation_bytes: int
+    choice: _Choice, works: Sequence[Work], store: str | None, pinned_bytes: int, host_bytes: int
 ) -> ComponentPlan:
     profile, cut = choice.profile, choice.cut
+    ours = [work for work in works if work.component == profile.name]
     streams = choice.streamed_bytes > 0
     return ComponentPlan(
         name=profile.name,
@@ -378,7 +379,8 @@ def _component(
         slots=choice.slots,
         slot_bytes=choice.slot_bytes if streams else 0,
         unit_bytes=cut.unit_bytes if streams else None,
-        activation_bytes=activation_bytes,
+        activation_bytes=max((work.activation_bytes for work in ours), default=0),
+        spare_bytes=max((work.spare_bytes for work in ours), default=0),
         table_bytes=cut.table_bytes,
         store=store,
         wire_dtype=profile.wire_dtype,
