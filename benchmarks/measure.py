@@ -26,7 +26,7 @@ from vramkit.memory import available_ram_bytes
 
 __all__ = [
     "Measurement", "digest", "environment", "host_memory", "measure", "peaks", "release_memory", "reset_peaks", "seconds_of",
-    "synchronize",
+    "synchronize", "trouble",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -107,6 +107,12 @@ def peaks(prefix: str = "") -> Row:
         f"{prefix}allocated_bytes": torch.cuda.max_memory_allocated() if there else None,
         f"{prefix}reserved_bytes": torch.cuda.max_memory_reserved() if there else None,
     }
+
+
+def trouble() -> Row:
+    """Return how often the allocator had to give back what it keeps, and how often even that was not enough."""
+    found = torch.cuda.memory_stats() if torch.cuda.is_available() else {}
+    return {"allocator_retries": found.get("num_alloc_retries"), "allocator_failures": found.get("num_ooms")}
 
 
 @contextmanager

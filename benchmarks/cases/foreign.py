@@ -19,7 +19,7 @@ from benchmarks.bench import Bench
 from benchmarks.cases.clip import predicted
 from benchmarks.emulation import capped
 from benchmarks.foreigners import FOREIGNERS, Foreigner
-from benchmarks.measure import digest, host_memory, peaks, release_memory, seconds_of, synchronize
+from benchmarks.measure import digest, host_memory, peaks, release_memory, seconds_of, synchronize, trouble
 from benchmarks.rows import Row, Setting
 from benchmarks.steps import Steps
 from vramkit.memory import GIB
@@ -80,7 +80,7 @@ def _made(foreigner: Foreigner, target: Any, given: dict[str, Any], fitted: Fit 
                 steps.end(target(**given))
     row |= steps.figures()
     row["moved_bytes"] = (steps.bytes[-1] - steps.bytes[0]) // row["repeats"]
-    row |= {"digest": steps.digest, **host_memory()}
+    row |= {"digest": steps.digest, **host_memory(), **trouble()}
     if fitted is not None:
         told = predicted(fitted.plan)
         if not foreigner.pipeline:  # the one phase of a module has no name
