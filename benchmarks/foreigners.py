@@ -245,7 +245,7 @@ FOREIGNERS: dict[str, Foreigner] = {
         given=_ltx2,
         size=Clip(512, 768, 121),
         tiny=Clip(64, 64, 9),
-        fit_gib=7.0,
+        fit_gib=7.5,
     ),
     "qwen-image": Foreigner(
         pipeline="QwenImagePipeline",

@@ -85,6 +85,7 @@ def _made(foreigner: Foreigner, target: Any, given: dict[str, Any], fitted: Fit 
         told = predicted(fitted.plan)
         if not foreigner.pipeline:  # the one phase of a module has no name
             told = {name.replace("encode", "denoise"): value for name, value in told.items()}
+        row["notes"] = list(fitted.plan.notes)
         row |= told | {"held_bytes": sum(each.held_bytes for each in fitted.stats().values())}
         row["stores"] = {name: stats.stores for name, stats in fitted.stats().items()}
     return row

@@ -198,3 +198,24 @@ def test_reserved_stays_close_to_allocated_without_environment_variables(tmp_pat
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) <= 64 * MIB
+
+
+class Embedded:
+    """A pipeline that is given embeddings and a mask, and joins them."""
+
+    def __init__(self) -> None:
+        self.net = Wide(4).eval().requires_grad_(False)
+        self.components = {"net": self.net}
+
+    def __call__(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.net(embeds * mask.to(embeds.device))  # type: ignore[no-any-return]
+
+
+def test_a_call_with_tensors_on_the_device_is_rehearsed() -> None:
+    pipeline = Embedded()
+    given = {"embeds": torch.randn(1, 4096, 1024, device="cuda"), "mask": torch.ones(1, 4096, 1, device="cuda")}
+    with fit(pipeline, "512MiB", device="cuda", **given) as fitted:
+        assert not any("cannot be rehearsed" in note for note in fitted.plan.notes)
+        assert 2 * given["embeds"].nbytes <= fitted.plan.before_bytes <= 3 * given["embeds"].nbytes
+        made = pipeline(**given)
+    assert torch.equal(made, pipeline.net.cuda()(given["embeds"] * given["mask"]))

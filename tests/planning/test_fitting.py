@@ -437,19 +437,24 @@ class Embedded:
         self.net = nn.Linear(512, 8).eval().requires_grad_(False)
         self.components = {"net": self.net}
 
-    def __call__(self, embeds: torch.Tensor, negative_embeds: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([negative_embeds, embeds]))  # type: ignore[no-any-return]
+    def __call__(self, embeds: torch.Tensor, negative_embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen = torch.cat([negative_embeds, embeds]) * mask
+        mask += 1
+        return self.net(seen)  # type: ignore[no-any-return]
 
 
 def test_what_a_caller_gives_a_pipeline_counts_as_long_as_the_call() -> None:
     given = {name: torch.randn(256, 512) for name in ("embeds", "negative_embeds")}
+    given["mask"] = torch.ones(512, 1)
     pipeline = Embedded()
-    size = 4 * given["embeds"].nbytes  # both, and both once more
+    size = 6 * given["embeds"].nbytes  # both, joined, and as much again without what the mask hides
     found = plan(pipeline, GIB, device="cpu", **given)
     assert size <= found.phases[0].activation_bytes <= size * 1.1
     assert size <= found.before_bytes <= size * 1.1
+    assert torch.equal(given["mask"], torch.ones(512, 1))  # a rehearsal writes to nothing
     expected = pipeline(**given)
+    given["mask"].fill_(1)
     with fit(pipeline, GIB, device="cpu", **given):
         assert torch.equal(pipeline(**given), expected)
     with pytest.raises(PlanInfeasible, match="MiB of activations"):
-        fit(pipeline, size, device="cpu", **given)
+        fit(pipeline, size * 9 // 10, device="cpu", **given)

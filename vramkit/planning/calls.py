@@ -104,8 +104,8 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
 
 
 def _call(given: dict[str, Any], twin: Any) -> None:
-    """Call a twin of a pipeline. Large tensors among the arguments lie on the device until the end: the caller has them."""
-    held = with_tensors(given, lambda tensor: _without_memory(tensor) if _is_large(tensor) else tensor)
+    """Call a twin of a pipeline; what the caller has lies on the device until the end."""
+    held = with_tensors(given, _stand_in)
     twin(**held)
 
 
@@ -184,22 +184,16 @@ class _Copies(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         if id(tensor) not in memo:
-            if _is_large(tensor):
-                made = _without_memory(tensor)
-            else:
-                with _disable_current_modes():  # what is small is not counted
-                    made = tensor.detach().cpu().clone()
-            memo[id(tensor)] = made
+            memo[id(tensor)] = _stand_in(tensor)
         return memo[id(tensor)]
 
 
-def _is_large(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and (tensor.is_meta or tensor.nbytes > _KNOWN_BYTES)
-
-
-def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return one like `tensor` that has no memory; made in a rehearsal it counts there."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a rehearsal has in the place of `tensor`: values in host memory, or one without memory, which counts."""
+    if tensor.layout is torch.strided and (tensor.is_meta or tensor.nbytes > _KNOWN_BYTES):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    with _disable_current_modes():  # what is small is not counted
+        return tensor.detach().cpu().clone()
 
 
 def _is_within(other: Any, planned: Any) -> bool:
