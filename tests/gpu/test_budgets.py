@@ -214,7 +214,7 @@ class Embedded:
 def test_a_call_with_tensors_on_the_device_is_rehearsed() -> None:
     pipeline = Embedded()
     given = {"embeds": torch.randn(1, 4096, 1024, device="cuda"), "mask": torch.ones(1, 4096, 1, device="cuda")}
-    with fit(pipeline, "512MiB", device="cuda", **given) as fitted:
+    with vramkit.fit(pipeline, "512MiB", device="cuda", **given) as fitted:
         assert not any("cannot be rehearsed" in note for note in fitted.plan.notes)
         assert 2 * given["embeds"].nbytes <= fitted.plan.before_bytes <= 3 * given["embeds"].nbytes
         made = pipeline(**given)
