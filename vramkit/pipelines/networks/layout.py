@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["channels_innermost", "laid_out", "new_frames"]
+__all__ = ["channels_innermost", "clip_of", "laid_out", "new_frames", "pictures"]
 
 
 def channels_innermost(x: Tensor) -> bool:
@@ -33,3 +33,17 @@ def new_frames(like: Tensor, *sizes: int) -> Tensor:
 def laid_out(x: Tensor) -> Tensor:
     """A clip [B, C, F, H, W] as it is computed: `x` itself where it lies so, else a copy."""
     return x.contiguous(memory_format=torch.channels_last_3d) if channels_innermost(x) else x
+
+
+def pictures(x: Tensor) -> Tensor:
+    """The frames of a clip [B, C, F, H, W] as [B F, C, H, W], a view wherever there is one.
+
+    Dimensions of one get strides here that torch takes for those of the layout, as `flatten` alone would not give them.
+    """
+    return x[0].transpose(0, 1) if x.shape[0] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def clip_of(pictures: Tensor, batch: int) -> Tensor:
+    """A view [B, C, F, H, W] of pictures [B F, C, H, W]; the way back."""
+    clips = pictures.unsqueeze(0) if batch == 1 else torch.unflatten(pictures, 0, (batch, -1))
+    return clips.transpose(1, 2)

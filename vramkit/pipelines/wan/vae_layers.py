@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vramkit.pipelines.networks.layout import new_frames
+from vramkit.pipelines.networks.layout import clip_of, new_frames, pictures
 from vramkit.pipelines.networks.stripes import Rows, Stripe
 
 __all__ = [
@@ -154,11 +154,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[B, C, F, H, W] -> the same."""
         batch, channels, frames, height, width = x.shape
-        images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-        qkv = self.to_qkv(self.norm(images)).permute(0, 2, 3, 1).reshape(batch * frames, 1, height * width, -1)
+        qkv = self.to_qkv(self.norm(pictures(x))).permute(0, 2, 3, 1).reshape(batch * frames, 1, height * width, -1)
         y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B F, 1, H W, C]
-        y = self.proj(y.transpose(-1, -2).reshape(batch * frames, channels, height, width))
-        return torch.unflatten(y, 0, (batch, frames)).transpose(1, 2).add_(x)
+        y = self.proj(y.reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
+        return clip_of(y, batch).add_(x)
 
 
 class MidBlock(nn.Module):
@@ -189,7 +188,7 @@ class Downsample(nn.Module):
         """[B, C, F, H, W] -> [B, C, F or F / 2, H / 2, W / 2]; the first chunk of a clip keeps its one frame."""
         y: Tensor
         if cache.stripe.is_whole:
-            y = self.resample(x.transpose(1, 2).flatten(0, 1))
+            y = self.resample(pictures(x))
         else:
             rows = cache.stripe.rows(self, x, top=0, stride=2)
             batch, channels, frames, _, width = x.shape
@@ -198,7 +197,7 @@ class Downsample(nn.Module):
             window[..., -1] = 0
             y = self.resample[1](window)
             del window
-        y = torch.unflatten(y, 0, (x.shape[0], -1)).transpose(1, 2)
+        y = clip_of(y, x.shape[0])
         if self.time_conv is not None:
             if cache.is_first_chunk:
                 cache.keep(self.time_conv, y)
@@ -223,7 +222,7 @@ class Upsample(nn.Module):
         x = cache.stripe.above(self, x)
         batch, channels, frames, height, width = x.shape
         if self.time_conv is None or cache.is_first_chunk:
-            images = x.transpose(1, 2).flatten(0, 1)
+            images = pictures(x)
         else:
             pairs = cache.window(self.time_conv, x)
             pairs = self.time_conv(pairs, cache)  # [B, 2 C, F, H, W], the channels of two frames
@@ -233,7 +232,7 @@ class Upsample(nn.Module):
             del pairs, by_frame
         y = self.resample(images)  # [B F, C', 2 H, 2 W]
         y = cache.stripe.enlarged(y)  # beyond its inner edges are no zeros, as the convolution takes it
-        return torch.unflatten(y, 0, (batch, -1)).transpose(1, 2)
+        return clip_of(y, batch)
 
 
 class UpBlock(nn.Module):
