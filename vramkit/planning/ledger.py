@@ -28,6 +28,7 @@ Results: TypeAlias = dict[Any, Made]
 _KNOWN_BYTES = 2**18  # what is computed for real is at most this large
 # Convolutions of video autoencoders run at a quarter of the rate of a transformer's products (docs/architecture.md).
 _OF_CONVOLUTIONS = 4
+_CHANNELS_INNERMOST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}  # noqa: SLF001
 
 
@@ -189,6 +190,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bare = [_bare(value) if isinstance(value, torch.Tensor) else _placed(value) for value in flat]
         bare_args, bare_kwargs = tree_unflatten(bare, spec)
         result = func(*bare_args, **bare_kwargs)
+        if func.overloadpacket in _CONVOLUTIONS and any(map(_has_channels_innermost, bare_args[:2])):
+            result = result.contiguous(memory_format=_CHANNELS_INNERMOST.get(result.ndim, torch.contiguous_format))
         originals = {id(new): old for new, old in zip(bare, flat, strict=True) if isinstance(old, torch.Tensor)}
         if isinstance(result, torch.Tensor):
             return originals.get(id(result), result)
@@ -204,12 +207,28 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _workspace_bytes(result: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, *_: Any) -> int:
-    """What a convolution takes beside its result: in 16 bits and three dimensions, all of it once more in another order.
+    """What a convolution of clips takes beside its result: what lies otherwise than with its channels innermost, once more.
 
-    So cuDNN did on an H100 for clips of CogVideoX and HunyuanVideo.
+    So cuDNN did on an H100 for convolutions of all families, in 16 and in 32 bits; to few channels in 32 bits it copies its
+    input however that lies. Weights lie as checkpoints have them.
     """
-    is_rearranged = given.ndim == 5 and given.element_size() == 2
-    return given.nbytes + result.nbytes + weight.nbytes if is_rearranged else 0
+    if given.ndim != 5 or not given.is_floating_point():
+        return 0
+    is_narrowed = given.element_size() == 4 and result.shape[1] < 4
+    if is_narrowed or not _has_channels_innermost(given):
+        return given.nbytes + result.nbytes + weight.nbytes
+    is_dense = given.is_contiguous(memory_format=torch.channels_last_3d)
+    return weight.nbytes + (0 if is_dense else given.nbytes)
+
+
+def _has_channels_innermost(tensor: torch.Tensor) -> bool:
+    """Whether kernels take `tensor` [B, C, ...] as lying with its channels innermost, rows outside of columns and so on."""
+    least = 1
+    for dim in (1, *reversed(range(2, tensor.ndim)), 0):
+        if tensor.stride(dim) < least:
+            return False
+        least = tensor.stride(dim) * tensor.shape[dim]
+    return True
 
 
 class Device(TorchFunctionMode):

@@ -35,6 +35,7 @@ from vramkit.pipelines.cogvideox.vae_layers import (
 )
 from vramkit.pipelines.loading.options import Config
 from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.layout import laid_out
 from vramkit.pipelines.networks.tiling import Box, Tiling, fill_clip, magnified, reduced
 from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
 
@@ -267,7 +268,7 @@ class AutoencoderKLCogVideoX(VideoAutoencoder):
     def _decode_tile(self, z: Tensor, box: Box) -> Tensor:
         """The frames of `box`, from the latents in `z` [B, Z, T, h, w] that stand for them."""
         ratio, (_, rows, columns) = self.config.scale_factor_spatial, box
-        z = z[..., reduced(rows, ratio), reduced(columns, ratio)]
+        z = laid_out(z[..., reduced(rows, ratio), reduced(columns, ratio)])
         counts, cache = self._decoded_counts(z.shape[2]), FrameCache()
         pixels = z.shape[-2] * ratio, z.shape[-1] * ratio
         sample = z.new_empty(z.shape[0], self.config.out_channels, sum(counts), *pixels)

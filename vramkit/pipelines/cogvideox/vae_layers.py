@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vramkit.pipelines.networks.layout import new_frames
 from vramkit.pipelines.networks.workspace import compact, halves
 
 __all__ = [
@@ -67,12 +68,6 @@ def frame_parts(x: Tensor, *, shrink: int = 1) -> list[slice]:
     return [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
 
 
-def empty_frames(like: Tensor, *shape: int) -> Tensor:
-    """A new tensor [B, C, F, H, W]; channels stay innermost where the layer before left them so."""
-    layout = torch.channels_last_3d if like.stride(1) == 1 else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
@@ -102,16 +97,17 @@ class GroupNorm(nn.GroupNorm):
         """Look at `x` [B, C, F, H, W]."""
         means, variances = [], []
         for part in frame_parts(x, shrink=4):
-            grouped = torch.unflatten(x[:, :, part].float(), 1, (self.num_groups, -1))  # [B, G, C / G, f, H, W]
-            variance, mean = torch.var_mean(grouped, dim=(2, 4, 5), correction=0)  # [B, G, f]
+            variance, mean = torch.var_mean(x[:, :, part].float(), dim=(3, 4), correction=0)  # [B, C, f]
             variances.append(variance)
             means.append(mean)
-        by_frame = torch.cat(means, dim=-1)
-        # Frames are of equal size, so the variance is that within them and that between them.
-        variance = torch.cat(variances, dim=-1).mean(-1) + by_frame.var(-1, correction=0)
+        # Pictures are of equal size, so the variance is that within them and that between them.
+        within, between = (
+            torch.unflatten(torch.cat(each, dim=-1), 1, (self.num_groups, -1)) for each in (variances, means)
+        )  # [B, G, C / G, F] each
+        variance = within.mean((2, 3)) + between.var((2, 3), correction=0)
         scale = torch.rsqrt(variance + self.eps)[..., None]  # [B, G, 1]
         gain = scale * self.weight.float().view(self.num_groups, -1)  # [B, G, C / G]
-        shift = self.bias.float().view(self.num_groups, -1) - by_frame.mean(-1)[..., None] * gain
+        shift = self.bias.float().view(self.num_groups, -1) - between.mean((2, 3))[..., None] * gain
         return Affine(*(each.flatten(1)[..., None, None, None] for each in (gain, shift)))
 
 
@@ -132,8 +128,13 @@ class SpatialNorm(nn.Module):
         """Look at `x` [B, C, F, H, W] and the latents `z` [B, Z, T, h, w] that it comes from."""
         gain, shift = self.norm_layer(x)
         frames = latent_of_frame(x.shape[2], z.shape[2])
-        y, b = (conv(z).float()[:, :, frames] for conv in (self.conv_y, self.conv_b))  # [B, C, F, h, w]
+        y, b = (_chosen(conv(z).float(), frames) for conv in (self.conv_y, self.conv_b))  # [B, C, F, h, w]
         return Affine(gain * y, b.addcmul_(shift, y))
+
+
+def _chosen(z: Tensor, frames: list[int]) -> Tensor:
+    """These frames of `z` [B, C, T, h, w], some of them repeated, laid out as `z` is."""
+    return torch.cat([z[:, :, frame : frame + 1] for frame in frames], dim=2)
 
 
 def latent_of_frame(frames: int, latents: int) -> list[int]:
@@ -207,7 +208,7 @@ class CausalConv3d(nn.Module):
             y = self.conv(window)
             del window
             if out is None:
-                out = y if y.shape[2] == x.shape[2] else empty_frames(y, *y.shape[:2], *x.shape[2:])
+                out = y if y.shape[2] == x.shape[2] else new_frames(y, *y.shape[:2], *x.shape[2:])
             if out is not y:
                 out[:, :, part] = y
             del y  # before the next window is made
@@ -219,7 +220,7 @@ class CausalConv3d(nn.Module):
     def _window(self, frames: Tensor, part: slice, past: Tensor | None, activation: Affine | None) -> Tensor:
         """The past frames [B, C, 2, H, W] and behind them the new ones, normed and activated where the convolution reads."""
         batch, channels, count, height, width = frames.shape
-        window = empty_frames(frames, batch, channels, self.past_frames + count, height, width)
+        window = new_frames(frames, batch, channels, self.past_frames + count, height, width)
         new = window[:, :, self.past_frames :]
         if activation is None:
             new.copy_(frames)
@@ -243,9 +244,13 @@ class Downsample(nn.Module):
         """[B, C, F, H, W] -> [B, C, F or (F + 1) // 2, H / 2, W / 2]; of an odd number the first frame stays single."""
         batch, channels, frames, height, width = x.shape
         pairs = frame_pairs(frames, temporal=self.temporal)
-        out = empty_frames(x, batch, channels, len(pairs), height // 2, width // 2)
+        out = new_frames(x, batch, channels, len(pairs), height // 2, width // 2)
         for index, pair in enumerate(pairs):
-            out[:, :, index] = self.conv(F.pad(x[:, :, pair].mean(2), (0, 1, 0, 1)))  # zeros at the far edges only
+            padded = new_frames(x, batch, channels, height + 1, width + 1)
+            torch.mean(x[:, :, pair], 2, out=padded[..., :-1, :-1])
+            padded[..., -1, :] = 0  # zeros at the far edges only
+            padded[..., -1] = 0
+            out[:, :, index] = self.conv(padded)
         return out
 
 
@@ -263,7 +268,7 @@ class Upsample(nn.Module):
         """[B, C, F, H, W] -> [B, C, F or 2 F, 2 H, 2 W]; of an odd number of frames the first stays single."""
         batch, channels, frames, height, width = x.shape
         count = stretched(frames) if self.temporal else frames
-        out = empty_frames(x, batch, channels, count, 2 * height, 2 * width)
+        out = new_frames(x, batch, channels, count, 2 * height, 2 * width)
         for index, pair in enumerate(frame_pairs(count, temporal=self.temporal)):
             frame = self.conv(F.interpolate(x[:, :, index], scale_factor=2.0))  # [B, C, 2 H, 2 W]
             out[:, :, pair] = frame[:, :, None]

@@ -32,6 +32,7 @@ from vramkit.pipelines.ltx.vae_layers import (
     unpatchify,
 )
 from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.layout import laid_out, new_frames
 from vramkit.pipelines.networks.stripes import Stripe
 from vramkit.pipelines.networks.tiling import Box, FrameTiling, Tiling, fill_by_rows, fill_clip, magnified, reduced
 from vramkit.pipelines.networks.video_autoencoder import FramewiseAutoencoder
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
             y: Tensor = clip.pop()
             if stripe.is_whole:
                 return y
-            result = y.new_empty(*y.shape[:3], height, width) if result is None else result
+            result = new_frames(y, *y.shape[:3], height, width) if result is None else result
             result[..., stripe.give(y.shape[3]), :] = y
         assert result is not None
         return result
@@ -149,7 +150,7 @@ class Decoder(nn.Module):
         if self.timestep_scale_multiplier is not None:
             assert timestep is not None
             timestep = timestep * self.timestep_scale_multiplier
-        small: list[Tensor] = [self.conv_in(z)]
+        small: list[Tensor] = [self.conv_in(laid_out(z))]
         for block in (self.mid_block, *self.up_blocks[: self._large]):
             small.append(block(small, Stripe(), timestep))  # each takes out what the one before put in
         blocks, lag, modulation = self.up_blocks[self._large :], 0, self._modulation(timestep, z.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.pipelines.networks.layers import token_chunks
+from vramkit.pipelines.networks.layout import new_frames
 from vramkit.pipelines.networks.stripes import Rows
 
 __all__ = ["Prepare", "Rates", "Store", "VideoConv3d", "frames_with_ends", "put"]
@@ -108,7 +109,7 @@ class VideoConv3d(nn.Module):
         step, x = self.conv.stride, rows.new
         frames, width = ((x.shape[dim] - 1) // step[dim - 2] + 1 for dim in (2, 4))
         height = self.height(rows)
-        return x.new_empty(x.shape[0], self.conv.out_channels, frames, height, width)
+        return new_frames(x, x.shape[0], self.conv.out_channels, frames, height, width)
 
     def height(self, rows: Rows) -> int:
         """How many rows the result of `rows` has."""
@@ -123,7 +124,7 @@ def frames_with_ends(rows: Rows, first: int, stop: int, prepare: Prepare | None 
     taken = slice(first + before, stop - after)
     if prepare is None and not (before or after or rows.has_borders):
         return x[:, :, taken]
-    window = x.new_empty(*x.shape[:2], stop - first, rows.count, x.shape[4])
+    window = new_frames(x, *x.shape[:2], stop - first, rows.count, x.shape[4])
     inner = window[:, :, before : stop - first - after]
     if prepare is not None and not rows.has_borders:
         prepare(x[:, :, taken], inner)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from vramkit.pipelines.ltx.vae_convolution import Rates, VideoConv3d, frames_with_ends, put
 from vramkit.pipelines.networks.layers import TimestepEmbedding, sinusoidal_embedding
+from vramkit.pipelines.networks.layout import new_frames
 from vramkit.pipelines.networks.stripes import Rows, Stripe
 
 __all__ = [
@@ -51,27 +52,39 @@ def normalize(x: Tensor, out: Tensor, modulation: Modulation | None = None) -> N
 
 def depth_to_space(x: Tensor, rates: Rates) -> Tensor:
     """[B, C rf rh rw, F, H, W] -> [B, C, rf F, rh H, rw W]."""
-    x = torch.unflatten(x, 1, (-1, *rates)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, C, F, rf, H, rh, W, rw]
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    sizes = [size * rate for size, rate in zip(x.shape[2:], rates, strict=True)]
+    out = new_frames(x, x.shape[0], x.shape[1] // math.prod(rates), *sizes)
+    _cut(out, rates).copy_(torch.unflatten(x, 1, (-1, *rates)))
+    return out
 
 
 def space_to_depth(x: Tensor, rates: Rates) -> Tensor:
     """[B, C, rf F, rh H, rw W] -> [B, C rf rh rw, F, H, W]."""
+    sizes = [size // rate for size, rate in zip(x.shape[2:], rates, strict=True)]
+    out = new_frames(x, x.shape[0], x.shape[1] * math.prod(rates), *sizes)
+    torch.unflatten(out, 1, (-1, *rates)).copy_(_cut(x, rates))
+    return out
+
+
+def _cut(x: Tensor, rates: Rates) -> Tensor:
+    """A view [B, C, rf, rh, rw, F, H, W] of [B, C, rf F, rh H, rw W]."""
     for dim, rate in zip((4, 3, 2), reversed(rates), strict=True):  # from the last, which leaves the others in place
         x = torch.unflatten(x, dim, (-1, rate))
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)  # [B, C, rf, rh, rw, F, H, W] before it is flattened
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6)
 
 
 def patchify(video: Tensor, size: int) -> Tensor:
     """[B, C, F, H, W] -> [B, C size size, F, H / size, W / size]; columns of a patch before its rows."""
-    patches = torch.unflatten(space_to_depth(video, (1, size, size)), 1, (-1, size, size))
-    return patches.transpose(2, 3).flatten(1, 3)
+    cut = _cut(video, (1, size, size))[:, :, 0]  # [B, C, rh, rw, F, H, W]
+    patches = new_frames(video, video.shape[0], video.shape[1] * size**2, *cut.shape[4:])
+    torch.unflatten(patches, 1, (-1, size, size)).copy_(cut.transpose(2, 3))
+    return patches
 
 
 def unpatchify(patches: Tensor, size: int) -> Tensor:
     """[B, C size size, F, H, W] -> [B, C, F, size H, size W]."""
-    patches = torch.unflatten(patches, 1, (-1, size, size)).transpose(2, 3).flatten(1, 3)
-    return depth_to_space(patches, (1, size, size))
+    cut = torch.unflatten(patches, 1, (-1, size, size)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, C, F, H, rh, W, rw]
+    return cut.flatten(5, 6).flatten(3, 4)
 
 
 class _ChannelNorm(nn.LayerNorm):
@@ -141,7 +154,7 @@ class ResidualBlock(nn.Module):
         """Memory for a result of so many rows, and whether it is the shortcut already."""
         x, kept = rows.new, slice(rows.lost, rows.lost + height)
         if self.conv_shortcut is not None:
-            out = x.new_empty(x.shape[0], self.conv2.conv.out_channels, x.shape[2], height, x.shape[4])
+            out = new_frames(x, x.shape[0], self.conv2.conv.out_channels, x.shape[2], height, x.shape[4])
             for place, piece in rows.pieces(rows.lost, height):
                 self.conv_shortcut(piece, partial(put, out[..., place, :]), prepare=self.norm3)
             return out, True
@@ -230,7 +243,7 @@ class _Downsampler(nn.Module):
         rows = stripe.rows(self.conv, x, multiple=self.rates[1])
         height = self.conv.height(rows)
         sizes = (size // by for size, by in zip((x.shape[2] + lead, height, x.shape[4]), self.rates, strict=True))
-        out = x.new_empty(x.shape[0], self.out_channels, *sizes)
+        out = new_frames(x, x.shape[0], self.out_channels, *sizes)
         without_zeros = replace(rows, top=0, bottom=0)
 
         def store(part: slice, y: Tensor) -> None:
@@ -304,7 +317,7 @@ class _Upsampler(nn.Module):
         rows = stripe.rows(self.conv, x)
         height = self.conv.height(rows)
         sizes = [size * by for size, by in zip((x.shape[2], height, x.shape[4]), self.rates, strict=True)]
-        out = x.new_empty(x.shape[0], self.out_channels, sizes[0] - (rate - 1), *sizes[1:])
+        out = new_frames(x, x.shape[0], self.out_channels, sizes[0] - (rate - 1), *sizes[1:])
 
         def store(part: slice, y: Tensor) -> None:
             frames = depth_to_space(y, self.rates)

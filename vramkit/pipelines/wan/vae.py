@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vramkit.errors import ConfigError
 from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
+from vramkit.pipelines.networks.layout import laid_out, new_frames
 from vramkit.pipelines.networks.stripes import Stripe
 from vramkit.pipelines.networks.tiling import Tiling, fill_by_rows, fill_by_tiles
 from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
@@ -319,7 +320,7 @@ class AutoencoderKLWan(VideoAutoencoder):
                 y = self.encoder.shrink(chunk, cache)
                 cache.is_first_chunk = False
                 if small is None:
-                    small = y.new_empty(*y.shape[:2], *out.shape[2:])
+                    small = new_frames(y, *y.shape[:2], *out.shape[2:])
                 small[:, :, frame, place] = y
         assert small is not None
         cache = FeatureCache()
@@ -361,7 +362,7 @@ class AutoencoderKLWan(VideoAutoencoder):
     def _decode_tile(self, z: Tensor, out: Tensor, patch: int = 1) -> Tensor:
         """Decode `z` [B, Z, T, h, w] into `out` [B, 3, F, H, W] and return it; without `patch` it is given patches."""
         cache = FeatureCache()
-        for latent, finished in self._latent_frames(self.post_quant_conv(z), out):
+        for latent, finished in self._latent_frames(self.post_quant_conv(laid_out(z)), out):
             if patch == 1:
                 self.decoder(latent, cache, finished)
             else:
@@ -422,10 +423,10 @@ class AutoencoderKLWan(VideoAutoencoder):
         """What the layers that see whole pictures make of `z`, by stripes: [B, C, T, rows, w] each."""
         stripes: list[Tensor] = []
         cache = FeatureCache()
-        for frame, latent in enumerate(torch.split(self.post_quant_conv(z), 1, dim=2)):
+        for frame, latent in enumerate(torch.split(self.post_quant_conv(laid_out(z)), 1, dim=2)):
             y = self.decoder.begin(latent, cache, refine=True)
             rows = [y[..., stripe.taken, :] for stripe in parts]
-            stripes = stripes or [y.new_empty(*y.shape[:2], z.shape[2], *each.shape[3:]) for each in rows]
+            stripes = stripes or [new_frames(y, *y.shape[:2], z.shape[2], *each.shape[3:]) for each in rows]
             for stripe, each in zip(stripes, rows, strict=True):
                 stripe[:, :, frame : frame + 1] = each
         return stripes

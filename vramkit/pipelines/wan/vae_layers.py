@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vramkit.pipelines.networks.layout import clip_of, new_frames, pictures
 from vramkit.pipelines.networks.stripes import Rows, Stripe
 
 __all__ = [
@@ -101,11 +102,7 @@ class FeatureCache:
         x, height = rows.new, rows.count
         batch, channels, frames, _, width = x.shape
         past = conv.past_frames
-        # Channels stay innermost where the layer before left them so.
-        layout = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
-        window = torch.empty(
-            (batch, channels, past + frames, height, width), dtype=x.dtype, device=x.device, memory_format=layout
-        )
+        window = new_frames(x, batch, channels, past + frames, height, width)
         before, new = window[:, :, :past], window[:, :, past:]
         if conv in self._past:
             before.copy_(self._past.pop(conv))
@@ -157,11 +154,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[B, C, F, H, W] -> the same."""
         batch, channels, frames, height, width = x.shape
-        images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-        qkv = self.to_qkv(self.norm(images)).permute(0, 2, 3, 1).reshape(batch * frames, 1, height * width, -1)
+        qkv = self.to_qkv(self.norm(pictures(x))).permute(0, 2, 3, 1).reshape(batch * frames, 1, height * width, -1)
         y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B F, 1, H W, C]
-        y = self.proj(y.transpose(-1, -2).reshape(batch * frames, channels, height, width))
-        return torch.unflatten(y, 0, (batch, frames)).transpose(1, 2).add_(x)
+        y = self.proj(y.reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
+        return clip_of(y, batch).add_(x)
 
 
 class MidBlock(nn.Module):
@@ -192,15 +188,16 @@ class Downsample(nn.Module):
         """[B, C, F, H, W] -> [B, C, F or F / 2, H / 2, W / 2]; the first chunk of a clip keeps its one frame."""
         y: Tensor
         if cache.stripe.is_whole:
-            y = self.resample(x.transpose(1, 2).flatten(0, 1))
+            y = self.resample(pictures(x))
         else:
             rows = cache.stripe.rows(self, x, top=0, stride=2)
-            window = x.new_empty(x.shape[0], x.shape[2], x.shape[1], rows.count, x.shape[4] + 1)
-            rows.fill(window.transpose(1, 2)[..., :-1])
+            batch, channels, frames, _, width = x.shape
+            window = new_frames(x, batch * frames, channels, rows.count, width + 1)
+            rows.fill(torch.unflatten(window, 0, (batch, frames)).transpose(1, 2)[..., :-1])
             window[..., -1] = 0
-            y = self.resample[1](window.flatten(0, 1))
+            y = self.resample[1](window)
             del window
-        y = torch.unflatten(y, 0, (x.shape[0], -1)).transpose(1, 2)
+        y = clip_of(y, x.shape[0])
         if self.time_conv is not None:
             if cache.is_first_chunk:
                 cache.keep(self.time_conv, y)
@@ -223,17 +220,19 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[B, C, F, H, W] -> [B, C', F or 2 F, 2 H, 2 W]; the first chunk of a clip keeps its one frame."""
         x = cache.stripe.above(self, x)
-        batch, channels = x.shape[:2]
+        batch, channels, frames, height, width = x.shape
         if self.time_conv is None or cache.is_first_chunk:
-            images = x.transpose(1, 2)
+            images = pictures(x)
         else:
             pairs = cache.window(self.time_conv, x)
             pairs = self.time_conv(pairs, cache)  # [B, 2 C, F, H, W], the channels of two frames
-            images = torch.unflatten(pairs, 1, (2, channels)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
-            del pairs
-        y = self.resample(images.flatten(0, 1))  # [B F, C', 2 H, 2 W]
+            images = new_frames(x, 2 * batch * frames, channels, height, width)
+            by_frame = torch.unflatten(pairs, 1, (2, channels)).permute(0, 3, 1, 2, 4, 5)  # [B, F, 2, C, H, W]
+            torch.unflatten(images, 0, (batch, frames, 2)).copy_(by_frame)
+            del pairs, by_frame
+        y = self.resample(images)  # [B F, C', 2 H, 2 W]
         y = cache.stripe.enlarged(y)  # beyond its inner edges are no zeros, as the convolution takes it
-        return torch.unflatten(y, 0, (batch, -1)).transpose(1, 2)
+        return clip_of(y, batch)
 
 
 class UpBlock(nn.Module):
