@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -138,30 +139,40 @@ def test_large_results_of_views_that_repeat_few_values_are_counted_and_not_made(
     assert found.phases[0].activation_bytes >= 60_000**2
 
 
-def workspace_bytes(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """What a convolution adds to the peak on an accelerator."""
-    peaks = []
+def workspace_bytes(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> int:
+    """What a convolution, without a border, adds to the peak on an accelerator."""
+    peaks, convolve = [], F.conv3d if x.ndim == 5 else F.conv2d
     for on_accelerator in (True, False):
         ledger = Ledger({}, {}, on_accelerator=on_accelerator)
         with ledger:
-            y = F.conv3d(x, weight)
+            y = convolve(x, weight, **options)
         assert y.is_contiguous() == x.is_contiguous()  # as cuDNN lays it
         peaks.append(ledger.peak_bytes)
     return peaks[0] - peaks[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_convolutions_of_clips_take_once_more_what_has_its_channels_not_innermost(dtype: torch.dtype) -> None:
-    x = torch.empty(1, 8, 5, 32, 32, dtype=dtype, device="meta")
-    weight = torch.empty(4, 8, 1, 1, 1, dtype=dtype, device="meta")
-    assert workspace_bytes(x, weight) == x.nbytes + x.nbytes // 2 + weight.nbytes
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+@pytest.mark.parametrize(("sizes", "layout"), [((5, 32, 32), torch.channels_last_3d), ((96, 96), torch.channels_last)])
+def test_convolutions_take_once_more_what_has_its_channels_not_innermost(
+    sizes: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x = torch.empty(1, 8, *sizes, dtype=dtype, device="meta")
+    weight = torch.empty(4, 8, *(3 for _ in sizes), dtype=dtype, device="meta")
+    result = math.prod(size - 2 for size in sizes) * 4 * dtype.itemsize
+    assert workspace_bytes(x, weight) == x.nbytes + result + weight.nbytes
+    x = x.contiguous(memory_format=layout)
     assert workspace_bytes(x, weight) == weight.nbytes
-    assert workspace_bytes(x[..., 1:, :], weight) == x[..., 1:, :].nbytes + weight.nbytes
+    assert workspace_bytes(x[..., 1:], weight) == x[..., 1:].nbytes + weight.nbytes
+
+
+def test_products_of_each_position_or_channel_take_nothing_once_more() -> None:
+    x = torch.empty(1, 8, 64, 64, device="meta")
+    assert workspace_bytes(x, torch.empty(4, 8, 1, 1, device="meta")) == 0
+    assert workspace_bytes(x, torch.empty(8, 1, 3, 3, device="meta"), groups=8) == 0
 
 
 def test_convolutions_to_three_channels_take_their_input_once_more_in_32_bits() -> None:
-    weight = torch.empty(3, 8, 1, 1, 1, device="meta")
+    weight = torch.empty(3, 8, 3, 3, 3, device="meta")
     x = torch.empty(1, 8, 5, 32, 32, device="meta").contiguous(memory_format=torch.channels_last_3d)
-    assert workspace_bytes(x, weight) == x.nbytes + x.nbytes * 3 // 8 + weight.nbytes
+    assert workspace_bytes(x, weight) == x.nbytes + 3 * 3 * 30 * 30 * 4 + weight.nbytes
     assert workspace_bytes(x.bfloat16(), weight.bfloat16()) == weight.nbytes // 2

@@ -207,18 +207,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _workspace_bytes(result: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, *_: Any) -> int:
-    """What a convolution of clips takes beside its result: what lies otherwise than with its channels innermost, once more.
+    """What a convolution takes beside its result: what lies otherwise than with its channels innermost, once more.
 
-    So cuDNN did on an H100 for convolutions of all families, in 16 and in 32 bits; to few channels in 32 bits it copies its
-    input however that lies. Weights lie as checkpoints have them.
+    So cuDNN did on an H100 for pictures and for clips, in 16 and in 32 bits; from clips to few channels in 32 bits it copies
+    its input however that lies. A product for each position (a kernel of one), or each channel by itself, copies nothing.
+    Weights lie as checkpoints have them.
     """
-    if given.ndim != 5 or not given.is_floating_point():
+    layout = _CHANNELS_INNERMOST.get(given.ndim)
+    is_by_position, is_by_channel = max(weight.shape[2:]) == 1, weight.shape[1] == 1 < given.shape[1]
+    if layout is None or not given.is_floating_point() or is_by_position or is_by_channel:
         return 0
-    is_narrowed = given.element_size() == 4 and result.shape[1] < 4
+    is_narrowed = given.ndim == 5 and given.element_size() == 4 and result.shape[1] < 4
     if is_narrowed or not _has_channels_innermost(given):
         return given.nbytes + result.nbytes + weight.nbytes
-    is_dense = given.is_contiguous(memory_format=torch.channels_last_3d)
-    return weight.nbytes + (0 if is_dense else given.nbytes)
+    return weight.nbytes + (0 if given.is_contiguous(memory_format=layout) else given.nbytes)
 
 
 def _has_channels_innermost(tensor: torch.Tensor) -> bool:

@@ -24,7 +24,6 @@ from vramkit.errors import ConfigError
 from vramkit.pipelines.hunyuan_video.vae_layers import CausalConv3d, DownBlock, GroupNorm, MidBlock, UpBlock
 from vramkit.pipelines.loading.options import Config
 from vramkit.pipelines.networks.autoencoder import DecoderOutput, EncoderOutput, LatentDistribution
-from vramkit.pipelines.networks.layout import laid_out
 from vramkit.pipelines.networks.tiling import Box, FrameTiling, Tiling, fill_clip, magnified, reduced
 from vramkit.pipelines.networks.video_autoencoder import FramewiseAutoencoder
 
@@ -224,5 +223,5 @@ class AutoencoderKLHunyuanVideo(FramewiseAutoencoder):
         frames, rows, columns = box
         stop = None if frames.stop is None else (frames.stop - 1) // rate + 1
         tile = z[:, :, frames.start // rate : stop, reduced(rows, ratio), reduced(columns, ratio)]
-        sample: Tensor = self.decoder(self.post_quant_conv(laid_out(tile)))
+        sample: Tensor = self.decoder(self.post_quant_conv(tile))
         return sample

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.pipelines.networks.layers import token_chunks
-from vramkit.pipelines.networks.layout import new_frames
 from vramkit.pipelines.networks.workspace import compact, halves
 
 __all__ = ["CausalConv3d", "DownBlock", "GroupNorm", "MidBlock", "UpBlock"]
@@ -39,14 +38,12 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Affine:  # type: ignore[override]
         """Scale and shift that normalize `x`: norm(x) = x * scale + shift. Frames are widened one at a time."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        moments = [torch.var_mean(frame.to(wide), dim=(2, 3), correction=0) for frame in x.unbind(2)]  # [B, C] each
-        variances, means = (
-            torch.unflatten(torch.stack(values, dim=-1), 1, (self.num_groups, -1))
-            for values in zip(*moments, strict=True)
-        )  # [B, G, C / G, F] each
-        variance = variances.mean((2, 3)) + means.var((2, 3), correction=0)
+        frames = torch.unflatten(x, 1, (self.num_groups, -1)).unbind(3)  # each [B, G, C / G, H, W]
+        moments = [torch.var_mean(frame.to(wide), dim=(2, 3, 4), correction=0) for frame in frames]
+        variances, means = (torch.stack(values) for values in zip(*moments, strict=True))  # [F, B, G] each
+        variance = variances.mean(0) + means.var(0, correction=0)
         scale = self.weight.view(self.num_groups, -1) * torch.rsqrt(variance + self.eps)[..., None]  # [B, G, C / G]
-        shift = self.bias.view(self.num_groups, -1) - means.mean((2, 3))[..., None] * scale
+        shift = self.bias.view(self.num_groups, -1) - means.mean(0)[..., None] * scale
         return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
 
 
@@ -86,7 +83,7 @@ class CausalConv3d(nn.Module):
         enlarged = (rates[0] * (x.shape[2] - 1) + 1, rates[1] * x.shape[3], rates[2] * x.shape[4])
         if out is None:
             sizes = ((size - 1) // step + 1 for size, step in zip(enlarged, self.conv.stride, strict=True))
-            out = new_frames(x, x.shape[0], self.conv.out_channels, *sizes)
+            out = x.new_empty(x.shape[0], self.conv.out_channels, *sizes)
         step = self.conv.stride[0]
         pixels = x.shape[0] * step * enlarged[1] * enlarged[2]  # for each frame of the result
         for part in reversed(token_chunks(out.shape[2], max(1, _PART_PIXELS // pixels))):
@@ -104,22 +101,29 @@ class CausalConv3d(nn.Module):
         """`frames` of the enlarged `x` with their borders; those before the first one repeat it."""
         border = self.kernel_size // 2
         missing = max(0, -frames.start)
-        batch, channels, _, height, width = x.shape
-        sizes = (len(frames), rates[1] * height + 2 * border, rates[2] * width + 2 * border)
-        window = new_frames(x, batch, channels, *sizes)
+        taken = _repeat_frames(x, frames.start + missing, frames.stop, rates[0])
+        batch, channels, count, height, width = taken.shape
+        sizes = (missing + count, rates[1] * height + 2 * border, rates[2] * width + 2 * border)
+        window = x.new_empty(batch, channels, *sizes)
         inner = window[:, :, missing:, border : sizes[1] - border, border : sizes[2] - border]
         if affine is not None:
-            taken = x[:, :, frames.start + missing : frames.stop]
             F.silu(torch.addcmul(affine[1], taken, affine[0], out=inner), inplace=True)
         else:
             places = torch.unflatten(torch.unflatten(inner, -1, (width, rates[2])), -3, (height, rates[1]))
-            for place, frame in enumerate(frames[missing:]):
-                taken = x[:, :, (frame + rates[0] - 1) // rates[0]]  # as if the first had been repeated too
-                places[:, :, place] = taken[..., :, None, :, None]  # [B, C, H, rate, W, rate]
+            places.copy_(taken[..., :, None, :, None])  # [B, C, F, H, rate, W, rate]
         if border:
             _repeat_edges(window[:, :, missing:], border)
         window[:, :, :missing] = window[:, :, missing : missing + 1]
         return window
+
+
+def _repeat_frames(x: Tensor, start: int, stop: int, rate: int) -> Tensor:
+    """Frames `start` to `stop` of `x` [B, C, F, H, W] after each but the first was repeated `rate` times."""
+    if rate == 1:
+        return x[:, :, start:stop]
+    start, stop = start + rate - 1, stop + rate - 1  # as if the first had been repeated too
+    taken = x[:, :, start // rate : (stop - 1) // rate + 1].repeat_interleave(rate, dim=2)
+    return taken.narrow(2, start % rate, stop - start)
 
 
 def _repeat_edges(window: Tensor, border: int) -> None:
