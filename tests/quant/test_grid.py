@@ -147,6 +147,7 @@ def test_modules_of_bitsandbytes_are_adopted(kind: str, way: str, tmp_path: Path
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weights", ["qint8", "qint4", "qfloat8"])
+@pytest.mark.usefixtures("quanto_in_python")
 def test_weights_of_quanto_that_a_user_brings(weights: str, way: str, tmp_path: Path) -> None:
     from optimum import quanto
 
