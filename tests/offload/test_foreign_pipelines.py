@@ -135,7 +135,13 @@ def saved_adapter(name: str, folder: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("FluxPipeline", "block"), ("FluxPipeline", "model"), ("WanPipeline", "block"), ("LTXPipeline", "leaf")],
+    [
+        ("FluxPipeline", "block"),
+        ("WanPipeline", "model"),
+        ("LTXPipeline", "leaf"),
+        pytest.param("FluxPipeline", "model", marks=pytest.mark.thorough),
+        pytest.param("WanPipeline", "block", marks=pytest.mark.thorough),
+    ],
 )
 def test_adapters_are_loaded_and_changed_while_the_transformer_is_offloaded(
     name: str, way: str, tmp_path: Path
