@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,18 +157,15 @@ class TestCheckpoint:
 
 @pytest.fixture(scope="module")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[job.Outcome, str, Path]:
-    """The whole demo on the tiny checkpoint: its outcome, what it printed, its output folder.
+    """The demo on the tiny checkpoint, its workers in this process: its outcome, what it printed, its output folder."""
 
-    Its workers start from a folder where modules have the names of theirs.
-    """
+    def work(command: list[str], **_options: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=worker.main(command[-1]))
+
     out, text = tmp_path_factory.mktemp("out") / "made", io.StringIO()
-    working = tmp_path_factory.mktemp("working")
-    (working / "vramkit").mkdir()
-    for path in (working / "vramkit" / "__init__.py", working / "numpy.py"):
-        path.write_text("raise ImportError('of the working folder')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VRAMKIT_CACHE", str(cache))
-        patch.chdir(working)
+        patch.setattr(job.subprocess, "run", work)
         outcome = job.run_demo(TINY, out=out, device="cpu", console=Console(file=text, width=100))
     return outcome, text.getvalue(), out
 
@@ -297,13 +295,34 @@ class TestWorker:
         assert shown.count("\n") == (status == 1)
 
 
+# The clip of the preset made in fewer steps, here and in the workers that the demo starts.
+SHORTER = {"num_inference_steps": 2}
+START_SHORTER = f"""
+import dataclasses, sys
+sys.path = [sys.argv[1], *filter(None, sys.path)]
+from vramkit.demo import worker
+worker.PRESETS = {{"small": dataclasses.replace(worker.PRESETS["small"], **{SHORTER})}}
+sys.exit(worker.main(sys.argv[2]))
+"""
+
+
 @pytest.mark.slow
-def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`vramkit demo` as a new user runs it, less its further budgets: half a GiB of weights under half of that."""
+@pytest.mark.parametrize("shorter", [pytest.param({}, marks=pytest.mark.thorough), SHORTER])
+def test_the_main_job(shorter: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vramkit demo` as a new user runs it, less its further budgets: half a GiB of weights under half of that.
+
+    Its workers start from a folder where modules have the names of theirs.
+    """
+    working = tmp_path / "working"
+    (working / "vramkit").mkdir(parents=True)
+    for path in (working / "vramkit" / "__init__.py", working / "numpy.py"):
+        path.write_text("raise ImportError('of the working folder')")
+    monkeypatch.chdir(working)
     monkeypatch.setenv("VRAMKIT_CACHE", str(tmp_path / "cache"))
-    outcome = job.run_demo(
-        dataclasses.replace(SMALL, sweep=()), out=tmp_path, device="cpu", console=Console(file=io.StringIO())
-    )
+    if shorter:
+        monkeypatch.setattr(job, "_START", START_SHORTER)
+    preset = dataclasses.replace(SMALL, sweep=(), **shorter)
+    outcome = job.run_demo(preset, out=tmp_path / "out", device="cpu", console=Console(file=io.StringIO()))
     assert outcome.identical
     assert outcome.within_budget
     assert outcome.weights_bytes > 1.9 * outcome.budgeted[0].budget_bytes

@@ -1,8 +1,8 @@
 """Each code block of a published guide runs: imports mapped to vramkit, checkpoints to small local ones, and no more.
 
-Without a GPU, "cuda" is mapped to "cpu", and clips are shorter. The checkpoints have the published layout and sizes of
-pictures and latents; what is small is the number of layers and, without a GPU, of channels. Patches are large, so that few
-tokens are left. (Tokens of LTX-Video are latents: there it is latents that stand for more pixels.)
+Without a GPU, "cuda" is mapped to "cpu", and clips are smaller and shorter. The checkpoints have the published layout and
+ratio of pictures to latents; what is small is the number of layers and, without a GPU, of channels. Patches are large, so
+that few tokens are left. (Tokens of LTX-Video are latents: there it is latents that stand for more pixels.)
 """
 
 from __future__ import annotations
@@ -69,8 +69,17 @@ WRITERS = {
 }
 
 
-# Frames on the CPU for frames on a GPU: latents that are whole patches of these models.
-SHORTER = {"num_frames=81": "num_frames=9", "num_frames=61": "num_frames=5", "num_frames=161": "num_frames=9"}
+# Clips on the CPU for clips on a GPU: latents that are whole patches of these models, in few steps.
+SHORTER = {
+    "num_inference_steps=50": "num_inference_steps=3",
+    "num_inference_steps=30": "num_inference_steps=3",
+    "num_frames=81": "height=256, width=416, num_frames=9, num_inference_steps=3",
+    "num_frames=61": "height=320, width=480, num_frames=5",
+    "width=768": "width=384",
+    "height=512": "height=256",
+    "num_frames=161": "num_frames=9",
+    "guidance_scale=6,": "guidance_scale=6, num_frames=9,",
+}
 
 # Of the published transformers and text encoders: with them, layers have 32 MiB and more.
 _T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
-import pytest
 from rank_group import Faulty
 
 PATIENCE_S = 90  # 5 until a rank counts as hung, 2 of grace; the rest is waiting for a core
@@ -18,21 +16,21 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def faulty() -> Iterator[dict[str, Faulty]]:
-    """All at once, because they mostly wait."""
-    started = {fault: Faulty(fault) for fault in FAULTS}
-    yield started
-    for each in started.values():
-        each.close()
+def test_all_ranks_end_and_say_who_failed() -> None:
+    """All faults at once, because ranks mostly wait, and in one test, so that one worker starts them."""
+    faulty = {fault: Faulty(fault) for fault in FAULTS}
+    try:
+        for fault, ranks in faulty.items():
+            check_end(fault, *ranks.end(PATIENCE_S))
+    finally:
+        for ranks in faulty.values():
+            ranks.close()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_all_ranks_end_and_say_who_failed(faulty: dict[str, Faulty], fault: str) -> None:
+def check_end(fault: str, said: list[str | None], statuses: list[int | None]) -> None:
     culprit, cause = FAULTS[fault]
-    said, statuses = faulty[fault].end(PATIENCE_S)
     other = said[1 - culprit]
-    assert None not in statuses, "a rank has not ended"
+    assert None not in statuses, f"{fault}: a rank has not ended"
     assert other is not None
     assert other.startswith(f"RankError: rank {culprit} failed: ")
     assert cause in other

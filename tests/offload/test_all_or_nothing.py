@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from modules import BlockNet, Codec, mapped_copy, tokens, traces
+from sweeps import sweep
 from torch import nn
 
 from vramkit import hooks
@@ -126,14 +128,6 @@ def case(place: str, level: str, tmp_path: Path) -> Case:
     return Case(place, level, tmp_path)
 
 
-def in_cases_of(*levels: str) -> pytest.MarkDecorator:
-    """Of the levels beyond the first, one place each is enough by default."""
-    kinds = {*((place, "block_level") for place in PLACES), ("mapped", "leaf_level"), ("pageable", "model_level")}
-    pairs = [(place, level) for level in levels for place in PLACES]
-    cases = [pytest.param(*pair, marks=() if pair in kinds else pytest.mark.thorough) for pair in pairs]
-    return pytest.mark.parametrize(("place", "level"), cases)
-
-
 def each_failure(work: Callable[[], object], check: Callable[[], object]) -> int:
     """Run `work` with calls failing in turn, and `check` after each; returns how many failures there were.
 
@@ -162,7 +156,7 @@ def each_failure(work: Callable[[], object], check: Callable[[], object]) -> int
     return count
 
 
-@in_cases_of(*LEVELS)
+@sweep("place level", product(PLACES, LEVELS), together=1)
 def test_module_is_as_it_was_whatever_fails_while_applying(case: Case) -> None:
     applied: list[Offload] = []
 
@@ -178,7 +172,7 @@ def test_module_is_as_it_was_whatever_fails_while_applying(case: Case) -> None:
     case.check_plain()
 
 
-@in_cases_of(*LEVELS)
+@sweep("place level", product(reversed(PLACES), LEVELS), together=1)
 def test_remove_goes_to_its_end_whatever_fails_in_it(case: Case) -> None:
     case.apply().remove()
 
@@ -199,7 +193,7 @@ def test_remove_goes_to_its_end_whatever_fails_in_it(case: Case) -> None:
     case.check_plain()
 
 
-@in_cases_of("block_level", "model_level")
+@sweep("place level", product(reversed(PLACES), ["block_level", "model_level"]), together=1)
 def test_module_is_offloaded_or_as_it_was_whatever_fails_in_edit(case: Case) -> None:
     offloads = [case.apply()]
 

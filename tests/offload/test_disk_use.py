@@ -7,12 +7,14 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from modules import BlockNet, tokens
+from sweeps import sweep
 from torch import nn
 
 from vramkit.offload import apply_group_offloading
@@ -115,9 +117,9 @@ with torch.no_grad():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="unique pages are counted on Linux")
-@pytest.mark.parametrize("how", ["constructed", "load_state_dict"])
-@pytest.mark.parametrize(("blocks", "width"), [(24, 1024), (96, 512)])
-def test_memory_falls_by_the_weights(blocks: int, width: int, how: str, tmp_path: Path) -> None:
+@sweep("size how", product([(24, 1024), (96, 512)], ["constructed", "load_state_dict"]), together=1)
+def test_memory_falls_by_the_weights(size: tuple[int, int], how: str, tmp_path: Path) -> None:
+    blocks, width = size
     command = [sys.executable, "-c", SCRIPT, str(blocks), str(width), how, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from modules import CASES, WIDTH, BlockNet, Codec, OrderNet, mapped_copy, tokens
+from sweeps import sweep
 from torch import nn
 
 from vramkit.offload import apply_group_offloading, offload_of
@@ -61,7 +63,7 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize(("case", "level", "store", "slots"), GRID)
+@sweep("case level store slots", GRID)
 def test_three_forwards_are_the_same_bytes_as_resident(
     case: str, level: str, store: str, slots: int, tmp_path: Path
 ) -> None:
@@ -119,9 +121,7 @@ def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     return str(request.param)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3])
-@pytest.mark.parametrize("level", ["block", "leaf", "model"])
-@pytest.mark.parametrize("store", ["file", "ram"])
+@sweep("store level slots", product(["file", "ram"], ["block", "leaf", "model"], [1, 2, 3]))
 def test_delays_change_no_byte(store: str, level: str, slots: int, delay: str, tmp_path: Path) -> None:
     model = BlockNet(blocks=5).eval()
     module = offloaded(model, store, tmp_path, slots=slots, **LEVELS[level])
@@ -143,16 +143,12 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3])
-@pytest.mark.parametrize("level", ["block", "two_blocks", "cut_blocks", "leaf", "half_resident"])
-@pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS)
-def test_calls_that_differ_from_the_one_before_are_right(
-    orders: list[list[int]], level: str, slots: int, tmp_path: Path
-) -> None:
+@sweep("orders level slots", product(ORDERS, ["block", "two_blocks", "cut_blocks", "leaf", "half_resident"], [1, 2, 3]))
+def test_calls_that_differ_from_the_one_before_are_right(orders: str, level: str, slots: int, tmp_path: Path) -> None:
     model = OrderNet().eval()
     module = offloaded(model, "file", tmp_path, slots=slots, **LEVELS[level])
     with torch.inference_mode():
-        for order in orders:
+        for order in ORDERS[orders]:
             x = tokens(48)
             assert torch.equal(module(x, order), model(x, order))
     handle(module).remove()

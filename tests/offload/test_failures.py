@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from modules import Block, BlockNet, Codec, mapped_copy, tokens
+from sweeps import sweep
 from torch import nn
 
 from vramkit.errors import ConcurrentUseError, StoreError, TrainingError
@@ -24,6 +25,7 @@ from vramkit.offload.stores import DiskStore
 from vramkit.offload.streamer import Streamer
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
+STEPS = ["acquire", "release", "_take", "_load", "_prefetch", "end_pass"]
 
 # What an error of memory is answered with is looked at in test_memory_pressure.
 pytestmark = pytest.mark.filterwarnings("ignore:the device had no room")
@@ -31,6 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:the device had no room")
 
 class FailingError(Exception):
     """Raised on purpose."""
+
+
+ERRORS = [FailingError, KeyboardInterrupt, torch.OutOfMemoryError, SystemExit]
 
 
 def raising(method: Any, error: type[BaseException], at: int) -> Callable[..., Any]:
@@ -64,9 +69,7 @@ def assert_right(module: nn.Module, model: nn.Module, offload: Offload) -> None:
     assert not any(hook._running for hook in engine._group_hooks)
 
 
-@pytest.mark.parametrize("error", [FailingError, KeyboardInterrupt, torch.OutOfMemoryError, SystemExit])
-@pytest.mark.parametrize("place", ["block", "leaf", "embedder"])
-@pytest.mark.parametrize("level", LEVELS)
+@sweep("level place error", itertools.product(LEVELS, ["block", "leaf", "embedder"], ERRORS))
 def test_call_after_a_torn_forward_is_right(
     level: str, place: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,9 +86,7 @@ def test_call_after_a_torn_forward_is_right(
     offload.remove()
 
 
-@pytest.mark.parametrize("error", [FailingError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["acquire", "release", "_take", "_load", "_prefetch", "end_pass"])
-@pytest.mark.parametrize("level", LEVELS)
+@sweep("level step error", itertools.product(LEVELS, STEPS, [FailingError, KeyboardInterrupt]))
 def test_call_after_an_interrupt_inside_the_engine_is_right(
     level: str, step: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from foreign_models import MODELS
 from safetensors.torch import save_model
+from sweeps import sweep
 from torch import nn
 
 from vramkit.errors import CheckpointError
@@ -22,8 +24,8 @@ def saved(model: nn.Module, folder: Path, *, as_it_is: bool) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_recipe_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+@sweep("name level", product(MODELS, ["block_level", "leaf_level"]), together=1)
+def test_the_recipe_gives_the_same_bytes(name: str, level: str, tmp_path: Path) -> None:
     foreign = MODELS[name]
     model = foreign.make()
     expected = foreign.call(model)
@@ -33,12 +35,11 @@ def test_the_recipe_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
         twin = foreign.make()
     assert all(parameter.is_meta for parameter in twin.parameters())
     load_mapped(twin, files)
-    for level in ("block_level", "leaf_level"):
-        offload = apply_group_offloading(twin, "cpu", offload_type=level)
-        for _ in range(2):
-            got = foreign.call(twin)
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True)), level
-        offload.remove()
+    offload = apply_group_offloading(twin, "cpu", offload_type=level)
+    for _ in range(2):
+        got = foreign.call(twin)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+    offload.remove()
 
 
 def test_parameters_that_a_library_does_not_save_are_named(tmp_path: Path) -> None:
@@ -50,20 +51,19 @@ def test_parameters_that_a_library_does_not_save_are_named(tmp_path: Path) -> No
         load_mapped(twin, files)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_ordinary_models_read_nothing_at_rest_and_keep_nothing(name: str, strict: None) -> None:
+@sweep("name level", product(MODELS, ["block_level", "leaf_level", "model_level"]), together=1)
+def test_ordinary_models_read_nothing_at_rest_and_keep_nothing(name: str, level: str, strict: None) -> None:
     foreign = MODELS[name]
     model = foreign.make()
     expected = foreign.call(model)
-    for level in ("block_level", "leaf_level", "model_level"):
-        offload = apply_group_offloading(model, "cpu", offload_type=level)
-        for _ in range(3):
-            got = foreign.call(model)
-        before = offload.stats()
-        got = foreign.call(model)
-        after = offload.stats()
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True)), level
-        assert after.kept_bytes == 0
-        if level != "model_level":  # where everything is loaded when a call begins
-            assert after.demand_loads == before.demand_loads
-        offload.remove()
+    offload = apply_group_offloading(model, "cpu", offload_type=level)
+    for _ in range(3):
+        foreign.call(model)
+    before = offload.stats()
+    got = foreign.call(model)
+    after = offload.stats()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+    assert after.kept_bytes == 0
+    if level != "model_level":  # where everything is loaded when a call begins
+        assert after.demand_loads == before.demand_loads
+    offload.remove()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from foreign_pipelines import PIPELINES
 from peft import LoraConfig, get_peft_model_state_dict
+from sweeps import sweep
 from torch import nn
 
 from vramkit import hooks
@@ -36,21 +37,20 @@ def quietly(name: str, pipe: Any) -> list[torch.Tensor]:
         return PIPELINES[name].call(pipe)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_pipeline_gives_the_same_bytes(name: str) -> None:
+@sweep("name way", itertools.product(PIPELINES, [*WAYS, "model"]), together=1)
+def test_pipeline_gives_the_same_bytes(name: str, way: str) -> None:
     pipe = PIPELINES[name].make(name)
     expected = quietly(name, pipe)
     assert expected
-    for way in (*WAYS, "model"):
-        if way == "model":
-            offloads = list(apply_model_offload(pipe, "cpu").offloads.values())
-        else:
-            offloads = [apply_group_offloading(part, "cpu", **WAYS[way]) for part in modules_of(pipe).values()]
-        assert sum(offload.stats().groups > 0 for offload in offloads) >= min(2, len(offloads))
-        for _ in range(2):
-            assert_equal(quietly(name, pipe), expected, way)
-        for offload in offloads:
-            offload.remove()
+    if way == "model":
+        offloads = list(apply_model_offload(pipe, "cpu").offloads.values())
+    else:
+        offloads = [apply_group_offloading(part, "cpu", **WAYS[way]) for part in modules_of(pipe).values()]
+    assert sum(offload.stats().groups > 0 for offload in offloads) >= min(2, len(offloads))
+    for _ in range(2):
+        assert_equal(quietly(name, pipe), expected, way)
+    for offload in offloads:
+        offload.remove()
     assert_equal(quietly(name, pipe), expected, "removed")
 
 
@@ -135,7 +135,13 @@ def saved_adapter(name: str, folder: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("FluxPipeline", "block"), ("FluxPipeline", "model"), ("WanPipeline", "block"), ("LTXPipeline", "leaf")],
+    [
+        ("FluxPipeline", "block"),
+        ("WanPipeline", "model"),
+        ("LTXPipeline", "leaf"),
+        pytest.param("FluxPipeline", "model", marks=pytest.mark.thorough),
+        pytest.param("WanPipeline", "block", marks=pytest.mark.thorough),
+    ],
 )
 def test_adapters_are_loaded_and_changed_while_the_transformer_is_offloaded(
     name: str, way: str, tmp_path: Path

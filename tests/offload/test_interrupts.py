@@ -17,7 +17,7 @@ def test_signals_at_random_moments_break_nothing() -> None:
     """In a process of its own, so that a hang is a failure that shows where everybody stands."""
     path = os.pathsep.join([str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, _TESTS / "interrupts.py", "15"],
+        [sys.executable, _TESTS / "interrupts.py", "10"],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,

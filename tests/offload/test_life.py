@@ -10,6 +10,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 from modules import CASES, WIDTH, Block, BlockNet, Codec, StatefulNet, TiedNet, mapped_copy, tokens
+from sweeps import sweep
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -136,9 +138,7 @@ def test_buffers_whose_memory_cannot_take_what_the_module_has_keep_it(level: str
 # --- what the module looks like from outside
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("case", CASES)
+@sweep("case level place", product(CASES, LEVELS, PLACES))
 def test_state_dict_is_full_and_right_under_offloading(case: str, level: str, place: str, tmp_path: Path) -> None:
     build, arguments = CASES[case]
     model = build().eval()
@@ -166,9 +166,7 @@ def test_state_dict_is_full_and_right_under_offloading(case: str, level: str, pl
         check()
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("case", CASES)
+@sweep("case level place", product(CASES, LEVELS, PLACES))
 def test_remove_restores_tensors_hooks_and_methods(case: str, level: str, place: str, tmp_path: Path) -> None:
     build, arguments = CASES[case]
     module, options = placed(build().eval(), place, tmp_path)
@@ -318,9 +316,7 @@ CHANGES: list[Callable[[nn.Module], None]] = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("change", CHANGES)
+@sweep("change level place", product(CHANGES, LEVELS, PLACES))
 def test_changes_inside_edit_are_used(
     change: Callable[[nn.Module], None], level: str, place: str, tmp_path: Path
 ) -> None:
@@ -362,9 +358,7 @@ def test_edit_that_leaves_a_module_that_cannot_be_offloaded_gives_everything_bac
     assert_equal(module, model, calls=1)
 
 
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("level", LEVELS)
+@sweep("level place inference", product(LEVELS, PLACES, [False, True]))
 def test_changes_in_place_between_calls_are_seen_or_refused(
     level: str, place: str, inference: bool, tmp_path: Path
 ) -> None:

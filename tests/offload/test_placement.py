@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from sweeps import sweep
 from torch import nn
 
 from vramkit.errors import ConflictError, TrainingError
@@ -104,9 +106,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@every_way
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("writing", [writing_late, keeping])
+@sweep("way view writing", product(WAYS, VIEWS, [writing_late, keeping]))
 def test_what_is_written_through_a_view_is_kept_whenever_it_is_written(way: str, view: str, writing: Any) -> None:
     module, reference = pair(writing(VIEWS[view]))
     offload = apply_group_offloading(module, "cpu", **WAYS[way])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import sweep
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+WRITING_WAYS = ["block", "block_1", "two_blocks", "model"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -356,8 +358,7 @@ CALLS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 
 
 @on_devices
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("call", CALLS)
+@sweep("call way", itertools.product(CALLS, WAYS), together=1)
 def test_whatever_is_called_finds_its_weights(device: str, call: str, way: str, strict: None) -> None:
     module, reference = pair(Clip, device)
     offload = apply_group_offloading(module, device, **WAYS[way])
@@ -620,8 +621,7 @@ def writing(kind: type[ActNorm]) -> nn.Module:
 
 
 @on_devices
-@pytest.mark.parametrize("way", ["block", "block_1", "two_blocks", "model"])
-@pytest.mark.parametrize("kind", [*WRITING, Replaces, WritesToAnother])
+@sweep("kind way", itertools.product([*WRITING, Replaces, WritesToAnother], WRITING_WAYS), together=1)
 def test_what_a_forward_writes_to_a_weight_is_kept(device: str, kind: type[ActNorm], way: str) -> None:
     module, reference = pair(lambda: writing(kind), device)
     offload = apply_group_offloading(module, device, **WAYS[way])

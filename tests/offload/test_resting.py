@@ -11,6 +11,7 @@ import mmap
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from allocations import fresh
 from paper import DEVICE, PAGE, Backend, Driver
 from safetensors.torch import load_file, save_file
+from sweeps import sweep
 from torch import nn
 
 from vramkit import tensors
@@ -207,9 +209,10 @@ def fresh_state() -> State:
     return {name: tensor.detach().clone() for name, tensor in Net().state_dict().items()}
 
 
-@pytest.mark.parametrize("store", [None, "registered", "pageable"])
-@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
-@pytest.mark.parametrize("loader", LOADERS)
+@sweep(
+    "loader level store",
+    product(LOADERS, ["block_level", "leaf_level", "model_level"], [None, "registered", "pageable"]),
+)
 def test_right_bytes_arrive_and_strangers_stay_good_to_copy(
     loader: str, level: str, store: Any, driver: Driver, backend: Backend, tmp_path: Path
 ) -> None:

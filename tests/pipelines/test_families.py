@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from checkpoints import load_oracle, write_lora
 from documents import DOCS, tables
-from families import FAMILIES, Family, Stock, compare, frames, load, models_of, relative_error
+from families import FAMILIES, WHOLE, Family, Stock, compare, frames, load, models_of, relative_error
+from sweeps import sweep
 
 import vramkit
 from vramkit.offload import apply_group_offloading, offload_of
@@ -191,8 +193,13 @@ FEATURES: dict[str, Callable[[Case], None]] = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_cell(family: str, feature: str, stock: Stock, tmp_path: Path) -> None:
+    FEATURES[feature](Case(family, stock, tmp_path))
+
+
+@sweep("family feature", product((name for name in FAMILIES if name not in WHOLE), FEATURES), together=1)
+def test_cell_of_a_variant(family: str, feature: str, stock: Stock, tmp_path: Path) -> None:
     FEATURES[feature](Case(family, stock, tmp_path))
 
 

@@ -138,7 +138,7 @@ def test_a_call_that_was_interrupted_leaves_the_next_one_as_it_was(
         clock.wind(phase, -1)
         clip(pipeline)
         assert clock.ticks > 0
-        for moment in moments(clock.ticks, 8):
+        for moment in moments(clock.ticks, 4):
             clock.wind(phase, moment)
             with contextlib.suppress(KeyboardInterrupt):  # a call may have fewer moments than the first one
                 clip(pipeline)
@@ -166,7 +166,7 @@ def test_fit_that_was_interrupted_leaves_the_pipeline_as_it_was(
     with source(clock, monkeypatch):
         clock.wind("", -1)
         fitted().remove()
-        for moment in moments(clock.ticks, 8):
+        for moment in moments(clock.ticks, 4):
             clock.wind("", moment)
             try:
                 handle = fitted()

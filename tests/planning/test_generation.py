@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from language_models import llama
 from live_bytes import LiveBytes
+from sweeps import sweep
 from torch import nn
 
 from vramkit import PlanInfeasible, fit, plan
@@ -37,6 +39,7 @@ MODELS = {
     "qwen3": qwen,
     "qwen3, a window": lambda: qwen(use_sliding_window=True, sliding_window=64, max_window_layers=1),
 }
+CACHES: dict[str, dict[str, Any]] = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 IDS = torch.arange(3, 35).repeat(2, 1)
 
 
@@ -53,9 +56,9 @@ def peak_of(model: nn.Module, new_tokens: int, **options: Any) -> int:
     return count.peak_bytes
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
-def test_the_peak_of_a_generation_contains_its_cache(name: str, options: dict[str, Any]) -> None:
+@sweep("cache name", product(CACHES, MODELS), together=1)
+def test_the_peak_of_a_generation_contains_its_cache(name: str, cache: str) -> None:
+    options = CACHES[cache]
     real = peak_of(MODELS[name](), 200, **options)
     model = MODELS[name]()  # one that has generated keeps its static cache
     found = plan(model, GIB, device="cpu", example=IDS, max_new_tokens=200, **options).phases[0].activation_bytes

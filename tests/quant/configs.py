@@ -16,3 +16,4 @@ CONFIGS: dict[str, QuantConfig] = {
     "quanto_float8": QuantoConfig(weights="float8"),
     "fp8": Fp8Config(),
 }
+ALIKE_COMPILED = {"nf4", "fp4", "int8_no_outliers", "quanto_int2", "quanto_float8"}  # to others that are here

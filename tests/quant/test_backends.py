@@ -120,6 +120,7 @@ def test_8_bits_are_those_of_bitsandbytes(threshold: float, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weights", ["int8", "int4", "int2", "float8"])
 @pytest.mark.parametrize("columns", [256, 96, 160])
+@pytest.mark.usefixtures("quanto_in_python")
 def test_quanto_is_quanto(columns: int, weights: str, dtype: torch.dtype) -> None:
     from optimum import quanto
 

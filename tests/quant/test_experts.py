@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quant.configs import CONFIGS
+from quant.configs import ALIKE_COMPILED, CONFIGS
+from sweeps import sweep
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,8 +25,9 @@ from vramkit.wrapper import WrapperTensor
 
 LEAST_DB = {"nf4": 20, "nf4_double": 20, "fp4": 17, "int8": 40, "int8_no_outliers": 40}
 LEAST_DB |= {"quanto_int8": 40, "quanto_int4": 20, "quanto_int2": 6, "quanto_float8": 31, "fp8": 31}
-ALIKE_COMPILED = {"nf4", "fp4", "int8_no_outliers", "quanto_int2", "quanto_float8"}  # to others that are here
 COUNT = 4
+MIXTURES = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3"]
+MULTIPLIED = ["eager", "grouped_mm", "batched_mm"]
 
 
 class Experts(nn.Module):
@@ -224,9 +227,7 @@ def language_models() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4", "quanto_int8", "cast"])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3"])
+@sweep("name kind experts", product(MIXTURES, ["fp8", "int8", "nf4", "quanto_int8", "cast"], MULTIPLIED))
 def test_mixtures_of_experts_of_transformers(name: str, kind: str, experts: str) -> None:
     model = language_models()[name]().eval().requires_grad_(False)
     for parameter in model.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from modules import BlockNet, tokens
 from peft import LoraConfig, inject_adapter_in_model
-from quant.configs import CONFIGS
+from quant.configs import ALIKE_COMPILED, CONFIGS
 from torch import nn
 
 from vramkit.errors import ConflictError, UnsupportedTensorError
@@ -49,15 +50,17 @@ def compiled(net: nn.Module, *, whole: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiles", "lora"),
+    ("kind", "compiles", "lora"),
     [
-        pytest.param(False, False, id="eager-plain"),
-        pytest.param(False, True, id="eager-lora"),
-        pytest.param(True, False, id="compiled-plain", marks=pytest.mark.thorough),
-        pytest.param(True, True, id="compiled-lora"),
+        pytest.param(
+            kind,
+            compiles,
+            lora,
+            marks=pytest.mark.thorough if compiles and (not lora or kind in ALIKE_COMPILED) else (),
+        )
+        for kind, compiles, lora in product(CONFIGS, (False, True), (False, True))
     ],
 )
-@pytest.mark.parametrize("kind", CONFIGS)
 def test_streamed_bytes_are_resident_bytes(kind: str, compiles: bool, lora: bool, tmp_path: Path) -> None:
     net = network(lora=lora)
     wide_bytes = module_bytes(net)
@@ -144,6 +147,7 @@ def test_modules_of_bitsandbytes_are_adopted(kind: str, way: str, tmp_path: Path
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weights", ["qint8", "qint4", "qfloat8"])
+@pytest.mark.usefixtures("quanto_in_python")
 def test_weights_of_quanto_that_a_user_brings(weights: str, way: str, tmp_path: Path) -> None:
     from optimum import quanto
 

@@ -293,7 +293,7 @@ class _Cutter:
         size = self._bytes(module)
         if not size:
             return []
-        is_divided = any(id(part) in self._fixed for part in module.modules())
+        is_divided = bool(self._fixed) and any(id(part) in self._fixed for part in module.modules())
         can_be_whole = not is_divided and _is_called(module) and (size <= target_bytes or self._is_whole(module))
         if can_be_whole and (self.times is None or self._is_whole(module)):
             return [self.unit(module)]

@@ -28,6 +28,17 @@ _LEAST_GROUP = 32
 _GROUP_STEP = 32
 
 
+def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the numbers of `bits` that bytes are packed from, uint8 [8 / bits * rows, columns].
+
+    quanto's own operator does so, but on the CPU it is compiled when it is first called, for a minute and with a compiler.
+    """
+    if packed.device.type != "cpu":
+        numbers: torch.Tensor = torch.ops.quanto.unpack(packed, bits)
+        return numbers
+    return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+
 class QuantoTensor(QuantizedTensor):
     """Rows of int8 or fp8 with a scale each, or packed groups of 4 or 2 bits with scale and shift; notes: (bits,).
 
@@ -48,7 +59,7 @@ class QuantoTensor(QuantizedTensor):
     def widened(self) -> torch.Tensor:
         """Return the values of a packed matrix as an ordinary tensor of the compute dtype."""
         assert self.shift is not None
-        values = torch.ops.quanto.unpack(self.stored, self.notes[0])[: len(self.scale)]  # packing may add rows
+        values = _unpacked(self.stored, self.notes[0])[: len(self.scale)]  # packing may add rows
         wide: torch.Tensor = (self.scale * values).sub_(self.shift).view(self.shape)
         return wide.to(self.dtype)
 
