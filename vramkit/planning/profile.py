@@ -91,8 +91,13 @@ class Work:
 
     @property
     def room_bytes(self) -> int:
-        """What weights leave to it."""
+        """What weights have to leave to it."""
         return self.activation_bytes + self.spare_bytes
+
+    @property
+    def ample_bytes(self) -> int:
+        """What weights leave to it that could as well travel: where holes are filled all the time, the device waits."""
+        return self.activation_bytes + 2 * self.spare_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,7 +103,7 @@ def search(
         ram_bytes=ram_bytes,
         allow=allow,
         call=profile.call,
-        components=_stored(choices, variant.works, ram_bytes, machine),
+        components=_stored(choices, variant.works, ram_bytes, machine, budget_bytes),
         phases=tuple(_phases(variant.works, choices, machine, budget_bytes)),
         order=order_of(variant.works),
         before_bytes=room_before(variant.works),
@@ -158,10 +158,11 @@ class _Fit:
             return None
         least = {name: least_bytes(each) for name, each in self._profiles.items()}
         room = budget_bytes - self._machine.slack_bytes
-        caps = {name: max(least[name], room - self._activations(name)) for name in self._profiles}
+        caps = {name: max(least[name], room - self._ample(name)) for name in self._profiles}
         found = [{name: self._best(each, caps[name], reloads=True) for name, each in self._profiles.items()}]
         if sum(least.values()) <= budget_bytes - self._most_activations():
-            found.append(self._dealt(max(sum(least.values()), room - self._most_activations())))
+            most = max((self._ample(name) for name in self._profiles), default=0)
+            found.append(self._dealt(max(sum(least.values()), room - max(most, self._most_activations()))))
         return min(found, key=lambda choices: self.seconds(choices, budget_bytes))
 
     def seconds(self, choices: Mapping[str, _Choice], budget_bytes: int) -> float:
@@ -183,8 +184,8 @@ class _Fit:
     def _most_activations(self) -> int:
         return max((work.room_bytes for work in self._works), default=0)
 
-    def _activations(self, name: str) -> int:
-        return max((work.room_bytes for work in self._works if work.component == name), default=0)
+    def _ample(self, name: str) -> int:
+        return max((work.ample_bytes for work in self._works if work.component == name), default=0)
 
     def _by_value(self) -> list[str]:
         """Return the components, those first whose weights are used most often."""
@@ -341,7 +342,11 @@ def _phases(
 
 
 def _stored(
-    choices: Mapping[str, _Choice], works: Sequence[Work], ram_bytes: int | None, machine: Machine
+    choices: Mapping[str, _Choice],
+    works: Sequence[Work],
+    ram_bytes: int | None,
+    machine: Machine,
+    budget_bytes: int,
 ) -> tuple[ComponentPlan, ...]:
     """Choose where weights rest: page-locked as long as that is allowed, then in their files, then on disk."""
     left = ram_bytes
@@ -357,16 +362,17 @@ def _stored(
             host, pins = (0, 0) if store else (host, 0)
         if left is not None:
             left = max(0, left - max(host, pins))
-        plans.append(_component(choice, works, store, pins, host))
+        ours = [work for work in works if work.component == choice.profile.name]
+        plan = _component(choice, ours, store, pins, host)
+        plans.append(dataclasses.replace(plan, spare_bytes=_spare(plan, ours, budget_bytes)))
     by_name = {plan.name: plan for plan in plans}
     return tuple(by_name[name] for name in choices)
 
 
 def _component(
-    choice: _Choice, works: Sequence[Work], store: str | None, pinned_bytes: int, host_bytes: int
+    choice: _Choice, ours: Sequence[Work], store: str | None, pinned_bytes: int, host_bytes: int
 ) -> ComponentPlan:
     profile, cut = choice.profile, choice.cut
-    ours = [work for work in works if work.component == profile.name]
     streams = choice.streamed_bytes > 0
     return ComponentPlan(
         name=profile.name,
@@ -380,7 +386,6 @@ def _component(
         slot_bytes=choice.slot_bytes if streams else 0,
         unit_bytes=cut.unit_bytes if streams else None,
         activation_bytes=max((work.activation_bytes for work in ours), default=0),
-        spare_bytes=max((work.spare_bytes for work in ours), default=0),
         table_bytes=cut.table_bytes,
         store=store,
         wire_dtype=profile.wire_dtype,
@@ -389,6 +394,13 @@ def _component(
         host_bytes=host_bytes,
         reason=_reason(choice),
     )
+
+
+def _spare(plan: ComponentPlan, ours: Sequence[Work], budget_bytes: int) -> int:
+    """What is kept free beside activations: ample room where the budget has it, else what there has to be."""
+    ample = max((work.ample_bytes for work in ours), default=0) - plan.activation_bytes
+    needed = max((work.room_bytes for work in ours), default=0) - plan.activation_bytes
+    return max(needed, min(ample, budget_bytes - plan.device_bytes - plan.activation_bytes))
 
 
 def _reason(choice: _Choice) -> str:
