@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vramkit import fit
+from vramkit.device_memory import DeviceMemory
 from vramkit.planning.measured import PeakMeter
 
 
@@ -83,7 +84,7 @@ class Statistics:
 def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = Statistics()
     monkeypatch.setattr(torch, "cuda", statistics)
-    meter = PeakMeter(torch.device("cuda"))
+    meter = PeakMeter(DeviceMemory(torch.device("cuda")))
     begun = meter.begin(200)
     assert meter.end(begun) is None  # no higher than before: nobody knows
     statistics.peak = 1000

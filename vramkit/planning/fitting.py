@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from vramkit.device_memory import memory_of
 from vramkit.errors import ConcurrentUseError, ConfigError, ConflictError, PlanInfeasible
 from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload import Offload, OffloadStats, offload_of
@@ -162,7 +163,7 @@ class Fit:
         device = torch.device(plan.device)
         # Ranks plan anew together, for which they have to meet: too much for each call of a module.
         is_measured = device.type != "cpu" and (mesh is None or planner.is_of_pipeline)
-        self._meter = PeakMeter(device) if is_measured else None
+        self._meter = PeakMeter(memory_of(device)) if is_measured else None
         self._is_measuring = threading.Lock()
         try:
             if mesh is not None and planner.is_of_pipeline and getattr(target, "together", None) is None:
