@@ -77,6 +77,8 @@ def streams_the_bytes_of_all(mesh: Mesh, file: str, level: str, slots: int) -> i
     assert stats.loads > stats.groups
     assert stats.stores.keys() == {"disk"}
     assert read[0] < stats.loaded_bytes / mesh.size * 1.15, (read, stats)
+    assert mesh.carried["pushed"] >= stats.loads
+    assert not mesh.carried["gathered"]
     return read[0]
 
 

@@ -63,6 +63,22 @@ def test_each_rank_reads_its_part_of_the_weights(groups: Groups, file: str, coun
     assert max(read) < 1.05 * min(read)
 
 
+@pytest.mark.parametrize(("count", "push"), [(2, True), (3, True), (2, False)])
+def test_ranks_give_groups_to_one_another(groups: Groups, file: str, count: int, push: bool) -> None:
+    carried = groups[count].run("gives_groups_to_all", file=file, push=push)
+    assert all(each.keys() == {"pushed" if push else "gathered"} for each in carried)
+
+
+@pytest.mark.parametrize("fault", ["own 0", "own 1", "other 0", "other 1"])  # after so many times
+def test_ranks_gather_where_one_of_them_has_no_window(two: RankGroup, file: str, fault: str) -> None:
+    carried = two.run("falls_back_with_all", file=file, fault=fault)
+    assert all(each.keys() == {"gathered"} for each in carried)
+
+
+def test_each_rank_may_read_all_for_itself(two: RankGroup, file: str) -> None:
+    assert two.run("reads_apart", file=file) == [{}, {}]
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_weights_in_memory_become_one_copy(two: RankGroup, tmp_path: Path, on_disk: bool) -> None:
     places = two.run("streams_from_memory", folder=str(tmp_path / "spilled") if on_disk else None)
