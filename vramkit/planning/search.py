@@ -18,6 +18,7 @@ from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED
 from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
 from vramkit.planning.profile import ComponentProfile, Cut, Profile, Variant, Work, order_of
+from vramkit.planning.ranks import read_by_ranks
 
 __all__ = ["estimate", "least_bytes", "search"]
 
@@ -356,8 +357,9 @@ def _stored(
             host, pins = (0, 0) if store else (host, 0)
         if left is not None:
             left = max(0, left - max(host, pins))
-        ours = [work.activation_bytes for work in works if work.component == choice.profile.name]
-        plans.append(_component(choice, store, pins, host, max(ours, default=0)))
+        ours = [work for work in works if work.component == choice.profile.name]
+        activations = max((work.activation_bytes for work in ours), default=0)
+        plans.append(read_by_ranks(_component(choice, store, pins, host, activations), ours, machine))
     by_name = {plan.name: plan for plan in plans}
     return tuple(by_name[name] for name in choices)
 
