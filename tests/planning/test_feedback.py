@@ -89,3 +89,19 @@ def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert meter.end(begun) is None  # no higher than before: nobody knows
     statistics.peak = 1000
     assert meter.end(begun) == 1000 - 300
+
+
+def test_memory_beside_the_allocator_is_counted_while_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = Statistics()
+    monkeypatch.setattr(torch, "cuda", statistics)
+    memory = DeviceMemory(torch.device("cuda"))
+    assert memory.peak_bytes == 900
+    memory.add(300)
+    assert (memory.allocated_bytes, memory.peak_bytes) == (800, 900)
+    statistics.peak = 1000
+    assert memory.peak_bytes == 1300
+    memory.add(-300)
+    statistics.peak = 1100  # without what was beside it
+    assert (memory.allocated_bytes, memory.peak_bytes) == (500, 1300)
+    statistics.peak = 500  # it was reset
+    assert memory.peak_bytes == 500
