@@ -114,6 +114,11 @@ class Mesh:
         """The ranks of this host, which share the reading of weights: a network is slower than the links of a host."""
         self._turnstile = Turnstile(self._heartbeats.check)
         self._windows = Windows(self.weights, _window_of(device, self.weights) if push else None)
+        self.apart: Sharing = Apart(self)
+        """The same ranks, each of which reads all weights itself, where ``mesh=mesh.apart`` is given.
+
+        They are once in the memory of each host all the same. Worth it where computing takes longer than one link.
+        """
         self.carried: Counter[str] = Counter()
         """How many groups of weights ranks have "pushed" into each other's slots, and "gathered"."""
         branches = [members[at : at + self.sequence] for at in range(0, self.size, self.sequence)]
@@ -183,14 +188,6 @@ class Mesh:
             }
         )
         keep_once_on_each_host(module, self.all, disk_folder)
-
-    @property
-    def apart(self) -> Sharing:
-        """The same ranks for ``apply_group_offloading(..., mesh=mesh.apart)``, each of which reads all weights itself.
-
-        Weights are there once on each host all the same. That is worth it where computing takes longer than one link.
-        """
-        return Apart(self)
 
     def shared(
         self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int
