@@ -277,7 +277,10 @@ def _window_of(device: torch.device, ranks: Ranks) -> MakeWindow | None:
     """Return what makes windows on a device, if something does."""
     if device.type == "cpu":
         return partial(FileWindow.made, ranks=ranks)
-    return partial(SymmetricWindow.made, device=device, ranks=ranks) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return partial(SymmetricWindow.made, device=torch.device("cuda", index), ranks=ranks)
 
 
 def _kind_of(device: torch.device) -> str:

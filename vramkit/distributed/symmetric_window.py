@@ -114,6 +114,8 @@ class _Left:
 
 def _allocated(size_bytes: int, device: torch.device) -> Tensor:
     """Allocate past `symmetric_memory.empty`, which keeps back what is let go of: ranks would not agree on what is new."""
-    from torch._C._distributed_c10d import _SymmetricMemory  # noqa: PLC0415 - builds may have none
-
+    try:
+        from torch._C._distributed_c10d import _SymmetricMemory  # noqa: PLC0415 - builds may have none
+    except ImportError as error:
+        raise RuntimeError("this build of torch has no symmetric memory") from error
     return _SymmetricMemory.empty_strided_p2p((size_bytes,), (1,), torch.uint8, device)

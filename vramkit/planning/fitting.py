@@ -73,7 +73,7 @@ def fit(
             modules one of those for each name. Without it the first call is planned for when it comes.
         disk_folder: where weights are written that `ram` has no room for; by default the folder for temporary files.
         mesh: ranks (`vramkit.distributed.connect`) that all make this call, each with a budget of `vram` on its device: they
-            share work, a pipeline as by `vramkit.distributed.parallelize`, and the reading of weights where the plan says so.
+            share work, a pipeline as by `vramkit.distributed.parallelize`, and where the plan says so the links.
         **call: for pipelines: what the call will be (``height=``, ``width=``, ``num_frames=``, ``batch=``, ``prompt=`` ...);
             what is left out is as the pipeline has it. For a language model of transformers: what it will generate
             (``batch=``, ``max_length=``, ``max_new_tokens=``, ``cache_implementation=``), after `example`, the token ids
