@@ -52,6 +52,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, kind: str) -> None
     _become(rank, size, port)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as `connect` does where it begins the world
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     meshes: dict[int, Mesh] = {}
@@ -66,10 +67,13 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, kind: str) -> None
 
 
 def _check(name: str) -> Any:
-    import rank_checks
     import window_checks
 
-    return getattr(rank_checks, name, None) or getattr(window_checks, name)
+    if hasattr(window_checks, name):
+        return getattr(window_checks, name)
+    import rank_checks  # which needs more packages
+
+    return getattr(rank_checks, name)
 
 
 class RankGroup:

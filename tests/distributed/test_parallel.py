@@ -10,8 +10,8 @@ from typing import Any
 import denoisers
 import pytest
 from families import Stock
-from rank_checks import blocks
 from rank_group import RankGroup
+from rank_models import blocks
 
 from vramkit.distributed import connect, parallelize
 from vramkit.distributed.ranks import Transfer

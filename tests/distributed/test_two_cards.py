@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_checks import blocks
 from rank_group import Faulty, RankGroup
+from rank_models import blocks
 
 from vramkit.offload.checkpoint import write_checkpoint
 

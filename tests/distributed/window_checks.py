@@ -7,7 +7,7 @@ import os
 import signal
 
 import torch
-from rank_checks import WIDTHS, Blocks, blocks
+from rank_models import WIDTHS, Blocks, blocks
 
 from vramkit.device_memory import memory_of
 from vramkit.distributed import Mesh, connect, file_window, heartbeats, sharded_store
