@@ -63,7 +63,9 @@ def test_each_rank_reads_its_part_of_the_weights(groups: Groups, file: str, coun
     assert max(read) < 1.05 * min(read)
 
 
-@pytest.mark.parametrize(("count", "push"), [(2, True), (3, True), (2, False)])
+@pytest.mark.parametrize(
+    ("count", "push"), [(2, True), (4, True), (2, False), pytest.param(3, True, marks=pytest.mark.thorough)]
+)
 def test_ranks_give_groups_to_one_another(groups: Groups, file: str, count: int, push: bool) -> None:
     carried = groups[count].run("gives_groups_to_all", file=file, push=push)
     assert all(each.keys() == {"pushed" if push else "gathered"} for each in carried)
