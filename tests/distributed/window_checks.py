@@ -46,13 +46,8 @@ def gives_groups_to_all(mesh: Mesh, file: str, push: bool) -> dict[str, int]:
             offloads = [apply_group_offloading(model, mesh.device, mesh=other, resident=0) for model in models]
             results = [[model(x, skip) for model in models] for skip in CALLS]
             kept: list[torch.Tensor] = []
-            seeing = (
-                models[0]
-                .blocks[1][0]
-                .register_forward_pre_hook(
-                    lambda part, _: kept.append(part.weight.detach()) if push else None  # gloo may have a view itself
-                )
-            )
+            part = models[0].blocks[1][0]
+            seeing = part.register_forward_pre_hook(lambda part, _: kept.append(part.weight.detach()))
             results.append([model(x) for model in models])
             seeing.remove()
             results.append([model(x) for model in models])  # in a ring of which a part is somebody's

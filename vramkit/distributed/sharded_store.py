@@ -13,6 +13,7 @@ is sent: what is not the same group on all ranks ends all of them with an error.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from vramkit.offload.stores import PartedStore, Store, StoreKind
 __all__ = ["ShardedStore"]
 
 _SHARE_BYTES = 16 * 2**20  # of a piece: longer than the host takes to issue it, and a short gather at the end
+_LET_GO_S = 1.0
 _ALIGNMENT = 256  # bytes, as that of leaves in a slot
 
 
@@ -88,7 +90,7 @@ class ShardedStore:
         with self._turnstile.turn(self._turns.popleft()):
             pushes = self._meet(target)
             self._carried["gathered" if pushes is None else "pushed"] += 1
-            return _Gathered(self._gathering(target)) if pushes is None else self._pushing(target, pushes)
+            return self._gathering(target) if pushes is None else self._pushing(target, pushes)
 
     def _pushing(self, target: torch.Tensor, pushes: Pushes) -> Arrival:
         pushes.enter()
@@ -100,15 +102,15 @@ class ShardedStore:
             part.fill(target)
         return pushes.leave()
 
-    def _gathering(self, target: torch.Tensor) -> list[Transfer]:
-        transfers = []
+    def _gathering(self, target: torch.Tensor) -> Arrival:
+        gathered = _Gathered(target)
         for start, stop, _, _, parts in self._pieces:
             for part in parts:
                 part.fill(target)
-            transfers.append(self._ranks.gather_(target[start:stop]))
+            gathered.transfers.append(self._ranks.gather_(target[start:stop]))
         for part in self._rest:
             part.fill(target)
-        return transfers
+        return gathered
 
     def _meet(self, target: torch.Tensor) -> Pushes | None:
         """See that all ranks are here for this group, and learn how to write into their slots, if that is possible."""
@@ -124,15 +126,29 @@ class ShardedStore:
 
 
 class _Gathered:
-    """The pieces of a group on their way."""
+    """The pieces of a group on their way into a slot."""
 
-    def __init__(self, transfers: Sequence[Transfer]) -> None:
-        self._transfers = transfers
+    def __init__(self, slot: torch.Tensor) -> None:
+        self.transfers: list[Transfer] = []
+        self._slot = slot
+        self._references = _references(slot)
 
     def wait(self) -> None:
-        """Wait for all of them; see `Transfer.wait`."""
-        for transfer in self._transfers:
-            transfer.wait()
+        """Wait for all of them; see `Transfer.wait`.
+
+        Gloo has what it filled for a moment longer, and whether somebody has a view of a slot is told by counting them.
+        """
+        while self.transfers:
+            self.transfers.pop(0).wait()
+        end = time.monotonic() + _LET_GO_S
+        while self._slot.device.type == "cpu" and _references(self._slot) > self._references and time.monotonic() < end:
+            time.sleep(0)
+
+
+def _references(slot: torch.Tensor) -> int:
+    """Return how many tensors there are over the memory of a slot."""
+    count: int = torch._C._storage_Use_Count(slot.untyped_storage()._cdata)  # noqa: SLF001 (torch has no public reader)
+    return count
 
 
 class _Part:
