@@ -2,14 +2,17 @@
 
     python -m benchmarks.multi_gpu --out results/multi_gpu                       # every case on two cards
     python -m benchmarks.multi_gpu --cases link,guidance --ranks 4 --folder /data
+    python -m benchmarks.multi_gpu --cases link,guidance,compute --weights gathered   # beside those that are pushed
     python -m benchmarks.multi_gpu --tiny                                        # toy sizes on the CPU, by gloo
 
 Random bf16 weights at the published shapes, written once to safetensors files, by all ranks at once, and mapped by each. Of
 each case the first card runs it alone while the others wait, then all cards together; a row tells seconds (the slowest
-rank's median), the ratio and its target, the allocator's peak on each side, and whether the results are the same bytes.
-Decodes are compared with the whole decode on one card, those in tiles with tiles. NCCL's buffers are outside the
-allocator's peaks; `used_gib` is what the driver says of the fullest card. Needs 32 GiB of disk and of RAM for each of the
-two models.
+rank's median), the ratio and its target, the allocator's peak on each side (with slots that other ranks write into, which
+are outside the allocator), and whether the results are the same bytes. Where weights stream, `weights` says how they came
+from rank to rank: pushed into each other's slots (asked for unless `--weights` says otherwise), gathered by NCCL, both, or
+read apart, all by each rank. Decodes are compared with the whole decode on one card, those in tiles with tiles. NCCL's
+buffers are outside the peaks; `used_gib` is what the driver says of the fullest card. Needs 32 GiB of disk and of RAM for
+each of the two models.
 
 The cases that tell most come first. A row is written when it is there. A case that takes longer than `--limit-s` ends the
 run, with the stacks of its threads on stderr; so does the run that takes longer than `--total-s`.
@@ -41,6 +44,7 @@ from torch import Tensor, nn
 
 import vramkit
 from benchmarks.rows import Results, Row
+from vramkit.device_memory import memory_of
 from vramkit.distributed import Mesh, connect
 from vramkit.distributed.branches import GuidanceBranches
 from vramkit.distributed.sequence import SequenceRanks
@@ -106,8 +110,10 @@ _SHARD_BYTES = 2 * 10**9
 class Bench:
     """One rank of the run."""
 
-    def __init__(self, mesh: Mesh, branched: Mesh, folder: Path, *, is_tiny: bool, repeats: int) -> None:
-        self.mesh, self.branched = mesh, branched
+    def __init__(
+        self, mesh: Mesh, branched: Mesh, folder: Path, *, is_tiny: bool, repeats: int, is_apart: bool
+    ) -> None:
+        self.mesh, self.branched, self.is_apart = mesh, branched, is_apart
         self.device, self.is_tiny, self.repeats = mesh.device, is_tiny, repeats
         self.dtype = torch.float32 if is_tiny else torch.bfloat16
         self._folder = folder
@@ -183,6 +189,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            memory_of(self.device).peak_bytes  # noqa: B018 - it looks, and so sees that peaks were reset
         run()  # records orders and warms up
         seconds: list[float] = []
         most = self.repeats
@@ -197,7 +204,7 @@ class Bench:
                 most = max(1, min(self.repeats, round(_REPEATED_S / once_s)))
         peak = used = 0.0
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / GIB
+            peak = memory_of(self.device).peak_bytes / GIB
             free, total = torch.cuda.mem_get_info()
             used = (total - free) / GIB
         return statistics.median(seconds), peak, used, result.cpu()
@@ -225,7 +232,14 @@ class Bench:
             "used_gib": round(fullest, 2),
             "same_bytes": torch.equal(result, one[3]),
             "relative_error": error,
-        }
+        } | self._carried(case)
+
+    def _carried(self, case: str) -> Row:
+        """How weights have come to ranks since this was asked last."""
+        ways = sorted({way for mesh in (self.mesh, self.branched) for way in mesh.carried})
+        for mesh in (self.mesh, self.branched):
+            mesh.carried.clear()
+        return {} if SHAPES[case][0] == "vae" else {"weights": " and ".join(ways) or "apart"}
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -303,7 +317,8 @@ class _Streamed:
 
     def run(self, given: Mapping[str, Any]) -> Tensor:
         if self._offload is None:
-            self._offload = apply_group_offloading(self._model, self._bench.device, mesh=self._mesh)
+            mesh = self._mesh.apart if self._mesh is not None and self._bench.is_apart else self._mesh
+            self._offload = apply_group_offloading(self._model, self._bench.device, mesh=mesh)
             if self._mesh is not None and self._mesh.sequence > 1:
                 self._model.set_token_ranks(SequenceRanks(self._mesh.in_sequence))
         result: Tensor = self._model(**given)[0]
@@ -337,11 +352,12 @@ def work(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
         torch.set_num_threads(1)
     device = "cpu" if args.tiny else None
     rows: list[Row] = []
-    with connect(device=device, timeout_s=600) as mesh:
+    with connect(device=device, timeout_s=600, push=args.weights == "pushed") as mesh:
         branched = mesh.with_branches(2) if args.ranks % 2 == 0 else mesh
         link_gbps = None if args.tiny else round(probe_link_gbps(mesh.device), 1)
         notes = environment(mesh.device) | {"links_at_once_gbps": mesh.all.collect(link_gbps)}
-        bench = Bench(mesh, branched, Path(folder), is_tiny=args.tiny, repeats=args.repeats)
+        is_apart = args.weights == "apart"
+        bench = Bench(mesh, branched, Path(folder), is_tiny=args.tiny, repeats=args.repeats, is_apart=is_apart)
         with limited(args.limit_s):
             for ranks in (mesh.all, mesh.weights, branched.all, branched.weights, branched.in_guidance):
                 ranks.begin_on(mesh.device)
@@ -392,6 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/multi_gpu"), help="path without an ending")
     parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
     parser.add_argument("--ranks", type=int, default=2, help="cards")
+    parser.add_argument("--weights", choices=("pushed", "gathered", "apart"), default="pushed", help="how they travel")
     parser.add_argument("--repeats", type=int, default=3, help="of each side of a case at most, after a first one")
     parser.add_argument("--limit-s", type=float, default=150.0, help="seconds after which a case ends the run")
     parser.add_argument("--total-s", type=float, default=540.0, help="seconds after which the run ends")

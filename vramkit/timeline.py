@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 
+from vramkit.device_memory import memory_of
 from vramkit.errors import CheckpointError
 from vramkit.extras import extra
 
@@ -161,7 +162,7 @@ class MemoryTimeline:
 
     def _measure(self) -> Sample:
         if self.device.type == "cuda":
-            used_bytes = torch.cuda.memory_reserved(self.device)
+            used_bytes = torch.cuda.memory_reserved(self.device) + memory_of(self.device).beside_bytes
         else:
             used_bytes = self._process.memory_info().rss - self._baseline_bytes
         return Sample(time.perf_counter() - self._start_s, used_bytes)

@@ -13,7 +13,7 @@ from typing import Any
 import denoisers
 import torch
 from families import FAMILIES
-from torch import nn
+from rank_models import WIDTHS, Blocks, blocks
 
 import vramkit
 from vramkit.cli import main
@@ -24,30 +24,6 @@ from vramkit.distributed.tiles import TileRanks
 from vramkit.errors import ConfigError, RankError
 from vramkit.offload import apply_group_offloading, load_mapped
 from vramkit.offload.disk import FileReader, span_of
-
-WIDTHS = (67, 130)  # that no number of ranks divides
-
-
-class Blocks(nn.Module):
-    """Blocks, of which a call may skip some."""
-
-    def __init__(self, count: int = 5) -> None:
-        super().__init__()
-        narrow, wide = WIDTHS
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(narrow, wide), nn.GELU(), nn.Linear(wide, narrow)) for _ in range(count)
-        )
-
-    def forward(self, x: torch.Tensor, skip: tuple[int, ...] = ()) -> torch.Tensor:
-        for at, block in enumerate(self.blocks):
-            x = x if at in skip else x + block(x)
-        return x
-
-
-def blocks(seed: int = 0) -> Blocks:
-    torch.manual_seed(seed)
-    return Blocks().eval().requires_grad_(False)
-
 
 # -- weights
 
@@ -77,6 +53,8 @@ def streams_the_bytes_of_all(mesh: Mesh, file: str, level: str, slots: int) -> i
     assert stats.loads > stats.groups
     assert stats.stores.keys() == {"disk"}
     assert read[0] < stats.loaded_bytes / mesh.size * 1.15, (read, stats)
+    assert mesh.carried["pushed"] >= stats.loads
+    assert not mesh.carried["gathered"]
     return read[0]
 
 

@@ -1,4 +1,4 @@
-"""Processes that are ranks of one world, on the CPU: a group that runs one check after the other, and ones that may die."""
+"""Processes that are ranks of one world: a group that runs one check after the other, and ones that may die."""
 
 from __future__ import annotations
 
@@ -43,41 +43,55 @@ def _become(rank: int, size: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    import rank_checks
+def _serve(rank: int, size: int, port: int, pipe: Connection, kind: str) -> None:
+    import torch
     import torch.distributed as dist
 
     from vramkit.distributed import Mesh, connect
 
     _become(rank, size, port)
-    dist.init_process_group("gloo")
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as `connect` does where it begins the world
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     meshes: dict[int, Mesh] = {}
     while (job := pipe.recv()) is not None:
         name, guidance, given = job
         try:
             if guidance not in meshes or meshes[guidance].failure is not None:
-                meshes[guidance] = connect(guidance=guidance, timeout_s=60)
-            pipe.send((True, getattr(rank_checks, name)(meshes[guidance], **given)))
+                meshes[guidance] = connect(guidance=guidance, device=device, timeout_s=60)
+            pipe.send((True, _check(name)(meshes[guidance], **given)))
         except BaseException:  # noqa: BLE001 - the test that asked for it is told
             pipe.send((False, traceback.format_exc()))
 
 
-class RankGroup:
-    """Ranks that live as long as a module of tests."""
+def _check(name: str) -> Any:
+    import window_checks
 
-    def __init__(self, size: int) -> None:
+    if hasattr(window_checks, name):
+        return getattr(window_checks, name)
+    import rank_checks  # which needs more packages
+
+    return getattr(rank_checks, name)
+
+
+class RankGroup:
+    """Ranks that live as long as a module of tests, on the CPU or each on a card."""
+
+    def __init__(self, size: int, kind: str = "cpu") -> None:
         context, port = _context(), _free_port()
         pipes = [context.Pipe() for _ in range(size)]
         self._pipes = [mine for mine, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, size, port, theirs, kind), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
             process.start()
 
     def run(self, check: str, *, guidance: int = 1, **given: Any) -> list[Any]:
-        """Run a function of `rank_checks` on all ranks, and return what each returns."""
+        """Run a function of `rank_checks` or `window_checks` on all ranks, and return what each returns."""
         for pipe in self._pipes:
             pipe.send((check, guidance, given))
         results = []
@@ -95,12 +109,11 @@ class RankGroup:
 
 
 def _run_to_its_end(rank: int, size: int, port: int, pipe: Connection, check: str) -> None:
-    import rank_checks
-
     _become(rank, size, port)
+    run = _check(check)
     pipe.send("ready")
     try:
-        getattr(rank_checks, check)(rank)
+        run(rank)
     except BaseException as error:  # noqa: BLE001 - what the test looks at
         pipe.send(f"{type(error).__name__}: {error}")
 

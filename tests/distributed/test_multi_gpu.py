@@ -21,6 +21,7 @@ def test_ranks_are_measured_beside_one(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "multi_gpu.json").read_text())["rows"]
     assert [row["case"] for row in rows] == cases
     assert all(row["ratio"] > 0 and row["relative_error"] < 1e-5 for row in rows)
+    assert [row.get("weights") for row in rows] == ["pushed", "pushed", None, None]
     assert all(row["same_bytes"] for row in rows if row["case"] in ("guidance", "decode_tiles"))
     assert (tmp_path / "multi_gpu.md").read_text().count("| 2 |") == len(rows)
 

@@ -10,8 +10,8 @@ from typing import Any
 import denoisers
 import pytest
 from families import Stock
-from rank_checks import blocks
 from rank_group import RankGroup
+from rank_models import blocks
 
 from vramkit.distributed import connect, parallelize
 from vramkit.distributed.ranks import Transfer
@@ -61,6 +61,24 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_each_rank_reads_its_part_of_the_weights(groups: Groups, file: str, count: int, slots: int, level: str) -> None:
     read = groups[count].run("streams_the_bytes_of_all", file=file, level=level, slots=slots)
     assert max(read) < 1.05 * min(read)
+
+
+@pytest.mark.parametrize(
+    ("count", "push"), [(2, True), (4, True), (2, False), pytest.param(3, True, marks=pytest.mark.thorough)]
+)
+def test_ranks_give_groups_to_one_another(groups: Groups, file: str, count: int, push: bool) -> None:
+    carried = groups[count].run("gives_groups_to_all", file=file, push=push)
+    assert all(each.keys() == {"pushed" if push else "gathered"} for each in carried)
+
+
+@pytest.mark.parametrize("fault", ["own 0", "own 1", "other 0", "other 1"])  # after so many times
+def test_ranks_gather_where_one_of_them_has_no_window(two: RankGroup, file: str, fault: str) -> None:
+    carried = two.run("falls_back_with_all", file=file, fault=fault)
+    assert all(each.keys() == {"gathered"} for each in carried)
+
+
+def test_each_rank_may_read_all_for_itself(two: RankGroup, file: str) -> None:
+    assert two.run("reads_apart", file=file) == [{}, {}]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

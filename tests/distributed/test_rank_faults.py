@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 
+import pytest
 from rank_group import Faulty
+
+from vramkit.distributed import heartbeats
+from vramkit.errors import RankError
 
 PATIENCE_S = 90  # 5 until a rank counts as hung, 2 of grace; the rest is waiting for a core
 FAULTS = {
@@ -38,3 +44,29 @@ def check_end(fault: str, said: list[str | None], statuses: list[int | None]) ->
     assert statuses[culprit] == {"is_killed": killed, "first_is_killed": killed, "hangs": hung}.get(fault, 0)
     if fault.endswith("runs_out_of_memory"):
         assert said[culprit] == "MemoryError: no room for 3 GiB"
+
+
+@pytest.mark.parametrize("in_copy_thread", [True, False])
+def test_a_call_that_waits_for_its_device_ends_whatever_copy_threads_were_told(
+    monkeypatch: pytest.MonkeyPatch, in_copy_thread: bool
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(heartbeats, "_GRACE_S", 0.05)
+    monkeypatch.setattr(heartbeats, "_INTERVAL_S", 0.01)
+    watched = heartbeats.Heartbeats(None, 0, [0, 1], timeout_s=1)
+
+    def learn() -> None:
+        with pytest.raises(RankError, match="rank 1 failed: it is gone"):
+            watched.check()
+
+    with watched.call():
+        watched._learn({"rank": 1, "cause": "it is gone"})
+        other = threading.Thread(target=learn)
+        if in_copy_thread:
+            other.start()
+            other.join()
+        else:
+            learn()
+        watched._end_what_hangs()
+    assert ended == ([70] if in_copy_thread else [])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vramkit import fit
+from vramkit.device_memory import DeviceMemory
 from vramkit.planning.measured import PeakMeter
 
 
@@ -87,23 +88,37 @@ class Statistics:
 
     allocated, peak, failures = 500, 900, 3
 
-    def memory_stats_as_nested_dict(self, device: torch.device) -> dict[str, Any]:
-        of_tensors = {"all": {"current": self.allocated, "peak": self.peak}}
-        return {"allocated_bytes": of_tensors, "num_ooms": self.failures}
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.allocated
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.peak
+
+    def memory_stats_as_nested_dict(self, device: torch.device) -> dict[str, int]:
+        return {"num_ooms": self.failures}
 
 
 def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = Statistics()
     monkeypatch.setattr(torch, "cuda", statistics)
-    meter = PeakMeter(torch.device("cuda"))
+    meter = PeakMeter(DeviceMemory(torch.device("cuda")))
     begun = meter.begin(200)
     assert meter.end(begun) == (None, False)  # no higher than before: nobody knows
     statistics.peak, statistics.failures = 1000, 4
     assert meter.end(begun) == (1000 - 300, True)
 
 
-def test_of_a_device_that_nobody_used_yet_there_are_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Statistics, "memory_stats_as_nested_dict", lambda *_: {})
-    monkeypatch.setattr(torch, "cuda", Statistics())
-    meter = PeakMeter(torch.device("cuda"))
-    assert meter.end(meter.begin(200)) == (None, False)
+def test_memory_beside_the_allocator_is_counted_while_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = Statistics()
+    monkeypatch.setattr(torch, "cuda", statistics)
+    memory = DeviceMemory(torch.device("cuda"))
+    assert memory.peak_bytes == 900
+    memory.add(300)
+    assert (memory.allocated_bytes, memory.peak_bytes) == (800, 900)
+    statistics.peak = 1000
+    assert memory.peak_bytes == 1300
+    memory.add(-300)
+    statistics.peak = 1100  # without what was beside it
+    assert (memory.allocated_bytes, memory.peak_bytes) == (500, 1300)
+    statistics.peak = 500  # it was reset
+    assert memory.peak_bytes == 500

@@ -9,6 +9,7 @@ from profiles import BLOCK, BLOCKS, MACHINE, component, profile
 
 from vramkit.errors import ConfigError, PlanInfeasible
 from vramkit.memory import GIB, MIB
+from vramkit.planning.explain import explain
 from vramkit.planning.plans import Decode, Plan
 from vramkit.planning.search import search
 
@@ -105,3 +106,29 @@ def test_host_memory_beyond_its_bound_is_mapped_or_on_disk() -> None:
 def test_one_more_gib_is_priced() -> None:
     assert search(profile(), MACHINE, 3 * GIB).next_gib.endswith("s")
     assert search(profile(), MACHINE, 20 * GIB).next_gib == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flops", "ram_gib", "shares"),
+    [
+        (2, 1e15, None, True),  # 5 s of computing, 14 of one link
+        (2, 1e16, None, False),  # 50 s
+        (8, 1e16, None, True),  # 12.5 s, and memory that eight links may have to wait for
+        (8, 1e17, None, False),
+        (2, 1e16, 1, True),  # read from files
+        (1, 1e16, None, False),
+    ],
+)
+def test_ranks_share_the_reading_where_it_is_what_takes_the_time(
+    ranks: int, flops: float, ram_gib: int | None, shares: bool
+) -> None:
+    ram_bytes = None if ram_gib is None else ram_gib * GIB
+    plan = search(profile(flops=flops), MACHINE.times(ranks), 3 * GIB, ram_bytes=ram_bytes)
+    steps = plan.component("transformer")
+    assert steps.streamed_bytes
+    assert steps.shares == shares
+    told = "; ranks share the reading" if shares else "; each rank reads all" if ranks > 1 else ""
+    assert steps.reason.partition(";")[1:] == tuple(told.partition(";")[1:])
+    assert steps.reason in explain(plan)
+    assert not plan.component("vae").shares
+    assert Plan.from_json(plan.to_json()) == plan

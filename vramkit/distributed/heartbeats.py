@@ -56,8 +56,8 @@ class Heartbeats:
         self._groups: dict[str, tuple[int, ...]] = {}
         self._seen: dict[int, _Seen] = {}
         self._failed_rank: int | None = None
-        self._is_told = False  # whether this process has raised it
-        self._calls = 0
+        self._is_told = False  # whether this process has raised it where somebody gets it
+        self._callers: list[int] = []  # threads that are in calls which all ranks make
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vramkit-heartbeats", daemon=True)
 
@@ -79,14 +79,14 @@ class Heartbeats:
     def call(self) -> Iterator[None]:
         """A call that all ranks make together: an exception is told to the others, and a failure elsewhere ends it."""
         self.check()
-        self._calls += 1
+        self._callers.append(threading.get_ident())
         try:
             yield
         except BaseException as error:
             self.fail(error)
             raise
         finally:
-            self._calls -= 1
+            self._callers.remove(threading.get_ident())
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of an exception of this rank, unless it is one that they know."""
@@ -104,7 +104,7 @@ class Heartbeats:
             RankError: names the rank and the cause.
         """
         if self.failure is not None:
-            self._is_told = True
+            self._tell()
             raise RankError(self.failure)
         if self._ended.is_set():
             raise RankError("the mesh was closed; connect() again, and parallelize or offload with the new one")
@@ -116,8 +116,13 @@ class Heartbeats:
             time.sleep(0.05)
         if self.failure is None:
             self._write_down(self.rank, f"a collective failed: {' '.join(str(error).split())[:300]}")
-        self._is_told = True
+        self._tell()
         return RankError(self.failure or str(error))
+
+    def _tell(self) -> None:
+        """Note that the failure is raised now. From a copy thread nobody has it yet: the call may wait for its device."""
+        if not self._callers or threading.get_ident() in self._callers:
+            self._is_told = True
 
     def close(self) -> None:
         """End the thread, and let the others know that this rank has not died."""
@@ -232,7 +237,7 @@ class Heartbeats:
         while time.monotonic() < end:
             if self._ended.wait(_INTERVAL_S) or self._is_told:
                 return
-        if self._calls or self._failed_rank == self.rank:
+        if self._callers or self._failed_rank == self.rank:
             if self.rank == min(rank for rank in self._members if rank != self._failed_rank):
                 print(f"error: {self.failure}", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can say it
             os._exit(_FAILED_STATUS)

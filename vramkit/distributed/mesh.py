@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +19,19 @@ from typing_extensions import Self
 
 import vramkit
 from vramkit.distributed.agreement import agree, fingerprint
+from vramkit.distributed.apart import Apart
+from vramkit.distributed.file_window import FileWindow
 from vramkit.distributed.heartbeats import Heartbeats
 from vramkit.distributed.host_memory import keep_once_on_each_host
 from vramkit.distributed.hosts import host_of_processes
 from vramkit.distributed.ranks import Ranks
 from vramkit.distributed.sharded_store import ShardedStore
+from vramkit.distributed.symmetric_window import SymmetricWindow, without_multicast
 from vramkit.distributed.turnstile import Turnstile
+from vramkit.distributed.windows import MakeWindow, Windows
 from vramkit.errors import ConfigError
-from vramkit.offload.stores import PartedStore, Store
+from vramkit.offload.backend import Backend
+from vramkit.offload.stores import PartedStore, Sharing, Store
 
 __all__ = ["Mesh", "connect"]
 
@@ -34,6 +41,7 @@ def connect(
     guidance: int = 1,
     device: torch.device | str | None = None,
     timeout_s: float = 300.0,
+    push: bool = True,
 ) -> Mesh:
     """Join the processes that ``torchrun`` started (or that have called ``torch.distributed.init_process_group``).
 
@@ -45,6 +53,8 @@ def connect(
         device: where this rank computes: by default the accelerator of its local rank, or the CPU where there is none.
         timeout_s: after how many seconds a rank counts as hung that others wait for. A process that is gone is noticed
             within a few seconds.
+        push: whether ranks of one host write what they have read of weights into each other's slots where they can, which
+            takes no processors of a card; False: they gather it by NCCL or gloo, as where they cannot.
 
     Raises:
         ConfigError: not started as one of several ranks, a number of ranks that guidance does not divide, or ranks with
@@ -57,6 +67,7 @@ def connect(
         # Collectives of several groups run beside each other, and each waits for other cards. Where two streams shared one
         # of the 8 queues that a device has by default, one would wait behind the other, on two cards in different orders.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    without_multicast()
     device = _device() if device is None else torch.device(device)
     if is_ours:
         if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -67,7 +78,7 @@ def connect(
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Mesh(guidance=guidance, device=device, timeout_s=timeout_s, ends_world=is_ours)
+    return Mesh(guidance=guidance, device=device, timeout_s=timeout_s, push=push, ends_world=is_ours)
 
 
 class Mesh:
@@ -77,7 +88,9 @@ class Mesh:
     those of one host the reading of weights.
     """
 
-    def __init__(self, *, guidance: int, device: torch.device, timeout_s: float, ends_world: bool = False) -> None:
+    def __init__(
+        self, *, guidance: int, device: torch.device, timeout_s: float, push: bool = True, ends_world: bool = False
+    ) -> None:
         """Meet the others; see `connect`."""
         members = list(range(dist.get_world_size()))
         if guidance not in (1, 2) or len(members) % guidance:
@@ -93,13 +106,21 @@ class Mesh:
         self._others: list[Mesh] = []
         self._heartbeats = Heartbeats(_store_of_mesh(self.rank), self.rank, members, timeout_s=timeout_s)
         self._heartbeats.start()
-        self._timeout_s = timeout_s
+        self._timeout_s, self._push = timeout_s, push
         self.all = self._ranks("all ranks", [members])
         hosts = self.all.collect(host_of_processes())
         neighbours = [[rank for rank in members if hosts[rank] == host] for host in dict.fromkeys(hosts)]
         self.weights = self._ranks("weights", neighbours)  # a group of its own: weights travel beside what is computed
         """The ranks of this host, which share the reading of weights: a network is slower than the links of a host."""
         self._turnstile = Turnstile(self._heartbeats.check)
+        self._windows = Windows(self.weights, _window_of(device, self.weights) if push else None)
+        self.apart: Sharing = Apart(self)
+        """The same ranks, each of which reads all weights itself, where ``mesh=mesh.apart`` is given.
+
+        They are once in the memory of each host all the same. Worth it where computing takes longer than one link.
+        """
+        self.carried: Counter[str] = Counter()
+        """How many groups of weights ranks have "pushed" into each other's slots, and "gathered"."""
         branches = [members[at : at + self.sequence] for at in range(0, self.size, self.sequence)]
         places = [members[at :: self.sequence] for at in range(self.sequence)]
         self.branch, self.place = divmod(self.rank, self.sequence)
@@ -116,6 +137,7 @@ class Mesh:
                     "device": _kind_of(device),
                     "guidance=": guidance,
                     "timeout_s=": timeout_s,
+                    "push=": push,
                 }
             )
         except BaseException:
@@ -138,7 +160,8 @@ class Mesh:
         Raises:
             ConfigError: as `connect`.
         """
-        self._others.append(Mesh(guidance=guidance, device=self.device, timeout_s=self._timeout_s))
+        others = Mesh(guidance=guidance, device=self.device, timeout_s=self._timeout_s, push=self._push)
+        self._others.append(others)
         return self._others[-1]
 
     def agree(self, options: dict[str, Any]) -> None:
@@ -166,10 +189,28 @@ class Mesh:
         )
         keep_once_on_each_host(module, self.all, disk_folder)
 
-    def shared(self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int) -> Store:
+    def shared(
+        self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int
+    ) -> Sequence[tuple[int, int, Store]]:
         """Return the store of a group of which each rank reads a part by `stores`, (offset in the slot, bytes, store)."""
         self.weights.begin_on(self.device)
-        return ShardedStore(name, stores, size_bytes, ranks=self.weights, turnstile=self._turnstile)
+        self._windows.begin()
+        store = ShardedStore(
+            name,
+            stores,
+            size_bytes,
+            ranks=self.weights,
+            turnstile=self._turnstile,
+            windows=self._windows,
+            carried=self.carried,
+        )
+        return [(0, size_bytes, store)]
+
+    def memory(self, backend: Backend, size_bytes: int) -> torch.Tensor:
+        """Return memory of this rank's device for slots, into which the others can write where that is possible."""
+        is_ours = self.device in (backend.device, torch.device(backend.device.type))
+        memory = self._windows.memory(size_bytes) if is_ours else None
+        return backend.memory(size_bytes) if memory is None else memory
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -230,6 +271,16 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _window_of(device: torch.device, ranks: Ranks) -> MakeWindow | None:
+    """Return what makes windows on a device, if something does."""
+    if device.type == "cpu":
+        return partial(FileWindow.made, ranks=ranks)
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return partial(SymmetricWindow.made, device=torch.device("cuda", index), ranks=ranks)
 
 
 def _kind_of(device: torch.device) -> str:

@@ -85,7 +85,9 @@ class Ranks:
         self._heartbeats = heartbeats
         heartbeats.join_group(name, self.members)
         # Twice as long as what the heartbeats allow, which say whose fault it is.
-        timeout = dt.timedelta(seconds=2 * timeout_s + 60)
+        self.timeout_s = 2 * timeout_s + 60
+        """After how long a wait is given up that the heartbeats have not ended."""
+        timeout = dt.timedelta(seconds=self.timeout_s)
         options = _beside(timeout) if is_beside and torch.cuda.is_available() else None
         several = [tuple(members) for members in groups if len(members) > 1]
         made = {each: dist.new_group(each, timeout=timeout, pg_options=options) for each in several}
@@ -96,6 +98,11 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the first of them."""
         return self.rank == 0
+
+    @property
+    def group(self) -> Any:
+        """Torch's group of these processes; None where there is only one."""
+        return self._group
 
     def gather_(self, whole: Tensor) -> Transfer:
         """Fill `whole`, contiguous, of which each rank has its equal part in place, in the order of ranks, from all."""
@@ -140,19 +147,27 @@ class Ranks:
 
     def numbers(self, number: int) -> list[int]:
         """Return the whole number of each rank."""
-        whole = torch.zeros(self.size, dtype=torch.int64)
-        whole[self.rank] = number
+        return [row[0] for row in self.rows([number])]
+
+    def rows(self, row: Sequence[int]) -> list[list[int]]:
+        """Return the whole numbers of each rank, of which all have equally many."""
+        whole = torch.zeros(self.size, len(row), dtype=torch.int64)
+        whole[self.rank] = torch.tensor(row)
         self.gather_(whole).wait()
-        numbers: list[int] = whole.tolist()
-        return numbers
+        rows: list[list[int]] = whole.tolist()
+        return rows
 
     def from_first(self, value: Any) -> Any:
         """Return the value that the first rank gives."""
         return self.collect(value if self.is_first else None)[0]
 
+    def arrive(self) -> Transfer:
+        """Tell the others, through host memory, that this rank has come here; the result stands for that all have."""
+        return self.gather_(torch.zeros(self.size))
+
     def barrier(self) -> None:
         """Wait on the host until all have come here."""
-        self.numbers(0)
+        self.arrive().wait()
 
     def _run(self, tensor: Tensor, start: Any) -> Transfer:
         self._heartbeats.check()

@@ -1,10 +1,11 @@
 """The bytes of a group, of which each rank reads a part over its own link, and which ranks give to one another.
 
 A group is cut into pieces, a piece into as many shares as there are ranks. A rank copies its share of a piece into the slot,
-and while the share of the next piece is on its way over the link, ranks gather the piece. N links carry a group in 1/N of
-the time; beside that only the last piece is gathered, which is why pieces are small.
+and while the share of the next piece is on its way over the link, it writes the first one into the slots of the others. N
+links carry a group in 1/N of the time; beside that only the last piece is written, which is why pieces are small. Where the
+slot of a rank is in no window that the others write into (see `windows.py`), all of them gather each piece.
 
-Ranks gather the same groups in the same order, because order follows from the passes that all of them make; the copy threads
+Ranks share the same groups in the same order, because order follows from the passes that all of them make; the copy threads
 of several modules take turns as the program told them to. That the order is the same is checked on the host before anything
 is sent: what is not the same group on all ranks ends all of them with an error.
 """
@@ -12,13 +13,15 @@ is sent: what is not the same group on all ranks ends all of them with an error.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
 
 from vramkit.distributed.ranks import Ranks, Transfer
 from vramkit.distributed.turnstile import Turnstile
+from vramkit.distributed.windows import Pushes, Windows
 from vramkit.errors import RankError
 from vramkit.offload.backend import Arrival
 from vramkit.offload.stores import PartedStore, Store, StoreKind
@@ -26,6 +29,7 @@ from vramkit.offload.stores import PartedStore, Store, StoreKind
 __all__ = ["ShardedStore"]
 
 _SHARE_BYTES = 16 * 2**20  # of a piece: longer than the host takes to issue it, and a short gather at the end
+_LET_GO_S = 1.0
 _ALIGNMENT = 256  # bytes, as that of leaves in a slot
 
 
@@ -42,9 +46,14 @@ class ShardedStore:
         *,
         ranks: Ranks,
         turnstile: Turnstile,
+        windows: Windows,
+        carried: Counter[str],
     ) -> None:
-        """Share what `stores`, (offset in the slot, bytes, store), put into a slot of `size_bytes`."""
-        self._turnstile = turnstile
+        """Share what `stores`, (offset in the slot, bytes, store), put into a slot of `size_bytes`.
+
+        `carried` counts the groups by the way in which ranks gave them to one another.
+        """
+        self._turnstile, self._windows, self._carried = turnstile, windows, carried
         self._turns: deque[int] = deque()  # of the fills to come
         kinds = {store.kind for _, _, store in stores}
         first: tuple[StoreKind, ...] = ("disk", "mapped", "pageable", "registered")  # that of a file, if there is one
@@ -55,10 +64,12 @@ class ShardedStore:
         self._number = int.from_bytes(hashlib.sha256(f"{name} {layout}".encode()).digest()[:7], "big")
         share = min(_SHARE_BYTES, size_bytes // ranks.size // _ALIGNMENT * _ALIGNMENT)
         count = size_bytes // (share * ranks.size) if share else 0
-        self._pieces = []  # (start, stop, what this rank reads of it)
+        self._pieces = []  # (start, stop, where the share of this rank begins, and the next one; what it reads)
         for start in range(0, count * share * ranks.size, max(1, share * ranks.size)):
             own = start + ranks.rank * share
-            self._pieces.append((start, start + share * ranks.size, _within(stores, own, own + share)))
+            self._pieces.append(
+                (start, start + share * ranks.size, own, own + share, _within(stores, own, own + share))
+            )
         self._rest = _within(stores, count * share * ranks.size, size_bytes)  # which each rank reads for itself
 
     def reserve(self) -> None:
@@ -77,40 +88,67 @@ class ShardedStore:
             RankError: a rank has failed, or needs another group now.
         """
         with self._turnstile.turn(self._turns.popleft()):
-            self._meet()
-            return _Gathered(self._gathering(target))
+            pushes = self._meet(target)
+            self._carried["gathered" if pushes is None else "pushed"] += 1
+            return self._gathering(target) if pushes is None else self._pushing(target, pushes)
 
-    def _gathering(self, target: torch.Tensor) -> list[Transfer]:
-        transfers = []
-        for start, stop, own in self._pieces:
-            for part in own:
+    def _pushing(self, target: torch.Tensor, pushes: Pushes) -> Arrival:
+        pushes.enter()
+        for _, _, start, stop, parts in self._pieces:
+            for part in parts:
                 part.fill(target)
-            transfers.append(self._ranks.gather_(target[start:stop]))
+            pushes.push(target, start, stop)
         for part in self._rest:
             part.fill(target)
-        return transfers
+        return pushes.leave()
 
-    def _meet(self) -> None:
-        """See that all ranks are here for this group."""
-        if len(set(self._ranks.numbers(self._number))) > 1:
+    def _gathering(self, target: torch.Tensor) -> Arrival:
+        gathered = _Gathered(target)
+        for start, stop, _, _, parts in self._pieces:
+            for part in parts:
+                part.fill(target)
+            gathered.transfers.append(self._ranks.gather_(target[start:stop]))
+        for part in self._rest:
+            part.fill(target)
+        return gathered
+
+    def _meet(self, target: torch.Tensor) -> Pushes | None:
+        """See that all ranks are here for this group, and learn how to write into their slots, if that is possible."""
+        said = self._ranks.rows([self._number, *self._windows.place(target)])
+        if len({number for number, *_ in said}) > 1:
             names = self._ranks.collect(self._name)
             wanted = ", ".join(f"rank {rank}: {name!r}" for rank, name in zip(self._ranks.members, names, strict=True))
             raise RankError(
                 f"ranks need weights in different orders ({wanted}), and each has only a part of them. All have to make the "
                 "same calls of the same module; what skips blocks by the values of tensors cannot share their weights"
             )
+        return self._windows.pushes(target, [place for _, *place in said])
 
 
 class _Gathered:
-    """The pieces of a group on their way."""
+    """The pieces of a group on their way into a slot."""
 
-    def __init__(self, transfers: Sequence[Transfer]) -> None:
-        self._transfers = transfers
+    def __init__(self, slot: torch.Tensor) -> None:
+        self.transfers: list[Transfer] = []
+        self._slot = slot
+        self._references = _references(slot)
 
     def wait(self) -> None:
-        """Wait for all of them; see `Transfer.wait`."""
-        for transfer in self._transfers:
-            transfer.wait()
+        """Wait for all of them; see `Transfer.wait`.
+
+        Gloo has what it filled for a moment longer, and whether somebody has a view of a slot is told by counting them.
+        """
+        while self.transfers:
+            self.transfers.pop(0).wait()
+        end = time.monotonic() + _LET_GO_S
+        while self._slot.device.type == "cpu" and _references(self._slot) > self._references and time.monotonic() < end:
+            time.sleep(0)
+
+
+def _references(slot: torch.Tensor) -> int:
+    """Return how many tensors there are over the memory of a slot."""
+    count: int = torch._C._storage_Use_Count(slot.untyped_storage()._cdata)  # noqa: SLF001 (torch has no public reader)
+    return count
 
 
 class _Part:

@@ -80,7 +80,8 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         turns: share them among components to keep a budget of device memory (`Turns`). None: with all on this device that
             have none of their own; slots of what is idle are let go of when another one begins.
         mesh: ranks (`vramkit.distributed.connect`) that all run this module, in the same calls: each reads its part of what
-            travels, over its own link, and they give it to one another. A rank that runs out of memory ends all.
+            travels, over its own link, and they give it to one another (``mesh.apart``: each reads all, which is once in
+            host memory). A rank that runs out of memory ends all.
         peer_device: with ``store="peer"``, another device of this process, such as ``"cuda:1"``, that keeps a copy of all
             that travels. It has to have room for that.
 

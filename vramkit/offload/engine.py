@@ -8,6 +8,7 @@ where the recorded order begins and ends, moves the inputs, and mends what a pas
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -82,7 +83,8 @@ class Engine:
         self._holds_on = holds_on
         self._uses = uses
         self._backend = backend_for(config.device)
-        self.ring = SlotRing(self._backend, config.slots, self.assembly.slot_bytes)
+        memory = None if config.mesh is None else functools.partial(config.mesh.memory, self._backend)
+        self.ring = SlotRing(self._backend, config.slots, self.assembly.slot_bytes, memory)
         self._streamer = Streamer(
             self.assembly.groups, self.ring, self._backend, counters, unordered=self.assembly.table_groups
         )

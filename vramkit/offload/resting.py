@@ -216,7 +216,7 @@ class RestingPlace:
         stores = [(offset, size, self.store(leaf, size)) for offset, size, leaf in pieces]
         if self._config.mesh is None:
             return [*stores]
-        return [(0, layout.size_bytes, self._config.mesh.shared(name, stores, layout.size_bytes))]
+        return [*self._config.mesh.shared(name, stores, layout.size_bytes)]
 
     def store(self, leaf: torch.Tensor, size_bytes: int | None = None) -> PartedStore:
         """Choose where the bytes of `leaf` (and what lies behind it, up to `size_bytes`) are read from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -36,12 +36,15 @@ class SlotRing:
     the next pass load while the last ones of this pass compute.
     """
 
-    def __init__(self, backend: Backend, slots: int, slot_bytes: int) -> None:
-        """Plan a ring; it has memory from `open` on."""
+    def __init__(
+        self, backend: Backend, slots: int, slot_bytes: int, memory: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
+        """Plan a ring; it has memory from `open` on, by `memory` where that is given, and else of the backend."""
         self.slots = slots if slot_bytes else 0
         self.slot_bytes = slot_bytes
         self.is_open = False
         self._backend = backend
+        self._allocate = memory or backend.memory
         self._memory: torch.Tensor | None = None
         self._views: dict[tuple[int, int], torch.Tensor] = {}  # by first slot and count
         self._pieces: dict[tuple[int, int], torch.Tensor] = {}  # the beginnings of those, by first slot and bytes
@@ -61,7 +64,7 @@ class SlotRing:
             torch.OutOfMemoryError: the device has no room for it.
         """
         if not self.is_open:
-            self._memory = self._backend.memory(self.size_bytes)
+            self._memory = self._allocate(self.size_bytes)
             self._fences = [self._backend.fence()] * self.slots  # after whoever had this memory before
             self.is_open = True
 

@@ -82,11 +82,20 @@ class JointStore(Protocol):
 class Sharing(Protocol):
     """Ranks that read a part of each group and give it to one another; `vramkit.distributed.Mesh` is one."""
 
+    @property
+    def apart(self) -> Sharing:
+        """The same ranks, each of which reads all for itself."""
+
     def prepare(self, module: nn.Module, options: dict[str, Any], disk_folder: Path | None) -> None:
         """Refuse `options` and weights that are not the same on all ranks, and have weights once on each host."""
 
-    def shared(self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int) -> Store:
-        """Return the store of a group; this rank reads a part of it by `stores`, (offset in the slot, bytes, store)."""
+    def shared(
+        self, name: str, stores: Sequence[tuple[int, int, PartedStore]], size_bytes: int
+    ) -> Sequence[tuple[int, int, Store]]:
+        """Return the stores of a group, of which this rank reads a part by `stores`: (offset in the slot, bytes, store)."""
+
+    def memory(self, backend: Backend, size_bytes: int) -> torch.Tensor:
+        """Return device memory for slots, as that of the backend."""
 
 
 class PinnedStore:

@@ -31,7 +31,7 @@ class Applied:
         disk_folder: Path | None = None,
         mesh: Sharing | None = None,
     ) -> None:
-        """Nothing is done yet; all ranks of `mesh` will share the weights of components that all run alike."""
+        """Nothing is done yet; all ranks of `mesh` will share host memory, and the reading where the plan says so."""
         self.offloads: dict[str, Offload] = {}
         self._modules, self._plan, self._disk_folder = modules, plan, disk_folder
         self._mesh = mesh
@@ -80,8 +80,8 @@ class Applied:
                 "slots": component.slots,
                 "unit_bytes": component.unit_bytes,
             }
-        if component.phase != "decode":  # of which ranks may decode some tiles each, at their own pace
-            options["mesh"] = self._mesh
+        if self._mesh is not None and component.phase != "decode":  # of which ranks may decode some tiles each
+            options["mesh"] = self._mesh if component.shares else self._mesh.apart
         if plan.ram_bytes is not None:
             options["pin_budget"] = component.pinned_bytes
         if component.store == "disk":

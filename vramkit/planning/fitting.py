@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from vramkit.device_memory import memory_of
 from vramkit.errors import ConcurrentUseError, ConfigError, ConflictError, PlanInfeasible
 from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload import Offload, OffloadStats, offload_of
@@ -74,7 +75,7 @@ def fit(
             modules one of those for each name. Without it the first call is planned for when it comes.
         disk_folder: where weights are written that `ram` has no room for; by default the folder for temporary files.
         mesh: ranks (`vramkit.distributed.connect`) that all make this call, each with a budget of `vram` on its device: they
-            share links and work, a pipeline as by `vramkit.distributed.parallelize`.
+            share work, a pipeline as by `vramkit.distributed.parallelize`, and where the plan says so the links.
         **call: for pipelines: what the call will be (``height=``, ``width=``, ``num_frames=``, ``batch=``, ``prompt=`` ...);
             what is left out is as the pipeline has it. For a language model of transformers: what it will generate
             (``batch=``, ``max_length=``, ``max_new_tokens=``, ``cache_implementation=``), after `example`, the token ids
@@ -164,7 +165,7 @@ class Fit:
         device = torch.device(plan.device)
         # Ranks plan anew together, for which they have to meet: too much for each call of a module.
         is_measured = device.type != "cpu" and (mesh is None or planner.is_of_pipeline)
-        self._meter = PeakMeter(device) if is_measured else None
+        self._meter = PeakMeter(memory_of(device)) if is_measured else None
         self._is_measuring = threading.Lock()
         try:
             if mesh is not None and planner.is_of_pipeline and getattr(target, "together", None) is None:

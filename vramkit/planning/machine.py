@@ -40,6 +40,8 @@ class Machine:
     """Of the budget, left free beside the margin by weights that stay although they could travel."""
     holes_share: float = 0.0
     """Of activations, what has to be free beside them for holes between them."""
+    ranks: int = 1
+    """How many devices share links and work, of which the rates are those of all."""
 
     @classmethod
     def of(cls, device: torch.device | str) -> Machine:
@@ -70,7 +72,7 @@ class Machine:
 
     def times(self, ranks: int) -> Machine:
         """Return so many of these that share links and work; each has the memory of one."""
-        return dataclasses.replace(self, link_gbps=self.link_gbps * ranks, tflops=self.tflops * ranks)
+        return dataclasses.replace(self, link_gbps=self.link_gbps * ranks, tflops=self.tflops * ranks, ranks=ranks)
 
     def link_seconds(self, size_bytes: float) -> float:
         """How long `size_bytes` are on their way."""

@@ -44,6 +44,8 @@ class ComponentPlan:
     """Embeddings that are looked up where they rest."""
     store: str | None = None
     """Where streamed weights rest; None: the fastest that works."""
+    shares: bool = False
+    """Whether each of several ranks reads a part of what travels, and gives it to the others."""
     wire_dtype: str = "as stored"
     quality_db: float | None = None
     """Signal to noise of weights that are stored in less."""

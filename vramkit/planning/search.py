@@ -18,6 +18,7 @@ from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED
 from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
 from vramkit.planning.profile import ComponentProfile, Cut, Profile, Variant, Work, order_of
+from vramkit.planning.ranks import read_by_ranks
 
 __all__ = ["estimate", "least_bytes", "search"]
 
@@ -364,7 +365,8 @@ def _stored(
             left = max(0, left - max(host, pins))
         ours = [work for work in works if work.component == choice.profile.name]
         plan = _component(choice, ours, store, pins, host)
-        plans.append(dataclasses.replace(plan, spare_bytes=_spare(plan, ours, budget_bytes)))
+        plan = dataclasses.replace(plan, spare_bytes=_spare(plan, ours, budget_bytes))
+        plans.append(read_by_ranks(plan, ours, machine))
     by_name = {plan.name: plan for plan in plans}
     return tuple(by_name[name] for name in choices)
 
