@@ -28,7 +28,8 @@ from vramkit.offload.stores import PartedStore, Store, StoreKind
 
 __all__ = ["ShardedStore"]
 
-_SHARE_BYTES = 16 * 2**20  # of a piece: longer than the host takes to issue it, and a short gather at the end
+_SHARE_BYTES = 16 * 2**20  # of a piece, at the least: longer than the host takes to issue it
+_PIECES = 6  # at the most: what the host does for each it does beside the thread that computes
 _LET_GO_S = 1.0
 _ALIGNMENT = 256  # bytes, as that of leaves in a slot
 
@@ -62,7 +63,8 @@ class ShardedStore:
         self._ranks = ranks
         layout = [(offset, size) for offset, size, _ in stores]
         self._number = int.from_bytes(hashlib.sha256(f"{name} {layout}".encode()).digest()[:7], "big")
-        share = min(_SHARE_BYTES, size_bytes // ranks.size // _ALIGNMENT * _ALIGNMENT)
+        whole = size_bytes // ranks.size
+        share = whole // max(1, min(_PIECES, whole // _SHARE_BYTES)) // _ALIGNMENT * _ALIGNMENT
         count = size_bytes // (share * ranks.size) if share else 0
         self._pieces = []  # (start, stop, where the share of this rank begins, and the next one; what it reads)
         for start in range(0, count * share * ranks.size, max(1, share * ranks.size)):
