@@ -193,6 +193,9 @@ def test_what_is_wrong_with_a_command_is_said_once(two: RankGroup, wan_folder: P
     assert "guidance" in said[1]
     assert others == ("", "", 1)
     assert said[2] == 1
+    said, others = two.run("runs_a_command", arguments=["run", "--bogus", "1"])
+    assert said[1].count("--bogus") == 1
+    assert others == ("", "", said[2]) == ("", "", 2)
 
 
 def test_what_ends_just_after_a_wait_was_over_has_not_failed() -> None:
