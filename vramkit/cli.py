@@ -17,6 +17,7 @@ from vramkit.commands.decode import decode
 from vramkit.commands.demo import demo
 from vramkit.commands.doctor import doctor
 from vramkit.commands.plan import plan
+from vramkit.commands.ranks import is_later_rank
 from vramkit.commands.run import run
 from vramkit.commands.verify import verify
 from vramkit.errors import VramkitError
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except _UsageError as error:
+        if is_later_rank():  # each has the same arguments
+            return 2
         return _fail(f"error: {error.format_message()}", 2)  # type: ignore[attr-defined]
     except (VramkitError, OSError, RuntimeError) as error:
         if any(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
+import pickle
 import signal
 import time
 import warnings
@@ -116,6 +118,7 @@ def what_differs_is_refused(mesh: Mesh, file: str) -> list[str]:
     model = load_mapped(Blocks().eval().requires_grad_(False), file)
     refused(lambda: apply_group_offloading(model, "cpu", slots=2 + (me == 1), mesh=mesh))
     refused(lambda: apply_group_offloading(blocks(seed=me), "cpu", mesh=mesh))
+    refused(lambda: vramkit.fit(model, f"{1 + me}MiB", mesh=mesh))
     assert vramkit.offload_of(model) is None
     return said
 
@@ -130,6 +133,37 @@ def calls_that_differ_are_refused(mesh: Mesh, folder: str) -> str:
             return str(error)
         finally:
             handle.remove()
+    return "nothing"
+
+
+# -- who is to blame
+
+
+def branches_end_with_their_mesh(mesh: Mesh) -> str:
+    """Returns what this rank raises where one raises between calls, while the other waits for it in branches."""
+    try:
+        with connect(timeout_s=60) as other:
+            branches = other.with_branches(2)
+            if not mesh.is_first:
+                raise ValueError("between calls")
+            with branches.call():
+                branches.all.barrier()
+    except (ValueError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def one_leaves(mesh: Mesh) -> str:
+    """Returns what this rank raises where the other leaves and lives on."""
+    heartbeats._LEFT_S, before = 0.5, heartbeats._LEFT_S
+    try:
+        with connect(timeout_s=60) as other:
+            if mesh.is_first:
+                other.all.barrier()
+    except RankError as error:
+        return str(error)
+    finally:
+        heartbeats._LEFT_S = before
     return "nothing"
 
 
@@ -332,6 +366,9 @@ def keeps_a_budget(mesh: Mesh, folder: str) -> tuple[str, str]:
     with vramkit.fit(pipe, least_bytes + 200_000, mesh=mesh, **call) as fitted:
         assert "MiB" in fitted.explain()
         assert pipe.together is not None
+        for copied in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+            assert type(copied) is type(pipe).offloaded_kind
+            assert copied.together is copied.transformer._token_ranks is copied.vae.tile_ranks is None
         assert any(stats.groups for stats in fitted.stats().values())
         before = fitted.plan
         fitted._meter = _Meter(before.vram_bytes + 50_000 if mesh.rank == 1 else None)  # type: ignore[assignment]

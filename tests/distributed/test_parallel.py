@@ -98,14 +98,23 @@ def test_ranks_that_need_other_weights_end_with_an_error(two: RankGroup, file: s
 
 
 def test_other_versions_options_and_weights_are_refused_on_all_ranks(two: RankGroup, file: str) -> None:
-    versions, options, weights = zip(*two.run("what_differs_is_refused", file=file), strict=True)
-    for said in (versions, options, weights):
+    versions, options, weights, budgets = zip(*two.run("what_differs_is_refused", file=file), strict=True)
+    for said in (versions, options, weights, budgets):
         assert said[0] == said[1]
         assert "rank 0 has" in said[0]
     assert "version of vramkit" in versions[0]
     assert "rank 1 has 9.9" in versions[0]
     assert "slots" in options[0]
     assert "weights of Blocks" in weights[0]
+    assert "the vram: rank 0 has 1048576, rank 1 has 2097152" in budgets[0]
+
+
+def test_who_raises_or_leaves_is_to_blame_and_not_who_waits(two: RankGroup) -> None:
+    raised = "rank 1 failed: ValueError: between calls"
+    assert two.run("branches_end_with_their_mesh") == [f"RankError: {raised}", "ValueError: between calls"]
+    first, last = two.run("one_leaves")
+    assert first.startswith("rank 1 failed: it has left: others have waited ")
+    assert last == "nothing"
 
 
 def test_calls_with_other_arguments_are_refused_on_all_ranks(two: RankGroup, wan_folder: Path) -> None:
@@ -184,6 +193,9 @@ def test_what_is_wrong_with_a_command_is_said_once(two: RankGroup, wan_folder: P
     assert "guidance" in said[1]
     assert others == ("", "", 1)
     assert said[2] == 1
+    said, others = two.run("runs_a_command", arguments=["run", "--bogus", "1"])
+    assert said[1].count("--bogus") == 1
+    assert others == ("", "", said[2]) == ("", "", 2)
 
 
 def test_what_ends_just_after_a_wait_was_over_has_not_failed() -> None:

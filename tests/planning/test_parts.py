@@ -13,6 +13,7 @@ from live_bytes import LiveBytes
 
 from vramkit import PlanInfeasible, fit, plan
 from vramkit.memory import GIB
+from vramkit.planning.calls import pipeline_call
 
 
 def decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -95,3 +96,20 @@ def test_parts_that_need_no_more_than_a_call_leave_the_plan(stock: Stock) -> Non
         assert torch.equal(pipe.encode_prompt(**texts)[0], expected)
         assert torch.equal(decoded(pipe.vae, latents), clip)
         assert fitted.plan is before
+
+
+def test_tensors_given_to_a_pipeline_count_once_whatever_their_size() -> None:
+    large, small = torch.randn(300, 300), torch.randn(100, 100)
+    held: list[int] = []
+
+    class Pipe:
+        def __call__(self, prompt_embeds: Any, latents: Any, images: Any) -> None:
+            assert prompt_embeds is images[0]
+            assert prompt_embeds.is_meta
+            assert torch.equal(latents, small)
+            assert latents is not small
+            held.append(count.live_bytes)
+
+    with LiveBytes() as count:
+        pipeline_call(Pipe(), {"prompt_embeds": large, "latents": small, "images": [large, small]}).make(Pipe())
+    assert held == [large.nbytes + small.nbytes]

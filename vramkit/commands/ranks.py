@@ -15,9 +15,14 @@ import typer
 if TYPE_CHECKING:
     from vramkit.distributed.mesh import Mesh
 
-__all__ = ["joined"]
+__all__ = ["is_later_rank", "joined"]
 
 _HEARD_S = 3.0  # what others leave the first one to say why all end, before their launcher ends all that are left
+
+
+def is_later_rank() -> bool:
+    """Whether another rank says what there is to be said."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK") != "0"
 
 
 @contextlib.contextmanager
@@ -35,7 +40,7 @@ def joined(device: str) -> Iterator[Mesh | None]:
     from vramkit.distributed.mesh import connect  # noqa: PLC0415 - most runs need none of it
     from vramkit.machine import resolve_device  # noqa: PLC0415
 
-    is_first = os.environ.get("RANK") == "0"
+    is_first = not is_later_rank()
     with contextlib.ExitStack() as quiet:
         if not is_first:
             nowhere = quiet.enter_context(Path(os.devnull).open("w", encoding="utf-8"))

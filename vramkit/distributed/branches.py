@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from vramkit.distributed.ranks import Ranks
+from vramkit.distributed.uncopied import Uncopied
 
 __all__ = ["GuidanceBranches"]
 
 
-class GuidanceBranches:
+class GuidanceBranches(Uncopied):
     """This rank predicts for the prompt or for the negative prompt, and is given the other prediction: the same bytes."""
 
     def __init__(self, ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ __all__ = ["Heartbeats"]
 
 _INTERVAL_S = 0.5
 _SILENT_S = 60.0  # of a rank on another host, whose process cannot be looked at
+_LEFT_S = 10.0  # of a rank that has left, and will not come any more
 _GRACE_S = 10.0  # after a failure, until a process ends that does not raise it: it waits for its device, or hangs
 _LOST_S = 3.0  # how long a failed collective waits to be told whose failure it was
 _FAILED_STATUS = 70  # EX_SOFTWARE
@@ -67,9 +68,9 @@ class Heartbeats:
         self._thread.start()
 
     def join_group(self, name: str, members: Sequence[int]) -> None:
-        """Count the collectives of a group that this rank belongs to."""
+        """Count the collectives of a group that this rank belongs to; groups of one name are counted together."""
         self._groups[name] = tuple(members)
-        self._counts[name] = 0
+        self._counts.setdefault(name, 0)
 
     def step(self, name: str) -> None:
         """Note that this rank has come to the next collective of a group."""
@@ -115,7 +116,12 @@ class Heartbeats:
         while self.failure is None and time.monotonic() < end:
             time.sleep(0.05)
         if self.failure is None:
-            self._write_down(self.rank, f"a collective failed: {' '.join(str(error).split())[:300]}")
+            left = next((rank for rank, seen in self._seen.items() if seen.beat["left"]), None)
+            said = f"a collective failed: {' '.join(str(error).split())[:300]}"
+            if left is None:
+                self._write_down(self.rank, said)
+            else:
+                self._write_down(left, "it has left before all were done, and others wait for it")
         self._tell()
         return RankError(self.failure or str(error))
 
@@ -205,9 +211,10 @@ class Heartbeats:
                 continue
             if seen.behind.get(name, (None, 0.0))[0] != mine:
                 seen.behind[name] = mine, now
-            if now - seen.behind[name][1] > self.timeout_s:
+            patience_s = min(self.timeout_s, _LEFT_S) if beat["left"] else self.timeout_s
+            if now - seen.behind[name][1] > patience_s:
                 did = "has left" if beat["left"] else "hangs or is far behind"
-                return f"it {did}: others have waited {self.timeout_s:.0f} s for it at collective {mine + 1} ({name})"
+                return f"it {did}: others have waited {patience_s:.0f} s for it at collective {mine + 1} ({name})"
         return None
 
     def _write_down(self, rank: int, cause: str) -> None:

@@ -89,9 +89,16 @@ class Mesh:
     """
 
     def __init__(
-        self, *, guidance: int, device: torch.device, timeout_s: float, push: bool = True, ends_world: bool = False
+        self,
+        *,
+        guidance: int,
+        device: torch.device,
+        timeout_s: float,
+        push: bool = True,
+        ends_world: bool = False,
+        heartbeats: Heartbeats | None = None,
     ) -> None:
-        """Meet the others; see `connect`."""
+        """Meet the others; see `connect`. What goes wrong with one mesh goes wrong with all that have its `heartbeats`."""
         members = list(range(dist.get_world_size()))
         if guidance not in (1, 2) or len(members) % guidance:
             raise ConfigError(
@@ -103,9 +110,11 @@ class Mesh:
         self.device = device
         self.guidance, self.sequence = guidance, len(members) // guidance
         self._ends_world = ends_world
-        self._others: list[Mesh] = []
-        self._heartbeats = Heartbeats(_store_of_mesh(self.rank), self.rank, members, timeout_s=timeout_s)
-        self._heartbeats.start()
+        self._is_part = heartbeats is not None
+        if heartbeats is None:
+            heartbeats = Heartbeats(_store_of_mesh(self.rank), self.rank, members, timeout_s=timeout_s)
+            heartbeats.start()
+        self._heartbeats = heartbeats
         self._timeout_s, self._push = timeout_s, push
         self.all = self._ranks("all ranks", [members])
         hosts = self.all.collect(host_of_processes())
@@ -160,9 +169,13 @@ class Mesh:
         Raises:
             ConfigError: as `connect`.
         """
-        others = Mesh(guidance=guidance, device=self.device, timeout_s=self._timeout_s, push=self._push)
-        self._others.append(others)
-        return self._others[-1]
+        return Mesh(
+            guidance=guidance,
+            device=self.device,
+            timeout_s=self._timeout_s,
+            push=self._push,
+            heartbeats=self._heartbeats,
+        )
 
     def agree(self, options: dict[str, Any]) -> None:
         """Refuse, on all ranks alike, what is not the same on all.
@@ -229,9 +242,12 @@ class Mesh:
             torch.cuda.set_rng_state(state, self.device)
 
     def close(self) -> None:
-        """Leave. What is parallel or offloaded with this mesh cannot run any more. Later calls do nothing."""
-        for other in self._others:
-            other.close()
+        """Leave. What is parallel or offloaded with this mesh cannot run any more. Later calls do nothing.
+
+        One of `with_branches` ends with the mesh that made it.
+        """
+        if self._is_part:
+            return
         self._heartbeats.close()
         if self._ends_world and dist.is_initialized() and self._heartbeats.failure is None:
             dist.destroy_process_group()
@@ -254,6 +270,8 @@ class Mesh:
         if name != "weights" and hasattr(self, "all") and len(groups) == 1:
             return self.all
         is_beside = name == "weights"
+        if self._is_part:
+            name = f"{name}, {self.guidance} branches"
         return Ranks(name, groups, self.rank, self._heartbeats, self._timeout_s, is_beside=is_beside)
 
 

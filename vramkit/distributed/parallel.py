@@ -15,6 +15,7 @@ from vramkit.distributed.branches import GuidanceBranches
 from vramkit.distributed.mesh import Mesh
 from vramkit.distributed.sequence import SequenceRanks
 from vramkit.distributed.tiles import TileRanks
+from vramkit.distributed.uncopied import Uncopied
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.pipelines.calling.text_to_video import TextToVideoPipeline
 from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
@@ -74,14 +75,14 @@ class Parallel:
         for autoencoder in self._autoencoders if mesh.size > 1 else ():
             autoencoder.tile_ranks = TileRanks(mesh.all)
         pipeline.branches = GuidanceBranches(mesh.in_guidance) if mesh.guidance > 1 else None
-        pipeline.together = self._call
+        pipeline.together = self._together = _Together(mesh)
         self._bar = dict(pipeline._progress_bar_config)  # noqa: SLF001 (there is a setter alone, as in diffusers)
         if not mesh.is_first:
             pipeline.set_progress_bar_config(**{**self._bar, "disable": True})
 
     def remove(self) -> None:
         """Let the pipeline's calls be those of one process again. Later calls do nothing."""
-        if self.pipeline.together != self._call:
+        if self.pipeline.together is not self._together:
             return
         for transformer in self._transformers:
             transformer.set_token_ranks(None)
@@ -99,13 +100,20 @@ class Parallel:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {type(self.pipeline).__name__} on {self.mesh!r}>"
 
+
+class _Together(Uncopied):
+    """Calls that all ranks of a mesh make."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
     @contextlib.contextmanager
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """One call of the pipeline on all ranks."""
-        with self.mesh.call():
+        with self._mesh.call():
             given = {str(at): value for at, value in enumerate(args)} | dict(kwargs)
-            self.mesh.agree({f"argument {name} of the call": describe(value) for name, value in given.items()})
-            self.mesh.share_randomness()
+            self._mesh.agree({f"argument {name} of the call": describe(value) for name, value in given.items()})
+            self._mesh.share_randomness()
             yield
 
 

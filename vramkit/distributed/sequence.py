@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from vramkit.distributed.ranks import Ranks
 from vramkit.distributed.ring import ring_attention
 from vramkit.distributed.traced import exchanged, gathered
+from vramkit.distributed.uncopied import Uncopied
 from vramkit.pipelines.networks.attention import Stream, attention
 from vramkit.pipelines.networks.layers import TokenOps, write
 
@@ -42,14 +42,11 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
-class SequenceRanks:
+class SequenceRanks(Uncopied):
     """What a transformer is given to share its tokens (`VideoTransformer.set_token_ranks`)."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Let copies of a transformer compute by themselves: twins that rehearse a call, for one."""
 
     def share(self, tokens: int) -> SequenceShare:
         """Return what this rank has of so many tokens."""

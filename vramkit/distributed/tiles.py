@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
 from vramkit.distributed.ranks import Ranks
+from vramkit.distributed.uncopied import Uncopied
 
 __all__ = ["TileRanks", "owners"]
 
 
-class TileRanks:
+class TileRanks(Uncopied):
     """Each rank computes some of the tiles, and is given the others; blending is the same on all."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self.size = ranks.size
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Let copies of an autoencoder compute by themselves."""
 
     def computed(
         self, shapes: Sequence[tuple[int, ...]], makes: Sequence[Callable[[], Tensor]], like: Tensor

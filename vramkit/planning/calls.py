@@ -105,8 +105,18 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
 
 def _call(given: dict[str, Any], twin: Any) -> None:
     """Call a twin of a pipeline; what the caller has lies on the device until the end."""
-    held = with_tensors(given, _stand_in)
+    made: dict[int, torch.Tensor] = {}  # what is given twice counts once
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = _stand_in(tensor)
+        return made[id(tensor)]
+
+    held = with_tensors(given, stand_in)
+    small_bytes = sum(tensor.nbytes for tensor in made.values() if not tensor.is_meta)
+    weight = torch.empty(small_bytes, dtype=torch.uint8, device="meta")  # of what has its values in host memory here
     twin(**held)
+    del weight
 
 
 def _completed(parameters: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def fit(
     device = device_of(device) if mesh is None else mesh.device
     use_expandable_segments(device)
     planner = Planner(target, budget, device, ranks=1 if mesh is None else mesh.size)
-    plans: Any = planner if mesh is None else _planner_of_first(planner, mesh)
+    plans: Any = planner if mesh is None else _planner_of_first(planner, mesh, budget)
     examples: dict[str, Example] = {}
     if planner.is_of_pipeline:
         if example is not None:
@@ -445,9 +445,10 @@ class Fit:
                 )
 
 
-def _planner_of_first(planner: Planner, mesh: Any) -> Any:
+def _planner_of_first(planner: Planner, mesh: Any, budget: Budget) -> Any:
     from vramkit.distributed.first_planner import FirstPlanner  # noqa: PLC0415 - most processes are no ranks
 
+    mesh.agree({"vram=": budget.vram_bytes, "ram=": budget.ram_bytes, "allow=": budget.allow})
     return FirstPlanner(planner, mesh)
 
 

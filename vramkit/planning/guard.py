@@ -13,10 +13,14 @@ Around: TypeAlias = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractCon
 
 
 class Guard:
-    """Between `attach` and `remove`, calls of `target` and of its `methods` are made in ``around(method, args, kwargs)``."""
+    """Between `attach` and `remove`, calls of `target` and of its `methods` are made in ``around(method, args, kwargs)``.
+
+    Copies and pickles of the object are of its own class.
+    """
 
     def __init__(self, target: Any, around: Around, methods: Sequence[str] = ()) -> None:
         kind = type(target)
+        derived_from: Any = kind
 
         def call(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not target:
@@ -24,13 +28,21 @@ class Guard:
             with around("__call__", args, kwargs):
                 return kind.__call__(this, *args, **kwargs)
 
+        def reduce(this: Any, protocol: Any) -> Any:
+            made: Any = derived_from.__reduce_ex__(this, protocol)
+            if isinstance(made, str):
+                return made
+            make, given, *rest = made
+            given = tuple(kind if each is self._derived else each for each in given)
+            return _made_anew if make.__name__ == "__newobj__" else make, given, *rest
+
         call.__wrapped__ = kind.__call__  # type: ignore[attr-defined] # its signature is looked at
         derive: Any = type(kind)
         names: dict[str, Any] = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         names["offloaded_kind"] = kind  # that of copies
         guarded = {name: _Guarded(name, kind, target, around) for name in methods if hasattr(kind, name)}
         self._target, self._kind = target, kind
-        self._derived = derive(kind.__name__, (kind,), {**names, **guarded, "__call__": call})
+        self._derived = derive(kind.__name__, (kind,), {**names, **guarded, "__call__": call, "__reduce_ex__": reduce})
 
     def attach(self) -> None:
         """Give the object the class that looks at its calls."""
@@ -40,6 +52,11 @@ class Guard:
         """Give the object its class back."""
         if type(self._target) is self._derived:
             self._target.__class__ = self._kind
+
+
+def _made_anew(kind: Any, *given: Any) -> Any:
+    """Do as `copyreg.__newobj__`, which pickle lets make nothing of another class than that of the object."""
+    return kind.__new__(kind, *given)
 
 
 class _Guarded:
