@@ -114,9 +114,9 @@ def _call(given: dict[str, Any], twin: Any) -> None:
 
     held = with_tensors(given, stand_in)
     small_bytes = sum(tensor.nbytes for tensor in made.values() if not tensor.is_meta)
-    weight = torch.empty(small_bytes, dtype=torch.uint8, device="meta")  # of what has its values in host memory here
+    small = torch.empty(small_bytes, dtype=torch.uint8, device="meta")  # of what has its values in host memory here
     twin(**held)
-    del weight
+    del small
 
 
 def _completed(parameters: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
