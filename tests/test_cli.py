@@ -44,6 +44,7 @@ def run(model: Path | str, *arguments: str) -> list[str]:
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command line that must fail, and return the one line that it says."""
+    capsys.readouterr()  # what imports of the test have said
     assert cli.main(arguments) != 0
     captured = capsys.readouterr()
     assert captured.out == ""
