@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         reports = [Path(folder) / f"{part}.xml" for part in _PARTS]
         for report, (part, marks) in zip(reports, _PARTS.items(), strict=True):
             spread = ["-n", str(args.processes), "--dist", "worksteal"] if part == "together" else []
-            quiet = ["-q", "-rfE", "-o", "addopts=", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+            quiet = ["-q", "-rfE", "--thorough", "-o", "addopts=", "-p", "no:benchmark", "-p", "no:cacheprovider"]
             command = [sys.executable, "-m", "pytest", *quiet, *spread, "--timeout", "240", "-m", marks, *_TESTS]
             subprocess.run([*command, f"--junitxml={report}"], check=False)
         found = summary(reports, time.monotonic() - start)
