@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["DeviceMemory", "memory_of"]
+__all__ = ["DeviceMemory", "Taken", "memory_of"]
+
+
+class Taken(NamedTuple):
+    """What was taken of a device at a moment."""
+
+    allocated_bytes: int
+    peak_bytes: int
+    """The most that was allocated since torch's statistics of peaks were last reset."""
+    failures: int
+    """How often torch's allocator has found no memory, whoever did without."""
 
 
 class DeviceMemory:
@@ -30,35 +40,33 @@ class DeviceMemory:
     def add(self, size_bytes: int) -> None:
         """Count so much more beside torch's allocator; less, where it is below zero."""
         with self._lock:
-            self._look()
+            self.look()
             self.beside_bytes += size_bytes
-            self._look()
+            self.look()
 
     @property
     def allocated_bytes(self) -> int:
         """What is allocated now."""
-        return int(self._statistics.memory_allocated(self._device)) + self.beside_bytes
+        return self.look().allocated_bytes
 
     @property
     def peak_bytes(self) -> int:
         """The most that was allocated since torch's statistics of peaks were last reset."""
+        return self.look().peak_bytes
+
+    def look(self) -> Taken:
+        """Return all of it, by one look at torch's statistics: around each call of a module it has to be quick."""
         with self._lock:
-            self._look()
-            return self._peak_bytes
-
-    @property
-    def failures(self) -> int:
-        """How often torch's allocator found no memory, whoever did without."""
-        return int(self._statistics.memory_stats_as_nested_dict(self._device).get("num_ooms", 0))
-
-    def _look(self) -> None:
-        seen_bytes = int(self._statistics.max_memory_allocated(self._device))
-        if seen_bytes < self._seen_bytes:  # somebody has reset it
-            self._peak_bytes = 0
-        if seen_bytes != self._seen_bytes:
-            self._seen_bytes = seen_bytes
-            self._peak_bytes = max(self._peak_bytes, seen_bytes + self.beside_bytes)
-        self._peak_bytes = max(self._peak_bytes, self.allocated_bytes)
+            found = self._statistics.memory_stats_as_nested_dict(self._device)
+            of_tensors = found.get("allocated_bytes", {}).get("all", {})  # nothing where nothing was allocated yet
+            seen_bytes, now_bytes = of_tensors.get("peak", 0), of_tensors.get("current", 0) + self.beside_bytes
+            if seen_bytes < self._seen_bytes:  # somebody has reset it
+                self._peak_bytes = 0
+            if seen_bytes != self._seen_bytes:
+                self._seen_bytes = seen_bytes
+                self._peak_bytes = max(self._peak_bytes, seen_bytes + self.beside_bytes)
+            self._peak_bytes = max(self._peak_bytes, now_bytes)
+            return Taken(now_bytes, self._peak_bytes, found.get("num_ooms", 0))
 
 
 @functools.cache

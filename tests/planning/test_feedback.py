@@ -88,14 +88,9 @@ class Statistics:
 
     allocated, peak, failures = 500, 900, 3
 
-    def memory_allocated(self, device: torch.device) -> int:
-        return self.allocated
-
-    def max_memory_allocated(self, device: torch.device) -> int:
-        return self.peak
-
-    def memory_stats_as_nested_dict(self, device: torch.device) -> dict[str, int]:
-        return {"num_ooms": self.failures}
+    def memory_stats_as_nested_dict(self, device: torch.device) -> dict[str, Any]:
+        of_tensors = {"all": {"current": self.allocated, "peak": self.peak}}
+        return {"allocated_bytes": of_tensors, "num_ooms": self.failures}
 
 
 def test_what_others_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

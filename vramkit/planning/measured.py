@@ -16,14 +16,13 @@ class PeakMeter:
 
     def begin(self, held_bytes: int) -> tuple[int, int, int]:
         """Return what `end` wants, if `held_bytes` of what is allocated now are not of others."""
-        others = max(0, self._memory.allocated_bytes - held_bytes)
-        return others, self._memory.peak_bytes, self._memory.failures
+        taken = self._memory.look()
+        return max(0, taken.allocated_bytes - held_bytes), taken.peak_bytes, taken.failures
 
     def end(self, begun: tuple[int, int, int]) -> tuple[int | None, bool]:
         """Return the peak since then, less what others had, and whether memory ran out meanwhile and somebody did without.
 
         The peak is in bytes; None where there was a higher one before.
         """
-        others, before, failures = begun
-        peak = self._memory.peak_bytes
-        return (None if peak <= before else peak - others), self._memory.failures > failures
+        (others, before, failures), taken = begun, self._memory.look()
+        return (None if taken.peak_bytes <= before else taken.peak_bytes - others), taken.failures > failures
