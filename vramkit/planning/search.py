@@ -161,9 +161,10 @@ class _Fit:
         room = budget_bytes - self._machine.slack_bytes
         caps = {name: max(least[name], room - self._ample(name)) for name in self._profiles}
         found = [{name: self._best(each, caps[name], reloads=True) for name, each in self._profiles.items()}]
-        if sum(least.values()) <= budget_bytes - self._most_activations():
-            most = max((self._ample(name) for name in self._profiles), default=0)
-            found.append(self._dealt(max(sum(least.values()), room - max(most, self._most_activations()))))
+        most = _most_room(self._works)
+        if sum(least.values()) <= budget_bytes - most:
+            ample = max([most, *map(self._ample, self._profiles)])
+            found.append(self._dealt(max(sum(least.values()), room - ample)))
         return min(found, key=lambda choices: self.seconds(choices, budget_bytes))
 
     def seconds(self, choices: Mapping[str, _Choice], budget_bytes: int) -> float:
@@ -181,9 +182,6 @@ class _Fit:
                 if not by_time or self._time(best, reloads=False) < self._time(choices[name], reloads=False) / _SAME:
                     choices[name] = best
         return choices
-
-    def _most_activations(self) -> int:
-        return max((work.room_bytes for work in self._works), default=0)
 
     def _ample(self, name: str) -> int:
         return max((work.ample_bytes for work in self._works if work.component == name), default=0)
@@ -257,8 +255,12 @@ def _seconds(choices: Mapping[str, _Choice], works: Sequence[Work], machine: Mac
 
 def _fit_together(choices: Mapping[str, _Choice], works: Sequence[Work], budget_bytes: int) -> bool:
     """Whether nothing that a component holds need make room for another one."""
-    activations = max((work.room_bytes for work in works), default=0)
-    return activations + sum(choice.device_bytes for choice in choices.values()) <= budget_bytes
+    return _most_room(works) + sum(choice.device_bytes for choice in choices.values()) <= budget_bytes
+
+
+def _most_room(works: Sequence[Work]) -> int:
+    """Return what weights leave to any of `works`, at the least."""
+    return max((work.room_bytes for work in works), default=0)
 
 
 def _floor(profile: Profile, machine: Machine) -> tuple[int, str]:
@@ -401,7 +403,7 @@ def _component(
 def _spare(plan: ComponentPlan, ours: Sequence[Work], budget_bytes: int) -> int:
     """What is kept free beside activations: ample room where the budget has it, else what there has to be."""
     ample = max((work.ample_bytes for work in ours), default=0) - plan.activation_bytes
-    needed = max((work.room_bytes for work in ours), default=0) - plan.activation_bytes
+    needed = _most_room(ours) - plan.activation_bytes
     return max(needed, min(ample, budget_bytes - plan.device_bytes - plan.activation_bytes))
 
 
