@@ -26,7 +26,7 @@ from vramkit.distributed.host_memory import keep_once_on_each_host
 from vramkit.distributed.hosts import host_of_processes
 from vramkit.distributed.ranks import Ranks
 from vramkit.distributed.sharded_store import ShardedStore
-from vramkit.distributed.symmetric_window import SymmetricWindow, without_multicast
+from vramkit.distributed.symmetric_window import SymmetricWindow
 from vramkit.distributed.turnstile import Turnstile
 from vramkit.distributed.windows import MakeWindow, Windows
 from vramkit.errors import ConfigError
@@ -67,7 +67,6 @@ def connect(
         # Collectives of several groups run beside each other, and each waits for other cards. Where two streams shared one
         # of the 8 queues that a device has by default, one would wait behind the other, on two cards in different orders.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    without_multicast()
     device = _device() if device is None else torch.device(device)
     if is_ours:
         if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:

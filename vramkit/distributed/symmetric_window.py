@@ -13,12 +13,7 @@ from torch import Tensor
 from vramkit.device_memory import memory_of
 from vramkit.distributed.ranks import Ranks
 
-__all__ = ["SymmetricWindow", "without_multicast"]
-
-
-def without_multicast() -> None:
-    """Let torch make no multicast objects for such memory, where nothing is said of it: copies have no use for them."""
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+__all__ = ["SymmetricWindow"]
 
 
 class SymmetricWindow:
@@ -47,7 +42,7 @@ class SymmetricWindow:
         Raises:
             RuntimeError: there is no room, or this device or build of torch has no such memory.
         """
-        without_multicast()
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # copies have no use for what torch makes else
         stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         with torch.cuda.device(device), torch.cuda.stream(stream):  # torch waits for it, and not for what computes
             try:
