@@ -264,7 +264,7 @@ FOREIGNERS: dict[str, Foreigner] = {
         given=_qwen,
         size=Clip(1328, 1328, 1),
         tiny=Clip(32, 32, 1),
-        fit_gib=1.0,
+        fit_gib=1.5,
     ),
     "minimax-h3": Foreigner(
         parts={
@@ -353,6 +353,6 @@ FOREIGNERS: dict[str, Foreigner] = {
         given=_z_image,
         size=Clip(1024, 1024, 1),
         tiny=Clip(32, 32, 1),
-        fit_gib=1.9,
+        fit_gib=2.7,
     ),
 }  # fmt: skip
