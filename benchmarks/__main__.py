@@ -13,6 +13,7 @@ what is compared with it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import tempfile
 import time
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the rows, measure nothing")
     parser.add_argument("--missing", action="store_true", help="leave out rows that the file has")
     parser.add_argument("--minutes", type=float, help="end after so long; what is left over is said")
+    parser.add_argument(
+        "--row-s", type=float, default=float("inf"), help="end a row after so long; it is an error then"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="JSON file; rows of other keys stay in it")
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept (default: RAM or a temporary folder)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -89,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+    settings = [dataclasses.replace(setting, timeout_s=min(setting.timeout_s, args.row_s)) for setting in settings]
     if args.list:
         for setting in settings:
             print(" | ".join(filter(None, key_of(setting.key))))

@@ -35,11 +35,10 @@ def measured_pass(
     """
     row: Row = {}
     subject.prepare(bench)
-    if peers.peer_of(way) not in ("resident", "vramkit"):
-        peers.importable(way)
     with torch.no_grad():
         with seconds_of(row, "load_s"):
             model = subject.load(bench)
+        peers.importable(way)
         given = subject.inputs(bench)
         reset_peaks()
         more = {"example": given} if way == "vramkit fit" else {}

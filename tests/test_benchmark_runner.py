@@ -23,7 +23,7 @@ from benchmarks.bench import Bench
 from benchmarks.cases.host import overhead, stack_of
 from benchmarks.measure import digest, environment
 from benchmarks.pages import PAGES, TABLES, rendered
-from benchmarks.peers import flextensor
+from benchmarks.peers import flextensor, resting_bytes
 from benchmarks.report import RESULTS, cell, remade, report
 from benchmarks.report import main as report_main
 from benchmarks.rows import Results, Row, Setting, compared, key_of
@@ -141,6 +141,19 @@ def test_a_command_ends_in_time_and_says_what_is_left(
     monkeypatch.setattr(command, "run", cut_short)
     assert command.measured([SETTING], bench, results, run, out=out, minutes=0.001) == 1
     assert not results.rows  # it was not given its time
+
+
+def test_a_row_is_ended_after_as_long_as_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(
+        command, "run", lambda _setting, _bench, *, timeout_s, **_options: given.append(timeout_s) or []
+    )
+    words = ["--smoke", "--case", "host", "--match", "bf16 block", "--out", str(tmp_path / "out.json")]
+    assert main([*words, "--folder", str(tmp_path), "--row-s", "7"]) == 0
+    assert given == [7]
+    given.clear()
+    main([*words, "--folder", str(tmp_path)])
+    assert given == [SETTING.timeout_s]
 
 
 def test_what_a_row_is_compared_with_is_measured_before_it_once_for_a_machine() -> None:
@@ -291,12 +304,17 @@ def test_flextensor_is_given_the_outermost_lists_and_the_rest_on_the_device() ->
                 {"block": torch.nn.ModuleList(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))}
             ),
             "norm": torch.nn.BatchNorm1d(2),
+            "out": torch.nn.Linear(2, 2),
         }
     )
+    model["out"].weight = model["embed"].weight
     assert flextensor._block_lists(model) == ["encoder.block"]
     flextensor._move_rest(model, ["encoder.block"], torch.device("meta"))
     moved = {name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"}
     assert moved == {name for name in model.state_dict() if not name.startswith("encoder.block.")}
+    assert model["out"].weight is model["embed"].weight
+    in_blocks = sum(tensor.nbytes for tensor in model["encoder"].parameters())
+    assert resting_bytes(model, torch.device("meta")) == in_blocks
 
 
 def test_older_checkpoints_give_way_to_a_new_one_and_nothing_else_does(

@@ -32,14 +32,13 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
     """Apply and remove one way; with ours several times."""
     subject = Subject.from_json(setting.options["subject"])
     subject.prepare(bench)
-    if peers.peer_of(setting.way) != "vramkit":
-        peers.importable(setting.way)
     yield setting.row(**cycled(subject, setting.way, bench))
 
 
 def cycled(subject: Subject, way: str, bench: Bench) -> Row:
     """Return s and slowest_s of applying (the first one apart), remove_s, and whether the weights are what they were."""
     model = subject.load(bench)
+    peers.importable(way)
     before = digest(dict(model.state_dict())) if bench.is_smoke else None
     applied_s, removed_s = [], []
     for _ in range(_CYCLES if way.startswith("vramkit") else 1):

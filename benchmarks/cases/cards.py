@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks import peers
 from benchmarks.bench import Bench
 from benchmarks.emulation import capped
 from benchmarks.passes import measured_pass
@@ -43,8 +42,6 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
     """Measure one; what the card has no room for raises, and that is the row."""
     subject, card_bytes = Subject.from_json(setting.options["subject"]), setting.options["card_bytes"]
     subject.prepare(bench)
-    if peers.peer_of(setting.way) not in ("resident", "vramkit"):
-        peers.importable(setting.way)
     with capped(bench.device, card_bytes) as is_capped:
         row = measured_pass(subject, setting.way, bench, budget_bytes=card_bytes)
     yield setting.row(is_capped=is_capped, **row)

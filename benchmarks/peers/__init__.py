@@ -1,7 +1,8 @@
 """Libraries that run a module larger than its device, each in a file: what it is called, its options, how it is put on.
 
-A file has ``PACKAGE`` (the distribution that tells the version), ``WAYS`` (its options by name) and
-``apply(module, device, options)``, which returns an `Applied` or raises what the library raises: that becomes a row.
+A file has ``PACKAGE`` (the distribution that tells the version), ``MODULES`` (what has to be imported to put it on),
+``WAYS`` (its options by name) and ``apply(module, device, options)``, which returns an `Applied` or raises what the
+library raises: that becomes a row.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import nn
 from vramkit.errors import UnsupportedTensorError
 from vramkit.memory import module_bytes
 
-__all__ = ["PEERS", "Applied", "apply", "held_bytes", "importable", "peer_of", "versions", "ways"]
+__all__ = [
+    "PEERS", "Applied", "apply", "held_bytes", "importable", "move_held", "peer_of", "resting_bytes", "versions", "ways",
+]  # fmt: skip
 
 PEERS = ("resident", "vramkit", "diffusers", "accelerate", "mmgp", "flextensor", "diffusers-mm", "cache-dit")
 
@@ -71,12 +74,13 @@ def apply(
 def importable(way: str) -> None:
     """Import the library of a way, which takes seconds that no figure contains.
 
+    A module is loaded before that: a library may put its own functions in the place of those that load files.
+
     Raises:
         ImportError: it is not installed.
     """
-    package = _file(peer_of(way)).PACKAGE
-    if package is not None:
-        importlib.import_module(package.replace("-", "_"))
+    for name in _file(peer_of(way)).MODULES:
+        importlib.import_module(name)
 
 
 def versions() -> dict[str, str | None]:
@@ -90,6 +94,25 @@ def versions() -> dict[str, str | None]:
             except importlib.metadata.PackageNotFoundError:
                 found[package] = None
     return found
+
+
+def move_held(parts: Iterable[nn.Module], device: torch.device) -> None:
+    """Put what these modules hold themselves, not in their children, on `device`; tied weights stay tied."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}
+    for part in parts:
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(parameter.to(device), requires_grad=False)
+                part._parameters[key] = moved[parameter]  # type: ignore[assignment]
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = None if buffer is None else buffer.to(device)
+
+
+def resting_bytes(module: nn.Module, device: torch.device) -> int:
+    """Count the bytes of a module that are not on `device` now: between passes, those that each pass has to move."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type != device.type)
 
 
 def held_bytes(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.peers import Applied, held_bytes
 
 PACKAGE = "accelerate"
+MODULES = ("accelerate",)
 WAYS: dict[str, dict[str, Any]] = {"cpu_offload": {}}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.peers import Applied, held_bytes
 
 PACKAGE = "diffusers"
+MODULES = ("diffusers.hooks",)
 _BLOCK: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
 _LEAF: dict[str, Any] = {"offload_type": "leaf_level"}
 _STREAM: dict[str, Any] = {"use_stream": True}

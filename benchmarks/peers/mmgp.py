@@ -13,11 +13,13 @@ from torch import nn
 from benchmarks.peers import Applied, held_bytes
 
 PACKAGE = "mmgp"
+MODULES = ("mmgp.offload",)
 WAYS: dict[str, dict[str, Any]] = {
     "pinned": {"pinnedMemory": True, "share": 0.25},
     "pageable": {"pinnedMemory": False, "share": 0.25},
 }
 _LEAST_MB = 800  # about a block of the 14B shape
+_NAME = "transformer"
 
 
 def apply(module: nn.Module, device: torch.device, options: dict[str, Any]) -> Applied:
@@ -30,16 +32,21 @@ def apply(module: nn.Module, device: torch.device, options: dict[str, Any]) -> A
         raise RuntimeError("mmgp moves weights by CUDA streams; there is no CUDA device")
     from mmgp import offload
 
-    moved, budget, share = held_bytes(module), options.pop("budget_bytes"), options.pop("share")
+    whole, budget, share = held_bytes(module), options.pop("budget_bytes"), options.pop("share")
     limit_mb = _LEAST_MB if budget is None else max(_LEAST_MB, int(budget * share / 2**20))
-    for part in module.modules():  # as its users keep what is fp32 in the file
-        if any(parameter.dtype == torch.float32 for parameter in part.parameters(recurse=False)):
-            part._lock_dtype = torch.float32  # type: ignore[assignment]
+    for part in module.modules():  # else it rounds weights and inputs of fp32
+        part._lock_dtype = torch.float32  # type: ignore[assignment]
     handle = offload.all(
-        {"transformer": module},
+        {_NAME: module},
         quantizeTransformer=False,
-        budgets={"transformer": limit_mb},
+        budgets={_NAME: limit_mb},
         verboseLevel=0,
         **options,
     )
-    return Applied(call=module, moved_bytes=lambda: moved, notes=lambda: {"budget_mb": limit_mb}, remove=handle.release)
+    kept = handle.blocks_of_modules_sizes[_NAME] + sum(handle.preloaded_blocks_per_model[_NAME].values())
+    return Applied(
+        call=module,
+        moved_bytes=lambda: max(0, whole - kept),
+        notes=lambda: {"budget_mb": limit_mb, "kept_bytes": kept},
+        remove=handle.release,
+    )

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.peers import Applied, held_bytes
 
 PACKAGE = None
+MODULES: tuple[str, ...] = ()
 WAYS: dict[str, dict[str, Any]] = {"": {}}
 
 
