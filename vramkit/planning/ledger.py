@@ -62,6 +62,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: set[int] = set()
         self._in_host_memory: set[int] = set()
         self._choices: dict[int, int] = {}
+        self._counted_flops: dict[Any, int] = {}
         self._answers = {**_ANSWERS, torch.ops.aten.bincount: self._counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +74,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kwargs:
             _given(kwargs.values(), given)
         self._attribute(given)
-        if any([tensor.is_meta for tensor in given]):
+        if any(tensor.is_meta for tensor in given):
             result = self._without_memory(func, operator, args, kwargs)
         elif given:
             result = self._of_values(func, operator, args, kwargs, given)
@@ -164,8 +165,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = kwargs.get("out")
         if isinstance(out, torch.Tensor) and out.numel():
             return out  # has its size already
-        if not operator.makes_new:
-            return self._on_meta(func, operator, args, kwargs)
+        return (self._anew if operator.makes_new else self._on_meta)(func, operator, args, kwargs)
+
+    def _anew(self, func: Any, operator: Operator, args: Any, kwargs: Any) -> Any:
+        """Run an operator that makes something new, or make what it made of such arguments before."""
         key = func, _noted(args), _noted(tuple(kwargs.items()))
         known = self._results.get(key)
         if known is None:
@@ -207,8 +210,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _GROUPED_PRODUCT:  # each row by one matrix
             self.add_flops(2 * args[0].numel() * args[1].shape[-1])
         if operator.count_flops is not None:
-            times = _OF_CONVOLUTIONS if operator.is_convolution else 1
-            self.add_flops(times * int(operator.count_flops(*args, **kwargs, out_val=result)))
+            key = func, _noted(args), _noted(tuple(kwargs.items()))
+            if key not in self._counted_flops:
+                times = _OF_CONVOLUTIONS if operator.is_convolution else 1
+                self._counted_flops[key] = times * int(operator.count_flops(*args, **kwargs, out_val=result))
+            self.add_flops(self._counted_flops[key])
 
 
 def _workspace_bytes(result: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, *_: Any) -> int:
@@ -264,10 +270,9 @@ class Device(TorchFunctionMode):
                 args = tree_map_only(torch.Tensor, _bare, args)
         if name in _VALUES and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             return _VALUES[name](args[0])
-        if self._device.type == "cpu":
-            return func(*args, **kwargs)
-        to_host = _asks_for_host(name, args, kwargs)
-        if any([isinstance(value, _PLACES) for value in (*args, *kwargs.values())]):
+        is_remote = self._device.type != "cpu"
+        to_host = is_remote and _asks_for_host(name, args, kwargs)
+        if is_remote and (any(map(_is_place, args)) or any(map(_is_place, kwargs.values()))):
             args, kwargs = tree_map_only(_PLACES, self._inner, (args, kwargs))
         result = func(*args, **kwargs)
         return self._on_host(result) if to_host and isinstance(result, torch.Tensor) else result
@@ -333,9 +338,13 @@ def _are_bare(values: Iterable[Any]) -> bool:
         elif isinstance(value, list | tuple):
             if not _are_bare(value):
                 return False
-        elif isinstance(value, torch.device | torch.Generator):
+        elif type(value) in (torch.device, torch.Generator):
             return False
     return True
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) in _PLACES  # torch's devices have no subclasses, and to be asked for them takes them long
 
 
 def _asks_for_host(name: str, args: Any, kwargs: Any) -> bool:
