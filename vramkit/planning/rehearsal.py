@@ -29,7 +29,8 @@ class Outline:
         self._places = {id(tensor): place for place, tensor in enumerate(given) if tensor is not None}
         self._strides: dict[int, tuple[int, ...]] = {}
         self._given: dict[int, int] = {}
-        self._value = with_tensors(value, self._note)
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():  # noqa: SLF001 - notes take no memory
+            self._value = with_tensors(value, self._note)
 
     def filled(self, given: Sequence[torch.Tensor | None] = ()) -> Any:
         """Return the value with new tensors, without memory, in the place of its own."""
