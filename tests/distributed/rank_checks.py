@@ -371,7 +371,7 @@ def keeps_a_budget(mesh: Mesh, folder: str) -> tuple[str, str]:
             assert copied.together is copied.transformer._token_ranks is copied.vae.tile_ranks is None
         assert any(stats.groups for stats in fitted.stats().values())
         before = fitted.plan
-        fitted._meter = _Meter(before.vram_bytes + 50_000 if mesh.rank == 1 else None)  # type: ignore[assignment]
+        fitted._calls._meter = _Meter(before.vram_bytes + 50_000 if mesh.rank == 1 else None)  # type: ignore[assignment]
         made = _clip(pipe, family, "pt")
         plan = fitted.plan
         assert plan.margin_bytes == before.vram_bytes + 50_000 - before.peak_bytes

@@ -43,7 +43,7 @@ def test_a_call_above_the_budget_is_told_and_planned_anew() -> None:
     expected = net(x)
     with fit(net, 100_000, device="cpu", example=x) as fitted, torch.no_grad():
         before: Any = fitted.plan
-        fitted._meter = Meter(130_000, None, 100_000, None)  # type: ignore[assignment]
+        fitted._calls._meter = Meter(130_000, None, 100_000, None)  # type: ignore[assignment]
         with pytest.warns(UserWarning, match="took 127 KiB where .* were predicted and 97.7 KiB were given"):
             assert torch.equal(net(x), expected)
         after = fitted.plan
@@ -64,12 +64,12 @@ def test_a_call_that_went_on_although_memory_ran_out_is_told_and_planned_anew() 
     expected = net(x)
     with fit(net, 100_000, device="cpu", example=x) as fitted, torch.no_grad():
         before: Any = fitted.plan
-        fitted._meter = Meter(before.peak_bytes, ran_out=True)  # type: ignore[assignment]
+        fitted._calls._meter = Meter(before.peak_bytes, ran_out=True)  # type: ignore[assignment]
         with pytest.warns(UserWarning, match="memory ran out within a call, which went on .* slower kernels, where"):
             assert torch.equal(net(x), expected)
         assert fitted.plan.margin_bytes == 103_125 - before.peak_bytes
         assert fitted.plan.peak_bytes < before.peak_bytes
-        fitted._meter = Meter(fitted.plan.peak_bytes)  # type: ignore[assignment]
+        fitted._calls._meter = Meter(fitted.plan.peak_bytes)  # type: ignore[assignment]
         assert torch.equal(net(x), expected)
 
 
@@ -77,7 +77,7 @@ def test_where_no_other_plan_fits_it_is_told_and_nothing_changes() -> None:
     net, x = Net().eval(), torch.randn(2, 64)
     with fit(net, 60_000, device="cpu", example=x) as fitted, torch.no_grad():
         before = fitted.plan
-        fitted._meter = Meter(10_000_000)  # type: ignore[assignment]
+        fitted._calls._meter = Meter(10_000_000)  # type: ignore[assignment]
         with pytest.warns(UserWarning, match="nothing is changed: no plan of Net fits"):
             net(x)
         assert fitted.plan is before

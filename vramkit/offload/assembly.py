@@ -203,12 +203,13 @@ def streaming(sizes: Sequence[int], config: OffloadConfig) -> list[bool]:
             streams[at] = False
             left -= size
     rest = [size * does for size, does in zip(sizes, streams, strict=True)]
-    wanted, streamed, passed = sum(rest) - left, 0, 0
+    whole, wanted, streamed, passed = sum(rest), sum(rest) - left, 0, 0
+    ahead = wanted + max(rest) / 2
     for at, size in enumerate(rest):
         passed += size
-        streams[at] = size > 0 and streamed < min(wanted, passed * (wanted + max(rest) / 2) / sum(rest))
+        streams[at] = size > 0 and streamed < min(wanted, passed * ahead / whole)
         streamed += size * streams[at]
-    left -= sum(rest) - streamed
+    left -= whole - streamed
     for at in reversed(range(len(sizes))):
         if streams[at] and sizes[at] <= left:
             streams[at] = False

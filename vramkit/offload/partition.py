@@ -7,6 +7,7 @@ without a forward of their own are not: whoever iterates over them never trigger
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -126,13 +127,13 @@ def slot_bytes_for(sizes: Sequence[int], slots: int) -> int:
     """
     if not sizes or slots < 1:
         return 0
-    total, wide = sum(sizes), 0
-    best = max(sizes)
-    for size in sorted(set(sizes), reverse=True):
+    total, widest, wide = sum(sizes), max(sizes), 0
+    best = widest
+    for size, count in sorted(Counter(sizes).items(), reverse=True):
         if wide * _WIDE_SHARE > total:
             break
-        best = max(size, -(-max(sizes) // slots))
-        wide += size * sum(other == size for other in sizes)
+        best = max(size, -(-widest // slots))
+        wide += size * count
     return -(-best // 4096) * 4096
 
 

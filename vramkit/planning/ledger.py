@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.flop_counter import flop_registry
+
+from vramkit.planning.operators import Operator, operator_of
 
 __all__ = ["Device", "Ledger", "Results", "Segment"]
 
@@ -29,7 +30,6 @@ _KNOWN_BYTES = 2**18  # what is computed for real is at most this large
 # Convolutions of video autoencoders run at a quarter of the rate of a transformer's products (docs/architecture.md).
 _OF_CONVOLUTIONS = 4
 _CHANNELS_INNERMOST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}  # noqa: SLF001
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,6 +62,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: set[int] = set()
         self._in_host_memory: set[int] = set()
         self._choices: dict[int, int] = {}
+        self._counted_flops: dict[Any, int] = {}
         self._answers = {**_ANSWERS, torch.ops.aten.bincount: self._counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,22 +70,23 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is _INDEX:
             args = args[0], _without_masks(args[1])
-        given: list[torch.Tensor] = []
-        key = func, _noted(args, given), _noted(tuple(kwargs.items()), given)
+        operator, given = operator_of(func), _given(args, [])
+        if kwargs:
+            _given(kwargs.values(), given)
         self._attribute(given)
         if any(tensor.is_meta for tensor in given):
-            result = self._without_memory(func, key, args, kwargs)
+            result = self._without_memory(func, operator, args, kwargs)
         elif given:
-            result = self._of_values(func, key, args, kwargs, given)
+            result = self._of_values(func, operator, args, kwargs, given)
         else:
             result = _made(func, args, kwargs)
-        self._count_flops(func, args, kwargs, result)
+        self._count_flops(func, operator, args, kwargs, result)
         if func is _TOPK:
             self._note_choices(result[1])
         note = self.ignore if self._is_on_host(given) else self.enter
         for tensor in _tensors(result):
             note(tensor)
-        if self._on_accelerator and func.overloadpacket in _CONVOLUTIONS:
+        if self._on_accelerator and operator.is_convolution:
             self.raise_peak(_workspace_bytes(result, *args))
         return result
 
@@ -131,6 +133,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.segments[-1].flops += flops
 
     def _is_on_host(self, given: list[torch.Tensor]) -> bool:
+        if not self._in_host_memory:
+            return False
         large = [tensor.untyped_storage()._cdata for tensor in given if tensor.is_meta]  # noqa: SLF001
         return bool(large) and all(key in self._in_host_memory for key in large)
 
@@ -141,36 +145,39 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.turn_to(owner)
                 return
 
-    def _of_values(self, func: Any, key: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Any:
+    def _of_values(self, func: Any, operator: Operator, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Any:
         """Run an operator on values, unless it makes much of views that repeat few: a mask of all pairs has gigabytes."""
         repeats = any(tensor.numel() > _KNOWN_BYTES for tensor in given)
-        if repeats and func.overloadpacket not in self._answers and _makes_new(func):
-            result = self._without_memory(func, key, args, kwargs)
+        if repeats and operator.packet not in self._answers and operator.makes_new:
+            result = self._without_memory(func, operator, args, kwargs)
             if sum(tensor.nbytes for tensor in _tensors(result)) > _KNOWN_BYTES:
                 return result
         return _forgotten(func(*args, **kwargs))
 
-    def _without_memory(self, func: Any, key: Any, args: Any, kwargs: Any) -> Any:
+    def _without_memory(self, func: Any, operator: Operator, args: Any, kwargs: Any) -> Any:
         if func is _TO_COPY and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             return torch.ops.aten.alias(args[0])  # it is there already
-        answer = self._answers.get(func.overloadpacket)
+        answer = self._answers.get(operator.packet)
         if answer is not None:
             return answer(*args, **kwargs)
-        schema = func._schema  # noqa: SLF001 (torch has no public reader)
-        if schema.is_mutable and schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+        if operator.writes_to_first and isinstance(args[0], torch.Tensor):
             return args[0]  # written to in place: the very object, also where that is known and stays so
         out = kwargs.get("out")
         if isinstance(out, torch.Tensor) and out.numel():
             return out  # has its size already
-        makes_new = _makes_new(func)
-        known = self._results.get(key) if makes_new else None
+        return (self._anew if operator.makes_new else self._on_meta)(func, operator, args, kwargs)
+
+    def _anew(self, func: Any, operator: Operator, args: Any, kwargs: Any) -> Any:
+        """Run an operator that makes something new, or make what it made of such arguments before."""
+        key = func, _noted(args), _noted(tuple(kwargs.items()))
+        known = self._results.get(key)
         if known is None:
-            result = self._on_meta(func, args, kwargs)
-            if makes_new and (made := _shapes_of(result)):
+            result = self._on_meta(func, operator, args, kwargs)
+            if made := _shapes_of(result):
                 self._results[key] = made
             return result
         new = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known]
-        return new[0] if len(schema.returns) == 1 else tuple(new)
+        return new[0] if operator.returns == 1 else tuple(new)
 
     def _note_choices(self, chosen: torch.Tensor) -> None:
         """Remember of how many different choices each row of `chosen` [..., choices] consists, for what is a view of it."""
@@ -185,25 +192,29 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counts[:choices] = chosen.numel() // choices
         return counts
 
-    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _on_meta(self, func: Any, operator: Operator, args: Any, kwargs: Any) -> Any:
+        if not kwargs and not operator.is_convolution and _are_bare(args):
+            return func(*args)
         flat, spec = tree_flatten((args, kwargs))
         bare = [_bare(value) if isinstance(value, torch.Tensor) else _placed(value) for value in flat]
         bare_args, bare_kwargs = tree_unflatten(bare, spec)
         result = func(*bare_args, **bare_kwargs)
-        if func.overloadpacket in _CONVOLUTIONS and any(map(_has_channels_innermost, bare_args[:2])):
+        if operator.is_convolution and any(map(_has_channels_innermost, bare_args[:2])):
             result = result.contiguous(memory_format=_CHANNELS_INNERMOST.get(result.ndim, torch.contiguous_format))
         originals = {id(new): old for new, old in zip(bare, flat, strict=True) if isinstance(old, torch.Tensor)}
         if isinstance(result, torch.Tensor):
             return originals.get(id(result), result)
         return tree_map_only(torch.Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
-    def _count_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _count_flops(self, func: Any, operator: Operator, args: Any, kwargs: Any, result: Any) -> None:
         if func is _GROUPED_PRODUCT:  # each row by one matrix
             self.add_flops(2 * args[0].numel() * args[1].shape[-1])
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            times = _OF_CONVOLUTIONS if func.overloadpacket in _CONVOLUTIONS else 1
-            self.add_flops(times * int(count(*args, **kwargs, out_val=result)))
+        if operator.count_flops is not None:
+            key = func, _noted(args), _noted(tuple(kwargs.items()))
+            if key not in self._counted_flops:
+                times = _OF_CONVOLUTIONS if operator.is_convolution else 1
+                self._counted_flops[key] = times * int(operator.count_flops(*args, **kwargs, out_val=result))
+            self.add_flops(self._counted_flops[key])
 
 
 def _workspace_bytes(result: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, *_: Any) -> int:
@@ -244,23 +255,24 @@ class Device(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what has no answer on the meta device; run everything else."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            if getattr(func, "__self__", None) is _DEVICE:
+            asked = getattr(func, "__self__", None)
+            if asked is _DEVICE:
                 return self._device
-            if getattr(func, "__self__", None) is _IS_CUDA:
+            if asked is _IS_CUDA:
                 return self._device.type == "cuda"
             return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         if name in _RECURRENT:  # these compare devices before the ledger sees them
             with _disable_current_modes():
                 args = tree_map_only(torch.Tensor, _bare, args)
-        first = args[0] if args else None
-        if isinstance(first, torch.Tensor) and first.is_meta and name in _VALUES:
-            return _VALUES[name](first)
-        to_host = self._device.type != "cpu" and _asks_for_host(name, args, kwargs)
-        if self._device.type != "cpu" and any(isinstance(value, _PLACES) for value in (*args, *kwargs.values())):
+        if name in _VALUES and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return _VALUES[name](args[0])
+        is_remote = self._device.type != "cpu"
+        to_host = is_remote and _asks_for_host(name, args, kwargs)
+        if is_remote and (any(map(_is_place, args)) or any(map(_is_place, kwargs.values()))):
             args, kwargs = tree_map_only(_PLACES, self._inner, (args, kwargs))
         result = func(*args, **kwargs)
         return self._on_host(result) if to_host and isinstance(result, torch.Tensor) else result
@@ -298,27 +310,48 @@ _DEVICE = torch.Tensor.device
 _IS_CUDA = torch.Tensor.is_cuda
 
 
-def _makes_new(func: Any) -> bool:
-    """Whether an operator writes to nothing and what it returns is no view."""
-    schema = func._schema  # noqa: SLF001 (torch has no public reader)
-    return not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+def _given(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Add the tensors among `values` to `found`, and return it."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            _given(value, found)
+    return found
 
 
-def _noted(value: Any, given: list[torch.Tensor]) -> Any:
-    """Return what tells calls of an operator apart, and add its tensors to `given`."""
+def _noted(value: Any) -> Any:
+    """Return what tells calls of an operator apart."""
     if isinstance(value, torch.Tensor):
-        given.append(value)
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
-        return tuple([_noted(item, given) for item in value])
+        return tuple([_noted(item) for item in value])
     return value
 
 
+def _are_bare(values: Iterable[Any]) -> bool:
+    """Whether `values` are as an operator without memory takes them: tensors have none, and places are not named."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if not value.is_meta:
+                return False
+        elif isinstance(value, list | tuple):
+            if not _are_bare(value):
+                return False
+        elif type(value) in (torch.device, torch.Generator):
+            return False
+    return True
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) in _PLACES  # torch's devices have no subclasses, and to be asked for them takes them long
+
+
 def _asks_for_host(name: str, args: Any, kwargs: Any) -> bool:
-    if name == "cpu":
-        return True
+    if name != "to":
+        return bool(name == "cpu")
     named = [*args[1:], kwargs.get("device")]
-    return name == "to" and any(isinstance(value, torch.device | str) and str(value) == "cpu" for value in named)
+    return any(isinstance(value, torch.device | str) and str(value) == "cpu" for value in named)
 
 
 def _made(func: Any, args: Any, kwargs: Any) -> Any:

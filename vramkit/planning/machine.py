@@ -7,9 +7,10 @@ import time
 
 import torch
 
+from vramkit.errors import ConfigError
 from vramkit.memory import GIB, MIB, probe_link_gbps
 
-__all__ = ["Machine"]
+__all__ = ["Machine", "device_of"]
 
 # Of a device that is not there to be measured: PCIe 4 with 16 lanes, and what consumer cards of 2022 reach in bf16.
 _ASSUMED_LINK_GBPS, _ASSUMED_TFLOPS = 25.0, 60.0
@@ -87,6 +88,22 @@ class Machine:
         source = "measured" if self.is_measured else "assumed"
         card = "" if self.card_bytes is None else f", {self.card_bytes / GIB:.3g} GiB"
         return f"{self.device}{card}: link {self.link_gbps:.3g} GB/s, {self.tflops:.3g} TFLOP/s ({source})"
+
+
+def device_of(given: torch.device | str | None) -> torch.device:
+    """Return the device that was given, or the accelerator if there is one, else the CPU.
+
+    Raises:
+        ConfigError: what was given is no device.
+    """
+    if given is not None:
+        try:
+            return torch.device(given)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device={given!r} is no device; give 'cuda', 'cuda:1' or 'cpu'") from error
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def _probe_tflops(device: torch.device) -> float:

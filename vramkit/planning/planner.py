@@ -14,12 +14,13 @@ from vramkit.errors import ConfigError, PlanInfeasible, VramkitError
 from vramkit.memory import MIB, format_bytes, parse_bytes
 from vramkit.planning.calls import PlannedCall
 from vramkit.planning.components import components_of, refuse_shared_modules, tied_components
+from vramkit.planning.dealing import least_bytes
 from vramkit.planning.features import Settings
 from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED, Stored, ways_to_store
 from vramkit.planning.plans import ALLOWED, Allowed, Plan
 from vramkit.planning.profile import Profile, Variant, Work
-from vramkit.planning.search import estimate, least_bytes, search
+from vramkit.planning.search import estimate, search
 from vramkit.planning.twins import Twins, is_pipeline
 
 __all__ = ["Budget", "Planner"]

@@ -36,6 +36,9 @@ class Cut:
     fixed_bytes: int
     table_bytes: int
     whole_bytes: int
+    _placed: dict[int, tuple[int, int, int]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def config(self, chosen_bytes: int = 0) -> OffloadConfig:
         """Return it as options of offloading; the device does not matter to sizes."""
@@ -52,11 +55,13 @@ class Cut:
 
         Units are formed anew once it is known how they run, so what stays is not counted by these units, but by what may.
         """
-        streams = streaming(self.sizes, self.config(chosen_bytes))
-        travelling = [size for size, does in zip(self.sizes, streams, strict=True) if does]
-        if not travelling:
-            return self.whole_bytes, 0, 0
-        return self.fixed_bytes + chosen_bytes, sum(travelling), slot_bytes_for(travelling, self.slots)
+        if chosen_bytes not in self._placed:  # a search asks again and again
+            streams = streaming(self.sizes, self.config(chosen_bytes))
+            travelling = [size for size, does in zip(self.sizes, streams, strict=True) if does]
+            slot_bytes = slot_bytes_for(travelling, self.slots)
+            streamed = self.fixed_bytes + chosen_bytes, sum(travelling), slot_bytes
+            self._placed[chosen_bytes] = streamed if travelling else (self.whole_bytes, 0, 0)
+        return self._placed[chosen_bytes]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,8 @@ class Outline:
         self._places = {id(tensor): place for place, tensor in enumerate(given) if tensor is not None}
         self._strides: dict[int, tuple[int, ...]] = {}
         self._given: dict[int, int] = {}
-        self._value = with_tensors(value, self._note)
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():  # noqa: SLF001 - notes take no memory
+            self._value = with_tensors(value, self._note)
 
     def filled(self, given: Sequence[torch.Tensor | None] = ()) -> Any:
         """Return the value with new tensors, without memory, in the place of its own."""
@@ -61,7 +62,11 @@ class Rehearsal:
 class Deed:
     """What a call of one kind did."""
 
-    output: Outline | None  # None where it holds or writes to what may keep state: such a call is run again
+    output: Outline | None
+    """What it returned, and what the lists hold then that it wrote to, by their place among those that it was given.
+
+    None where it holds or writes to what may keep state: such a call is run again.
+    """
     grown_bytes: int  # peak over what was alive when it began
     kept_bytes: int  # tables that the first call made for all that follow
     flops: int
@@ -106,6 +111,8 @@ def rehearse(
                 stack.enter_context(watch.watching_component(name, module, method))
             for block in _alike(module):
                 stack.enter_context(watch.watching_block(name, block))
+            for layer in _layers_of_their_own(module):
+                stack.enter_context(watch.watching_layer(name, layer))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what there is to say is said when the call is made
         stack.enter_context(torch.random.fork_rng(devices=()))  # the call that follows draws what it would have drawn
@@ -160,22 +167,31 @@ class _Watch:
 
         return _replaced(block, "forward", outer)
 
+    def watching_layer(self, name: str, layer: nn.Module) -> AbstractContextManager[None]:
+        """See calls of a layer, which does the same with tensors that lie in the same way."""
+        inner = layer.forward
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            if not _is_simple((args, kwargs)):
+                return inner(*args, **kwargs)
+            self._ledger.turn_to(name)
+            strides = tuple(tensor.stride() for tensor in _tensors_of((args, kwargs)))
+            return self._once((name, id(layer), strides, _signature((args, kwargs))), inner, args, kwargs)
+
+        return _replaced(layer, "forward", outer)
+
     def _once(self, key: Any, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, unless one of its kind has run already: then enter what that did."""
         ledger = self._ledger
         key = *key, self._known.settings.get(key[0])
         # Not held meanwhile: a list may be how a caller hands a tensor over, to be let go of inside.
         references = [weakref.ref(tensor) for tensor in _tensors_of((args, kwargs))]
+        lists = list(_lists((args, kwargs)))
         deed = self._known.deeds.get(key)
         if deed is not None and deed.output is not None:
-            if key not in self._seen:
-                self._seen.add(key)
-                ledger.live_bytes += deed.kept_bytes
-            ledger.raise_peak(deed.grown_bytes - deed.kept_bytes)
-            ledger.add_flops(deed.flops)
-            return deed.output.filled([reference() for reference in references])
-        lists = list(_lists((args, kwargs)))
+            return self._entered(key, deed, deed.output, [reference() for reference in references], lists)
         before = [[_reference(item) for item in each] for each in lists]
+        listed = _storages(lists)
         base_bytes, peak_bytes, flops = ledger.live_bytes, ledger.peak_bytes, ledger.flops
         ledger.peak_bytes = base_bytes
         try:
@@ -183,16 +199,36 @@ class _Watch:
         finally:
             grown_bytes, ledger.peak_bytes = ledger.peak_bytes - base_bytes, max(peak_bytes, ledger.peak_bytes)
         given = [reference() for reference in references]
-        made = {storage: size for storage, size in _storages(output).items() if storage not in _storages(given)}
+        written = {at: list(each) for at, each in enumerate(lists) if not _holds(each, before[at])}
+        result = output, written
+        held, known = _storages(result), _storages(given)
+        kept_bytes = ledger.live_bytes - base_bytes - sum(held[storage] for storage in held.keys() - known.keys())
         self._seen.add(key)
-        is_told = _is_plain(output) and not _has_views(output, given)
-        is_told = is_told and all(map(_holds, lists, before))
+        is_told = _is_plain(output) and not _has_views(result, given)
+        if written:  # which tells all, if nothing else was kept or let go of
+            gone_bytes = sum(listed[storage] for storage in listed.keys() - known.keys() - held.keys())
+            is_told = is_told and kept_bytes == -gone_bytes and _are_flat(written) and not _overlap(result, given)
         self._known.deeds[key] = Deed(
-            output=Outline(output, given) if is_told else None,
+            output=Outline(result, given) if is_told else None,
             grown_bytes=grown_bytes,
-            kept_bytes=max(0, ledger.live_bytes - base_bytes - sum(made.values())),
+            kept_bytes=max(0, kept_bytes),
             flops=ledger.flops - flops,
         )
+        return output
+
+    def _entered(
+        self, key: Any, deed: Deed, told: Outline, given: list[torch.Tensor | None], lists: list[list[Any]]
+    ) -> Any:
+        """Enter what a call of that kind did, and return what it returned."""
+        ledger = self._ledger
+        if key not in self._seen:
+            self._seen.add(key)
+            ledger.live_bytes += deed.kept_bytes
+        ledger.raise_peak(deed.grown_bytes - deed.kept_bytes)
+        ledger.add_flops(deed.flops)
+        output, written = told.filled(given)
+        for at, items in written.items():
+            lists[at][:] = items
         return output
 
 
@@ -219,6 +255,15 @@ def _alike(module: nn.Module) -> Iterator[nn.Module]:
                     yield block
 
 
+def _layers_of_their_own(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield layers that are no operators of torch, as norms: autoencoders call each for every frame, tile or stripe."""
+    for part in module.modules():
+        is_leaf = part._parameters and not part._modules  # noqa: SLF001
+        is_own = "forward" in vars(part) or part._forward_pre_hooks  # noqa: SLF001
+        if is_leaf and not is_own and not type(part).__module__.startswith("torch."):
+            yield part
+
+
 def _tensors_of(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
@@ -231,17 +276,29 @@ def _tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def _storages(value: Any) -> dict[int, int]:
-    held = [tensor.untyped_storage() for tensor in _tensors_of(value)]
+    with torch._C.DisableTorchFunction():  # noqa: SLF001 - a look that is not of the call
+        held = [tensor.untyped_storage() for tensor in _tensors_of(value)]
     return {storage._cdata: storage.nbytes() for storage in held}  # noqa: SLF001
 
 
 def _has_views(output: Any, given: Sequence[torch.Tensor | None]) -> bool:
     """Whether an output lies in the memory of an argument, and is not that argument."""
-    objects, storages = {id(tensor) for tensor in given}, _storages(given)
-    return any(
-        tensor.untyped_storage()._cdata in storages and id(tensor) not in objects  # noqa: SLF001
-        for tensor in _tensors_of(output)
-    )
+    objects = {id(tensor) for tensor in given}
+    new = [tensor for tensor in _tensors_of(output) if id(tensor) not in objects]
+    return not _storages(new).keys().isdisjoint(_storages(given))
+
+
+def _are_flat(written: Mapping[int, list[Any]]) -> bool:
+    """Whether lists hold nothing that somebody else may hold and write to."""
+    items = (item for each in written.values() for item in each)
+    return all(item is None or isinstance(item, torch.Tensor | int | float | str) for item in items)
+
+
+def _overlap(result: Any, given: Sequence[torch.Tensor | None]) -> bool:
+    """Whether several tensors in a result lie in the same memory, beside those that were `given`."""
+    known = {id(tensor) for tensor in given}
+    new = [tensor for tensor in _tensors_of(result) if id(tensor) not in known]
+    return len(_storages(new)) < len(new)
 
 
 def _lists(value: Any) -> Iterator[list[Any]]:

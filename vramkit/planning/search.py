@@ -13,45 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from vramkit.errors import ConfigError, PlanInfeasible
 from vramkit.memory import GIB, format_bytes
 from vramkit.planning.components import PHASES
+from vramkit.planning.dealing import Choice, Dealer, fit_together, most_room, seconds_of, simplest
 from vramkit.planning.holding import Holding, phase_peaks, room_before
 from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED
 from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
-from vramkit.planning.profile import ComponentProfile, Cut, Profile, Variant, Work, order_of
+from vramkit.planning.profile import Profile, Variant, Work, order_of
 from vramkit.planning.ranks import read_by_ranks
 
-__all__ = ["estimate", "least_bytes", "search"]
-
-# What a ring loses beside the longer of the two, as a share of the time on the link: computing is a little slower while the
-# device is written to, and of layers, which differ, two slots are too few (docs/architecture.md). One slot overlaps nothing.
-_OVERLAP: Mapping[tuple[str, int], float] = {
-    ("block_level", 2): 0.02,
-    ("block_level", 3): 0.02,
-    ("leaf_level", 2): 0.08,
-    ("leaf_level", 3): 0.02,
-}
-_SAME = 1.005  # times that are no nearer to each other than this are told apart
-_STEPS = 24  # how finely memory is dealt out to what stays
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Choice:
-    """One component, cut in one way, with some of its units staying."""
-
-    profile: ComponentProfile
-    cut: Cut
-    chosen_bytes: int
-    resident_bytes: int
-    streamed_bytes: int
-    slot_bytes: int
-
-    @property
-    def slots(self) -> int:
-        return self.cut.slots if self.streamed_bytes else 0
-
-    @property
-    def device_bytes(self) -> int:
-        return self.resident_bytes + self.slots * self.slot_bytes
+__all__ = ["estimate", "search"]
 
 
 def search(
@@ -80,9 +50,9 @@ def search(
             f"vram={format_bytes(vram_bytes)} was given, but {machine.device} has {format_bytes(machine.card_bytes)}"
         )
     budget_bytes = vram_bytes - machine.margin_bytes
-    found: list[tuple[float, Variant, dict[str, _Choice]]] = []
+    found: list[tuple[float, Variant, dict[str, Choice]]] = []
     for variant in profile.variants:
-        dealer = _Fit(profile.components, variant, machine)
+        dealer = Dealer(profile.components, variant, machine)
         choices = dealer.choose(budget_bytes)
         if choices is not None:
             found.append((dealer.seconds(choices, budget_bytes), variant, choices))
@@ -94,8 +64,7 @@ def search(
             nearest_bytes=floor_bytes,
             binds=binds,
         )
-    fastest = min(seconds for seconds, _, _ in found)
-    _, variant, choices = next(each for each in found if each[0] <= fastest * _SAME)
+    _, variant, choices = simplest(found, [seconds for seconds, _, _ in found])
     settings = variant.settings
     plan = Plan(
         model=profile.model,
@@ -127,147 +96,18 @@ def estimate(profile: Profile, machine: Machine, vram_bytes: int) -> tuple[float
     """Return the seconds of the fastest plan under `vram_bytes` (infinite where none fits), and the smallest budget."""
     budget_bytes, fastest = vram_bytes - machine.margin_bytes, math.inf
     for variant in profile.variants:
-        dealer = _Fit(profile.components, variant, machine)
+        dealer = Dealer(profile.components, variant, machine)
         choices = dealer.choose(budget_bytes)
         if choices is not None:
             fastest = min(fastest, dealer.seconds(choices, budget_bytes))
     return fastest, _floor(profile, machine)[0]
 
 
-def least_bytes(profile: ComponentProfile) -> int:
-    """Return the device memory that a component holds at the least while it runs."""
-    return _least(profile).device_bytes
-
-
-class _Fit:
-    """Deals memory out to the components of one variant."""
-
-    def __init__(self, profiles: Sequence[ComponentProfile], variant: Variant, machine: Machine) -> None:
-        self._profiles = {profile.name: profile for profile in profiles}
-        self._works = variant.works
-        self._machine = machine
-
-    def least(self) -> tuple[int, Work]:
-        """Return the smallest budget that fits, and the work that needs it."""
-        held = {name: least_bytes(profile) for name, profile in self._profiles.items()}
-        needs = [(work.room_bytes + held.get(work.component, 0), work) for work in self._works]
-        return max(needs, key=lambda need: need[0], default=(max(held.values()), _NOTHING))
-
-    def choose(self, budget_bytes: int) -> dict[str, _Choice] | None:
-        """Return the fastest choices under the budget, None where nothing fits."""
-        if self.least()[0] > budget_bytes:
-            return None
-        least = {name: least_bytes(each) for name, each in self._profiles.items()}
-        room = budget_bytes - self._machine.slack_bytes
-        caps = {name: max(least[name], room - self._ample(name)) for name in self._profiles}
-        found = [{name: self._best(each, caps[name], reloads=True) for name, each in self._profiles.items()}]
-        most = _most_room(self._works)
-        if sum(least.values()) <= budget_bytes - most:
-            ample = max([most, *map(self._ample, self._profiles)])
-            found.append(self._dealt(max(sum(least.values()), room - ample)))
-        return min(found, key=lambda choices: self.seconds(choices, budget_bytes))
-
-    def seconds(self, choices: Mapping[str, _Choice], budget_bytes: int) -> float:
-        """Return how long the call takes."""
-        reloads = not _fit_together(choices, self._works, budget_bytes)
-        return _seconds(choices, self._works, self._machine, reloads=reloads)
-
-    def _dealt(self, shared: int) -> dict[str, _Choice]:
-        """Deal bytes out to components that hold them all the time."""
-        choices = {name: _least(profile) for name, profile in self._profiles.items()}
-        for by_time in (True, False):  # first where it saves time, then wherever there is room
-            for name in self._by_value():
-                room = shared - sum(choice.device_bytes for other, choice in choices.items() if other != name)
-                best = self._best(self._profiles[name], room, reloads=False)
-                if not by_time or self._time(best, reloads=False) < self._time(choices[name], reloads=False) / _SAME:
-                    choices[name] = best
-        return choices
-
-    def _ample(self, name: str) -> int:
-        return max((work.ample_bytes for work in self._works if work.component == name), default=0)
-
-    def _by_value(self) -> list[str]:
-        """Return the components, those first whose weights are used most often."""
-        return sorted(self._profiles, key=lambda name: -sum(w.calls for w in self._works if w.component == name))
-
-    def _best(self, profile: ComponentProfile, cap_bytes: int, *, reloads: bool) -> _Choice:
-        candidates = [whole] if (whole := _all_resident(profile)).device_bytes <= cap_bytes else []
-        for cut in profile.cuts:
-            candidates += _filled(profile, cut, cap_bytes)
-        candidates = candidates or [_least(profile)]
-        seconds = [self._time(choice, reloads=reloads) for choice in candidates]
-        return next(choice for choice, each in zip(candidates, seconds, strict=True) if each <= min(seconds) * _SAME)
-
-    def _time(self, choice: _Choice, *, reloads: bool) -> float:
-        works = [work for work in self._works if work.component == choice.profile.name]
-        return sum(_work_seconds(choice, work, self._machine, reloads=reloads) for work in works)
-
-
-_NOTHING = Work(phase="encode", component="", activation_bytes=0, calls=0, flops=0, turns=0)
-
-
-def _all_resident(profile: ComponentProfile) -> _Choice:
-    cut = profile.cuts[0]
-    return _placed(profile, cut, sum(cut.sizes))
-
-
-def _placed(profile: ComponentProfile, cut: Cut, chosen_bytes: int) -> _Choice:
-    return _Choice(profile, cut, chosen_bytes, *cut.placed(chosen_bytes))
-
-
-def _least(profile: ComponentProfile) -> _Choice:
-    every = [_all_resident(profile), *(_placed(profile, cut, 0) for cut in profile.cuts)]
-    return min(every, key=lambda choice: choice.device_bytes)
-
-
-def _filled(profile: ComponentProfile, cut: Cut, cap_bytes: int) -> list[_Choice]:
-    """Return the choice that uses `cap_bytes` best with this cut: as much of it staying as goes beside the slots."""
-    bare = _placed(profile, cut, 0)
-    if bare.device_bytes > cap_bytes:
-        return []
-    low, high, best = 0, sum(cut.sizes), bare
-    for _ in range(_STEPS):
-        middle = (low + high + 1) // 2
-        tried = _placed(profile, cut, middle)
-        if tried.device_bytes <= cap_bytes and tried.streamed_bytes:
-            low = middle
-            best = min(best, tried, key=lambda choice: choice.streamed_bytes)
-        else:
-            high = middle - 1
-    return [best]
-
-
-def _work_seconds(choice: _Choice | None, work: Work, machine: Machine, *, reloads: bool) -> float:
-    compute = machine.compute_seconds(work.flops)
-    if choice is not None and reloads:  # what stays comes at the beginning of each turn
-        compute += machine.link_seconds(choice.resident_bytes) * work.turns
-    if choice is None or not choice.streamed_bytes:
-        return compute
-    link = machine.link_seconds(choice.streamed_bytes) * work.calls
-    if choice.slots == 1:
-        return compute + link
-    return max(compute, link) + link * _OVERLAP[choice.cut.granularity, choice.slots]
-
-
-def _seconds(choices: Mapping[str, _Choice], works: Sequence[Work], machine: Machine, *, reloads: bool) -> float:
-    return sum(_work_seconds(choices.get(work.component), work, machine, reloads=reloads) for work in works)
-
-
-def _fit_together(choices: Mapping[str, _Choice], works: Sequence[Work], budget_bytes: int) -> bool:
-    """Whether nothing that a component holds need make room for another one."""
-    return _most_room(works) + sum(choice.device_bytes for choice in choices.values()) <= budget_bytes
-
-
-def _most_room(works: Sequence[Work]) -> int:
-    """Return what weights leave to any of `works`, at the least."""
-    return max((work.room_bytes for work in works), default=0)
-
-
 def _floor(profile: Profile, machine: Machine) -> tuple[int, str]:
     """Return the smallest budget that fits, and what asks for it."""
     least = []
     for variant in profile.variants:
-        size_bytes, work = _Fit(profile.components, variant, machine).least()
+        size_bytes, work = Dealer(profile.components, variant, machine).least()
         least.append((size_bytes, work, variant))
     size_bytes, work, variant = min(least, key=lambda each: each[0])  # the simplest of those that are alike
     weights = size_bytes - work.room_bytes
@@ -304,7 +144,7 @@ def _next_gib(profile: Profile, machine: Machine, plan: Plan) -> str:
     """Say what one more GiB would buy."""
     best = plan.seconds
     for variant in profile.variants:
-        dealer = _Fit(profile.components, variant, machine)
+        dealer = Dealer(profile.components, variant, machine)
         more = dealer.choose(plan.vram_bytes + GIB - machine.margin_bytes)
         if more is not None:
             best = min(best, dealer.seconds(more, plan.vram_bytes + GIB - machine.margin_bytes))
@@ -315,9 +155,9 @@ def _next_gib(profile: Profile, machine: Machine, plan: Plan) -> str:
 
 
 def _phases(
-    works: Sequence[Work], choices: Mapping[str, _Choice], machine: Machine, budget_bytes: int
+    works: Sequence[Work], choices: Mapping[str, Choice], machine: Machine, budget_bytes: int
 ) -> Iterator[PhasePlan]:
-    reloads = not _fit_together(choices, works, budget_bytes)
+    reloads = not fit_together(choices, works, budget_bytes)
     held = {
         name: Holding(each.device_bytes - each.resident_bytes, each.resident_bytes) for name, each in choices.items()
     }
@@ -339,13 +179,13 @@ def _phases(
             components=order_of(ours),
             activation_bytes=activations,
             peak_bytes=peaks[phase],
-            seconds=_seconds(choices, ours, machine, reloads=reloads),
+            seconds=seconds_of(choices, ours, machine, reloads=reloads),
             binds="link" if link > compute else "compute",
         )
 
 
 def _stored(
-    choices: Mapping[str, _Choice],
+    choices: Mapping[str, Choice],
     works: Sequence[Work],
     ram_bytes: int | None,
     machine: Machine,
@@ -374,7 +214,7 @@ def _stored(
 
 
 def _component(
-    choice: _Choice, ours: Sequence[Work], store: str | None, pinned_bytes: int, host_bytes: int
+    choice: Choice, ours: Sequence[Work], store: str | None, pinned_bytes: int, host_bytes: int
 ) -> ComponentPlan:
     profile, cut = choice.profile, choice.cut
     streams = choice.streamed_bytes > 0
@@ -403,11 +243,11 @@ def _component(
 def _spare(plan: ComponentPlan, ours: Sequence[Work], budget_bytes: int) -> int:
     """What is kept free beside activations: ample room where the budget has it, else what there has to be."""
     ample = max((work.ample_bytes for work in ours), default=0) - plan.activation_bytes
-    needed = _most_room(ours) - plan.activation_bytes
+    needed = most_room(ours) - plan.activation_bytes
     return max(needed, min(ample, budget_bytes - plan.device_bytes - plan.activation_bytes))
 
 
-def _reason(choice: _Choice) -> str:
+def _reason(choice: Choice) -> str:
     if not choice.streamed_bytes:
         return "all of it fits"
     what = "blocks" if choice.cut.granularity == "block_level" else "layers"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vramkit.planning.calls import module_calls, pipeline_call
-from vramkit.planning.fitting import device_of, read_examples
+from vramkit.planning.examples import read_examples
+from vramkit.planning.machine import device_of
 from vramkit.planning.planner import Budget, Planner
 from vramkit.planning.plans import Plan
 

@@ -28,6 +28,8 @@ from torch import Tensor
 
 __all__ = ["Rows", "Stripe", "stripe_edges"]
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -59,13 +61,14 @@ class Rows:
         """Rows `start` to `start + count`, zeros not counted, as pieces, each with its place among these rows."""
         at = 0
         for rows in (self.new,) if self.above is None else (self.above, self.new):
-            first, stop = max(start - at, 0), min(start + count - at, rows.shape[-2])
+            height = rows.shape[-2]
+            first, stop = max(start - at, 0), min(start + count - at, height)
             if first < stop:
-                yield slice(at + first - start, at + stop - start), rows[..., first:stop, :]
-            at += rows.shape[-2]
+                yield slice(at + first - start, at + stop - start), _between(rows, first, stop, height)
+            at += height
 
     def fill(
-        self, window: Tensor, frames: slice = slice(None), put: Callable[[Tensor, Tensor], object] | None = None
+        self, window: Tensor, frames: slice = _ALL, put: Callable[[Tensor, Tensor], object] | None = None
     ) -> Tensor:
         """Write these rows of `frames` to `window` [B, C, f, count, W], or what `put(rows, place)` writes, and return it."""
         height = self.count
@@ -73,13 +76,19 @@ class Rows:
             if zeros.start < zeros.stop:
                 window[..., zeros, :] = 0
         for place, rows in self.pieces(0, height):
-            target = window[..., self.top + place.start : self.top + place.stop, :]
-            _ = target.copy_(rows[:, :, frames]) if put is None else put(rows[:, :, frames], target)
+            target = _between(window, self.top + place.start, self.top + place.stop, height)
+            new = rows if frames == _ALL else rows[:, :, frames]
+            _ = target.copy_(new) if put is None else put(new, target)
         return window
 
     def joined(self) -> Tensor:
         """These rows without zeros, in one tensor."""
         return self.new if self.above is None else torch.cat((self.above, self.new), dim=-2)
+
+
+def _between(rows: Tensor, first: int, stop: int, height: int) -> Tensor:
+    """Rows `first` to `stop` of `rows` [..., `height`, W], which of whole pictures are all."""
+    return rows if stop - first == height else rows[..., first:stop, :]
 
 
 @dataclass(slots=True)

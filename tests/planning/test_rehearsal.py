@@ -1,0 +1,93 @@
+"""What a rehearsal runs once, and that it counts as if all had run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import peak_bytes
+from torch import nn
+
+from vramkit import plan
+
+FRAMES, BLOCKS, WIDTH = 7, 4, 512
+RAN: Counter[str] = Counter()
+
+
+class Block(nn.Module):
+    """Adds what it saw of the frame before, and leaves in a list what `left` makes of its frame and of its result."""
+
+    def __init__(self, left: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.left = nn.Linear(WIDTH, WIDTH), left
+
+    def forward(self, x: torch.Tensor, past: list[Any], at: list[int]) -> torch.Tensor:
+        RAN["block"] += 1
+        before, here = past[at[0]], at[0]
+        y: torch.Tensor = self.layer(x) if before is None else self.layer(torch.cat((before, x)))[-len(x) :] + x
+        past[here] = self.left(x, y)
+        at[0] += 1
+        return y
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        RAN["norm"] += 1
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.mul(x / length, self.weight, out=out)
+
+
+class Clip(nn.Module):
+    """Frame by frame through blocks that share a list, each frame with a norm of its own place."""
+
+    def __init__(self, left: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(left) for _ in range(BLOCKS))
+        self.norm = Norm()
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        made, past = torch.empty_like(frames), [None] * BLOCKS
+        for place, frame in zip(made.unbind(), frames.unbind(), strict=True):
+            x, at = frame, [0]
+            for block in self.blocks:
+                x = block(x, past, at)
+            self.norm(x, out=place)
+        return made
+
+
+def rehearsed(net: nn.Module, frames: torch.Tensor) -> int:
+    RAN.clear()
+    return plan(net, "1GiB", device="cpu", example=(frames,)).phases[0].activation_bytes
+
+
+def needed(net: nn.Module, frames: torch.Tensor) -> int:
+    with torch.no_grad():
+        return peak_bytes(lambda: net(frames), [*net.parameters(), frames])
+
+
+def test_blocks_that_write_to_lists_run_until_they_write_the_same() -> None:
+    net, frames = Clip(lambda x, _: x.clone()), torch.ones(FRAMES, 128, WIDTH)
+    found = rehearsed(net, frames)
+    assert RAN["block"] == 2 * BLOCKS  # with nothing before it, and with a frame
+    assert found - frames.nbytes == pytest.approx(needed(net, frames), rel=1e-3)
+
+
+@pytest.mark.parametrize("left", [lambda _, y: y, lambda x, _: x[:64], lambda _, y: y[:64]])
+def test_what_lies_in_the_memory_of_something_else_is_not_told_and_runs_each_time(left: Any) -> None:
+    net, frames = Clip(left), torch.ones(FRAMES, 128, WIDTH)
+    found = rehearsed(net, frames)
+    assert RAN["block"] == FRAMES * BLOCKS
+    assert found - frames.nbytes == pytest.approx(needed(net, frames), rel=1e-3)
+
+
+def test_a_layer_that_is_no_operator_of_torch_runs_once_for_tensors_that_lie_alike() -> None:
+    net, frames = Clip(lambda x, _: x.clone()), torch.ones(FRAMES, 128, WIDTH)
+    rehearsed(net, frames)
+    assert RAN["norm"] == 1
