@@ -233,11 +233,11 @@ def test_a_failed_read_ends_only_when_no_thread_writes_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the slot would be given to another group while old bytes still trickle in."""
-    from vramkit.offload import disk
+    from vramkit.offload.disk import MappedFile
 
     path = tmp_path / "x.bin"
     path.write_bytes(b"\1" * (4 * 4096))
-    monkeypatch.setattr(disk, "_PIECE_BYTES", 4096)
+    monkeypatch.setattr("vramkit.offload.disk.reader._PIECE_BYTES", 4096)
     first_failed = threading.Event()
     read = FileReader._read_plain
 
@@ -250,7 +250,7 @@ def test_a_failed_read_ends_only_when_no_thread_writes_any_more(
         read(self, offset, view)
 
     monkeypatch.setattr(FileReader, "_read_plain", unlucky)
-    reader = FileReader(disk.MappedFile(path))
+    reader = FileReader(MappedFile(path))
     target = torch.zeros(4 * 4096, dtype=torch.uint8)
     with pytest.raises(StoreError, match="on purpose"):
         reader.read(0, target)
