@@ -280,7 +280,7 @@ def test_an_interrupt_between_any_two_lines_of_a_pass_is_survived() -> None:
         engine = offload.current_engine()
         assert engine is not None
         for at in itertools.count(1):
-            if not _is_interrupted(lambda: model(x), at, {"begin", "end", "is_busy"}):
+            if not _is_interrupted(lambda: model(x), at, {"begin", "end", "is_busy", "drop_torn"}):
                 break
             assert engine._lock.acquire(timeout=10)  # a forward would wait for ever
             engine._lock.release()
@@ -290,12 +290,13 @@ def test_an_interrupt_between_any_two_lines_of_a_pass_is_survived() -> None:
 
 
 def _is_interrupted(work: Callable[[], object], at: int, names: set[str]) -> bool:
-    """Interrupt `work` at the line number `at` of all that the engine's methods of these names come to."""
+    """Interrupt `work` at the line number `at` of all that methods of these names come to, of the engine and its calls."""
     lines = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines
-        is_ours = frame.f_code.co_name in names and frame.f_code.co_filename.endswith("engine.py")
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        is_ours = name in names and file.endswith(("engine.py", "passes.py"))
         lines += event == "line" and is_ours
         if lines == at:
             sys.settrace(None)
