@@ -79,15 +79,15 @@ class _Resting(Watched):
         if not is_itself:
             for keeper in _keepers_of(tensor):
                 keeper.refuse_replacing(tensor)
-        with as_they_were([tensor]):
-            return tensor if is_itself else tensor.set_(*(() if source is None else (source, *args)), **kwargs)
+            given = () if source is None else (source, *args)
+            as_they_were([tensor], lambda: tensor.set_(*given, **kwargs))
+        return tensor
 
     def as_subclass(self, kind: type[torch.Tensor]) -> torch.Tensor:
         """Answer from the device inside a pass: torch does not ask the class about this method either."""
         tensor = cast("torch.Tensor", self)
         placed = _on_device(tensor, torch.Tensor.as_subclass)
-        with as_they_were([tensor]):
-            return (tensor if placed is None else placed).as_subclass(kind)
+        return as_they_were([tensor], lambda: (tensor if placed is None else placed).as_subclass(kind))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         placed = _on_device(cast("torch.Tensor", self), copy.deepcopy)
@@ -118,8 +118,7 @@ class _Resting(Watched):
         if name in _TELLING or (attribute and attribute not in _ANSWERED):
             inside = {}
         if not inside:
-            with as_they_were(found.values()):
-                result = func(*args, **kwargs)
+            result = as_they_were(found.values(), func, *args, **kwargs)
             for tensor in found.values():
                 if _is_view_of(result, tensor):
                     for keeper in _keepers_of(tensor):
@@ -167,8 +166,7 @@ def released(tensor: torch.Tensor, keeper: Keeper) -> None:
 
 def data_at_rest(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor.data``, unnoticed."""
-    with as_they_were([tensor]):
-        return tensor.data
+    return as_they_were([tensor], lambda: tensor.data)
 
 
 def _before_touching(
@@ -202,9 +200,12 @@ def _is_view_of(result: Any, tensor: torch.Tensor) -> bool:
         return any(_is_view_of(each, tensor) for each in result)
     if not isinstance(result, torch.Tensor) or result is tensor or not _is_strided(result) or not _is_strided(tensor):
         return False
-    with as_they_were([tensor]):
-        mine, its = (each.untyped_storage()._cdata for each in (tensor, result))  # noqa: SLF001 (fake ones have no data_ptr)
-    return bool(mine == its)
+    mine, its = as_they_were([tensor], lambda: [_storage_id(each) for each in (tensor, result)])
+    return mine == its
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 (fake ones have no data_ptr)
 
 
 def _is_strided(tensor: torch.Tensor) -> bool:
@@ -221,8 +222,7 @@ def _refuse_making_a_parameter() -> None:
 
 
 def _is_the_same_memory(tensor: torch.Tensor, other: Any) -> bool:
-    with as_they_were([tensor]):
-        return isinstance(other, torch.Tensor) and has_memory_of(tensor, other)
+    return isinstance(other, torch.Tensor) and as_they_were([tensor], has_memory_of, tensor, other)
 
 
 def _names(func: Callable[..., Any]) -> tuple[str, str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 
 from vramkit import tensors
 
 __all__ = ["ALIAS", "SHOWN", "Watched", "as_they_were", "derived", "has_memory_of"]
+
+_Result = TypeVar("_Result")
 
 ALIAS, SHOWN = "_vramkit_data", "_vramkit_shown"  # notes that a shown tensor carries, and pickles of it do not
 
@@ -22,33 +23,38 @@ class Watched:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         tensor = cast("torch.Tensor", self)
-        with as_they_were([tensor]):
-            copied: torch.Tensor = tensor.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied: torch.Tensor = as_they_were([tensor], lambda: tensor.__deepcopy__(memo))  # type: ignore[no-untyped-call]
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         tensor = cast("torch.Tensor", self)
-        with as_they_were([tensor]):
-            make, made_of, *rest = tensor.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        make, made_of, *rest = as_they_were([tensor], lambda: tensor.__reduce_ex__(protocol))  # type: ignore[no-untyped-call]
         return make, tuple(map(_without_notes, made_of)), *rest
 
     def __repr__(self) -> str:
         tensor = cast("torch.Tensor", self)
-        with as_they_were([tensor]):
-            return repr(tensor)
+        return as_they_were([tensor], repr, tensor)
 
 
-@contextlib.contextmanager
-def as_they_were(watched: Iterable[torch.Tensor]) -> Iterator[None]:
-    """For a moment let tensors be of the class that they had."""
+def as_they_were(
+    watched: Iterable[torch.Tensor], function: Callable[..., _Result], /, *args: Any, **kwargs: Any
+) -> _Result:
+    """Call `function` while tensors are of the class that they had."""
     classes = [(cast("Any", tensor), type(tensor)) for tensor in watched if isinstance(tensor, Watched)]
     try:
         for tensor, kind in classes:
             tensor.__class__ = kind.watched_kind
-        yield
-    finally:
-        for tensor, kind in classes:
-            tensor.__class__ = kind
+        result = function(*args, **kwargs)
+        _put_back(classes)
+    except BaseException:  # not `finally`: a Ctrl-C may come in the middle of putting back
+        _put_back(classes)
+        raise
+    return result
+
+
+def _put_back(classes: Iterable[tuple[Any, type]]) -> None:
+    for tensor, kind in classes:
+        tensor.__class__ = kind
 
 
 def derived(kind: type[torch.Tensor], mixin: type, members: dict[str, Any]) -> type[torch.Tensor]:
