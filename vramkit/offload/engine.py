@@ -143,7 +143,7 @@ class Engine:
             steps.callback(self.ring.close)
             if self._computed is not None:
                 steps.callback(self._computed.synchronize)  # what stays may go to others
-            steps.callback(self._calls.drop_all)
+            steps.callback(self._calls.open.clear)
             steps.callback(self._hook_of.clear)
             steps.callback(self._group_hooks.clear)
             steps.callback(self._streamer.close)
@@ -262,7 +262,7 @@ class Engine:
         with self._lock:
             self._refuse_other_threads()
             self._mend()
-            is_outermost = self._calls.is_empty
+            is_outermost = not self._calls.open
             if is_outermost:
                 self._check_use()
             self._calls.begin(call)
@@ -288,11 +288,11 @@ class Engine:
         if call is None:
             return
         try:
-            self._let_go(call, is_outermost=self._calls.is_empty)
-            if self._calls.is_empty:
+            self._let_go(call, is_outermost=not self._calls.open)
+            if not self._calls.open:
                 self._after_pass(sys.exc_info()[1])
         finally:
-            if self._calls.is_empty:
+            if not self._calls.open:
                 self._handled = None
                 self._calls.thread = None  # only now, so that no other thread begins while groups are being released
 
@@ -310,8 +310,9 @@ class Engine:
     def begin_if_outside(self, name: str, *, is_whole: bool) -> bool:
         """Have a pass open: the one that is, the method's that runs, or a new one by this name; tell if it is that."""
         self._refuse_other_threads()
-        if self._calls.are_running():
-            return False
+        for call in reversed(self._calls.open):  # not `are_running`: each group comes by here
+            if call.is_running():
+                return False
         armed = self._calls.armed()
         if armed is not None:
             self.begin(armed.name, frame=armed.frame)
@@ -355,7 +356,7 @@ class Engine:
 
     def given(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what a call of the module gives for `tensor`: for a weight at rest, the one on the device."""
-        if not is_resting(tensor) or self._calls.is_empty or not self._keeper.knows(tensor):
+        if not is_resting(tensor) or not self._calls.open or not self._keeper.knows(tensor):
             return tensor
         return self._keeper.serve(tensor, self.given)
 
@@ -383,7 +384,7 @@ class Engine:
         hooks.attach(self.module, PassHook(self), record)
 
     def _acquire(self, group: ModuleGroup, user: nn.Module) -> None:
-        if self._calls.outermost.is_whole:
+        if self._calls.open[0].is_whole:
             self._uses.note(user, group)
         self._streamer.acquire(group)
 
@@ -436,7 +437,7 @@ class Engine:
     def _mend(self) -> None:
         """Forget what calls that no longer run left behind."""
         is_unclean = self._streamer.was_cut_short or (not self._holds_on and not self._streamer.is_clean)
-        if self._calls.drop_torn() or (self._calls.is_empty and is_unclean):
+        if self._calls.drop_torn() or (not self._calls.open and is_unclean):
             self._forget_pass()
 
     def _forget_pass(self) -> None:

@@ -55,18 +55,9 @@ class Calls:
     def __init__(self) -> None:
         self.thread: int | None = None
         """The one that they run in; it stays theirs until it is set free."""
-        self._open: list[OpenCall] = []  # outermost first
+        self.open: list[OpenCall] = []
+        """Those that were begun and not ended, running or torn off; outermost first."""
         self._armed: list[OpenCall] = []  # methods that run, and become calls when they need weights
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether none is open, running or torn off."""
-        return not self._open
-
-    @property
-    def outermost(self) -> OpenCall:
-        """The one that began first of those that are open."""
-        return self._open[0]
 
     @property
     def are_elsewhere(self) -> bool:
@@ -77,7 +68,7 @@ class Calls:
         """Tell whether the calling thread is in one, or in a method that is one as soon as it needs weights."""
         if self.are_elsewhere:
             return False
-        return any(call.is_running() for call in (*reversed(self._open), *reversed(self._armed)))
+        return self.are_running() or any(map(OpenCall.is_running, reversed(self._armed)))
 
     def is_idle(self) -> bool:
         """Tell whether none runs: those that were torn off are not on the stack of the thread that they ran in."""
@@ -85,7 +76,7 @@ class Calls:
 
     def are_running(self) -> bool:
         """Tell whether one is on the stack of the calling thread."""
-        return any(call.is_running() for call in reversed(self._open))
+        return any(map(OpenCall.is_running, reversed(self.open)))
 
     def armed(self) -> OpenCall | None:
         """Return the outermost method that runs and may become one."""
@@ -94,15 +85,15 @@ class Calls:
     def begin(self, call: OpenCall) -> None:
         """Note that `call` begins in the calling thread."""
         self.thread = threading.get_ident()
-        self._open.append(call)
+        self.open.append(call)
 
     def end(self, name: str) -> OpenCall | None:
         """End the innermost one by that name, and what is open inside it; None where there is none in this thread."""
-        at = next((at for at in reversed(range(len(self._open))) if self._open[at].name == name), None)
+        at = next((at for at in reversed(range(len(self.open))) if self.open[at].name == name), None)
         if at is None or self.thread != threading.get_ident():
             return None
-        call = self._open[at]
-        del self._open[at:]
+        call = self.open[at]
+        del self.open[at:]
         return call
 
     def arm(self, call: OpenCall) -> None:
@@ -112,15 +103,11 @@ class Calls:
     def disarm(self, call: OpenCall) -> bool:
         """Forget what `arm` has noted; tell whether it has become one that is still open."""
         self._armed = [other for other in self._armed if other is not call]
-        return any(open_call.frame is call.frame for open_call in self._open)
+        return any(open_call.frame is call.frame for open_call in self.open)
 
     def drop_torn(self) -> bool:
         """Forget those that no longer run; tell if there were any."""
-        running = [call for call in self._open if call.is_running()]
-        is_torn = len(running) < len(self._open)
-        self._open = running
+        running = [call for call in self.open if call.is_running()]
+        is_torn = len(running) < len(self.open)
+        self.open = running
         return is_torn
-
-    def drop_all(self) -> None:
-        """Forget all that are open."""
-        self._open.clear()
