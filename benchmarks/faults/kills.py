@@ -22,7 +22,7 @@ import torch
 from benchmarks.faults import BROKEN, tell
 from benchmarks.faults._cases import Case, environ_of_forks, patched, prepare
 from benchmarks.faults._graphs import WIDTH, drawn_graph, drawn_steps
-from vramkit.offload import disk
+from vramkit.offload.disk import lock_file, spills
 
 __all__ = ["COUNT", "run"]
 
@@ -40,7 +40,7 @@ def run(count: int, seed: int) -> dict[str, int]:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with (
             subprocess.Popen(command, env=environ_of_forks(), text=True, **pipes) as server,
-            patched(disk, "_SETTLED_SECONDS", 0),
+            patched(spills, "_SETTLED_SECONDS", 0),
         ):
             for at in range(count):
                 try:
@@ -67,7 +67,7 @@ def serve(folder: str) -> None:
 def _is_free(folder: Path) -> bool:
     for path in folder.glob("*"):
         with path.open("rb") as file:
-            if not disk.lock_file(file.fileno()):
+            if not lock_file(file.fileno()):
                 return False
     return True
 

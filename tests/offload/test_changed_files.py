@@ -174,8 +174,6 @@ def test_what_a_killed_process_spilled_goes_and_what_others_use_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("fcntl")
-    from vramkit.offload import disk
-
     names = [tmp_path / f"vramkit-{digit * 16}" for digit in "abc"]
     for name in names:
         name.mkdir()
@@ -183,7 +181,7 @@ def test_what_a_killed_process_spilled_goes_and_what_others_use_stays(
     (names[1] / "0.bin").write_bytes(b"left")
     remove_rubbish(names)
     assert all(name.exists() for name in names), "they may be new"
-    monkeypatch.setattr(disk, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("vramkit.offload.disk.spills._SETTLED_SECONDS", -1.0)
     remove_rubbish(names)
     assert [name.exists() for name in names] == [True, False, False]
     used.check()

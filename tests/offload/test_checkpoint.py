@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vramkit.errors import CheckpointError, StoreError
-from vramkit.offload import apply_group_offloading, disk
+from vramkit.offload import apply_group_offloading
 from vramkit.offload.checkpoint import read_checkpoint, write_checkpoint
 from vramkit.offload.disk import FileReader, MappedFile, atomic_write, forget_span, span_of
 
@@ -306,7 +306,7 @@ def test_what_was_written_since_is_seen_and_neighbours_are_not_taken_for_it(
 ) -> None:
     """The three tensors share a page: the kernel knows that it was written, the contents tell where."""
     if not is_told:
-        monkeypatch.setattr(disk, "written_pages", lambda _span: None)
+        monkeypatch.setattr("vramkit.offload.disk.spans.written_pages", lambda _span: None)
     save_file({name: torch.randn(40) for name in "abc"}, tmp_path / "x.safetensors")
     entries = read_checkpoint(tmp_path / "x.safetensors")
     found = {name: entries[name].tensor() for name in "abc"}
@@ -379,7 +379,7 @@ def test_what_does_not_come_at_once_is_asked_for_again(
 def test_many_threads_read_at_once_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They share one position in the file: without turns, bytes of one read would land in another."""
     monkeypatch.delattr(os, "preadv")
-    monkeypatch.setattr(disk, "_PIECE_BYTES", 512)
+    monkeypatch.setattr("vramkit.offload.disk.reader._PIECE_BYTES", 512)
     content = torch.randint(0, 256, (1_000_000,), dtype=torch.uint8)
     (tmp_path / "x.bin").write_bytes(content.numpy().tobytes())
     file = MappedFile(tmp_path / "x.bin")

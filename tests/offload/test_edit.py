@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vramkit.casting import apply_layerwise_casting
 from vramkit.offload import apply_group_offloading, load_mapped, offload_of
 from vramkit.offload.checkpoint import write_checkpoint
-from vramkit.offload.handle import editable
+from vramkit.offload.offloaded import editable
 from vramkit.offload.partition import partition
 
 

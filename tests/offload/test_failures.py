@@ -7,7 +7,7 @@ import copy
 import itertools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from vramkit.offload import Offload, apply_group_offloading
 from vramkit.offload.disk import FileReader
 from vramkit.offload.stores import DiskStore
 from vramkit.offload.streamer import Streamer
+from vramkit.offload.watch import is_resting
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
 STEPS = ["acquire", "release", "_take", "_load", "_prefetch", "end_pass"]
@@ -233,11 +234,11 @@ def test_a_failed_read_ends_only_when_no_thread_writes_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the slot would be given to another group while old bytes still trickle in."""
-    from vramkit.offload import disk
+    from vramkit.offload.disk import MappedFile
 
     path = tmp_path / "x.bin"
     path.write_bytes(b"\1" * (4 * 4096))
-    monkeypatch.setattr(disk, "_PIECE_BYTES", 4096)
+    monkeypatch.setattr("vramkit.offload.disk.reader._PIECE_BYTES", 4096)
     first_failed = threading.Event()
     read = FileReader._read_plain
 
@@ -250,7 +251,7 @@ def test_a_failed_read_ends_only_when_no_thread_writes_any_more(
         read(self, offset, view)
 
     monkeypatch.setattr(FileReader, "_read_plain", unlucky)
-    reader = FileReader(disk.MappedFile(path))
+    reader = FileReader(MappedFile(path))
     target = torch.zeros(4 * 4096, dtype=torch.uint8)
     with pytest.raises(StoreError, match="on purpose"):
         reader.read(0, target)
@@ -274,13 +275,14 @@ def test_a_file_that_shrinks_is_an_error_that_names_it(tmp_path: Path) -> None:
 def test_an_interrupt_between_any_two_lines_of_a_pass_is_survived() -> None:
     """Where lines are traced (debuggers, coverage) Ctrl-C may also come between the body of a ``with`` and its end."""
     model, x = BlockNet(blocks=1).eval(), tokens(8)
+    names = {"begin", "end", "is_busy", "drop_torn"}
     with torch.no_grad():
         expected = model(x)
         offload = apply_group_offloading(model, "cpu")
         engine = offload.current_engine()
         assert engine is not None
         for at in itertools.count(1):
-            if not _is_interrupted(lambda: model(x), at, {"begin", "end", "is_busy"}):
+            if not _is_interrupted(lambda: model(x), at, ("engine.py", "passes.py"), names):
                 break
             assert engine._lock.acquire(timeout=10)  # a forward would wait for ever
             engine._lock.release()
@@ -289,13 +291,32 @@ def test_an_interrupt_between_any_two_lines_of_a_pass_is_survived() -> None:
     offload.remove()
 
 
-def _is_interrupted(work: Callable[[], object], at: int, names: set[str]) -> bool:
-    """Interrupt `work` at the line number `at` of all that the engine's methods of these names come to."""
+def test_an_interrupt_between_any_two_lines_of_a_read_leaves_weights_watched() -> None:
+    """A weight at rest has its own class for a moment, which a torn read would leave it with."""
+    model, x = BlockNet().eval(), tokens(8)
+    with torch.no_grad():
+        expected = model(x)
+        offload = apply_group_offloading(model, "cpu")
+        watched = [parameter for parameter in model.parameters() if is_resting(parameter)]
+        assert len(watched) > 1
+        for at in itertools.count(1):
+            if not _is_interrupted(lambda: torch.equal(*watched[:2]), at, ("base.py", "at_rest.py")):
+                break
+            assert all(map(is_resting, watched))
+        assert at > 50
+        assert torch.equal(model(x), expected)
+    offload.remove()
+
+
+def _is_interrupted(
+    work: Callable[[], object], at: int, files: tuple[str, ...], names: Collection[str] | None = None
+) -> bool:
+    """Interrupt `work` at the line number `at` of all that it comes to in `files`, in functions of these names."""
     lines = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines
-        is_ours = frame.f_code.co_name in names and frame.f_code.co_filename.endswith("engine.py")
+        is_ours = frame.f_code.co_filename.endswith(files) and (names is None or frame.f_code.co_name in names)
         lines += event == "line" and is_ours
         if lines == at:
             sys.settrace(None)

@@ -15,7 +15,8 @@ from vramkit.offload.backend import CpuBackend
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.partition import slot_bytes_for
 from vramkit.offload.ring import SlotRing
-from vramkit.offload.streamer import Counters, Streamer
+from vramkit.offload.stats import Counters
+from vramkit.offload.streamer import Streamer
 
 MIB, GIB = 2**20, 2**30
 LINK = 55.3e9  # bytes per second, an H100 on PCIe 5 x16

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from vramkit.offload.backend import CpuBackend
 from vramkit.offload.ring import SlotRing
-from vramkit.offload.streamer import Counters, Streamer
+from vramkit.offload.stats import Counters
+from vramkit.offload.streamer import Streamer
 
 
 class Done:

@@ -227,6 +227,7 @@ def test_tied_weights_stay_tied() -> None:
         (lambda: BitsAndBytes8bitConfig(threshold=-1), "threshold=-1; expected a number >= 0"),
         (lambda: QuantoConfig(weights="int3"), "weights='int3'; expected one of 'int8'"),
         (lambda: QuantoConfig.from_options({"bits": 4}), "quanto has no option 'bits'"),
+        (lambda: QuantoConfig.from_options({"weights_dtype": "int3"}), "quanto: weights_dtype='int3'; expected one of"),
         (lambda: quantize(nn.Linear(4, 4), "nf4"), "was given as str"),
         (lambda: quantize(nn.Linear(4, 4), {"backend": "exl2"}), "quant_backend='exl2'; expected one of"),
         (lambda: quantize(nn.Linear(4, 4, device="meta"), QuantoConfig()), "meta device"),

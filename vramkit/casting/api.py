@@ -12,8 +12,8 @@ from vramkit.casting.narrow import SCALED_DTYPES, STORAGE_DTYPES, NarrowTensor, 
 from vramkit.casting.weights import CONVOLUTIONS, Reason, Role, Skips, Weight, reasons_to_leave, shared_dims, weights_of
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload.backend import accelerator_for
-from vramkit.offload.handle import editable, refuse_part_of_offloaded
 from vramkit.offload.inventory import refuse_foreign_hooks
+from vramkit.offload.offloaded import editable, refuse_part_of_offloaded
 from vramkit.tensors import as_owned, is_plain
 
 __all__ = ["DEFAULT_SKIP_PATTERNS", "LayerwiseCasting", "apply_layerwise_casting"]

@@ -3,9 +3,11 @@
 from vramkit.offload.api import ModelOffload, apply_group_offloading, apply_model_offload
 from vramkit.offload.checkpoint import read_checkpoint
 from vramkit.offload.construction import parameters_on_meta
-from vramkit.offload.handle import Offload, OffloadStats, offload_of
+from vramkit.offload.handle import Offload
 from vramkit.offload.mapped import load_mapped
+from vramkit.offload.offloaded import offload_of
 from vramkit.offload.pinning import PinBudget
+from vramkit.offload.stats import OffloadStats
 from vramkit.offload.turns import Turns
 
 __all__ = [

@@ -15,7 +15,8 @@ from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.engine import Engine
-from vramkit.offload.handle import Offload, offload_of
+from vramkit.offload.handle import Offload
+from vramkit.offload.offloaded import offload_of
 from vramkit.offload.pinning import PinBudget
 from vramkit.offload.stores import Sharing
 from vramkit.offload.turns import Turns

@@ -20,7 +20,7 @@ from vramkit.offload.resting import RestingPlace
 from vramkit.offload.stores import Store
 from vramkit.offload.uses import Times
 
-__all__ = ["Assembly", "Footprint", "assemble", "footprints", "parts_of", "streaming"]
+__all__ = ["Assembly", "Footprint", "assemble", "footprints", "partitioned", "streaming"]
 
 _SMALL_LEAF_BYTES = 256 * 2**10  # a copy of this size takes as long as its set-up
 _SMALL_LEAF_SHARE = 256  # of a unit: a leaf below this stays on the device ...
@@ -38,6 +38,24 @@ class Assembly:
     """The same tables, for whoever reads the whole weight."""
     slot_bytes: int
     units: tuple[Unit, ...]
+
+    def resting_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each tensor that owners have now with an ordinary one in host memory that has its values."""
+        known: dict[int, torch.Tensor] = {}  # tied ones have several slots, some of which may stay on the device
+        for resident in self.residents:
+            shown, rest = resident.current(), resident.slot.rest
+            if shown is not None:
+                is_sparse = bool(tensors.sparse_parts(shown))
+                known[id(rest)] = shown.cpu() if is_sparse else tensors.like_owned(rest, shown)
+                yield shown, known[id(rest)]
+        for group in (*self.groups, *self.table_groups):
+            for slot in group.slots():
+                if id(slot.rest) not in known:
+                    known[id(slot.rest)] = tensors.like_owned(slot.rest, slot.rest)
+                yield slot.rest, known[id(slot.rest)]
+                placed = group.on_device(slot.rest)
+                if placed is not None:
+                    yield placed, known[id(slot.rest)]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -74,7 +92,7 @@ def footprints(module: nn.Module, configs: Iterable[OffloadConfig]) -> Iterator[
     inventory = Inventory(module, needs_values=False)
     total = sum(tensor_bytes(item.tensor) for item in inventory)
     for config in configs:
-        parts = parts_of(module, config, None)
+        parts = partitioned(module, config, None)
         plans = _without_staying([_plan(unit, inventory) for unit in parts.units], parts.tables)
         travelling = {  # tied ones may travel in two units
             id(item.tensor): sum(leaf.nbytes for leaf, goes in zip(item.leaves(), travels, strict=True) if goes)
@@ -86,7 +104,7 @@ def footprints(module: nn.Module, configs: Iterable[OffloadConfig]) -> Iterator[
         yield Footprint(sizes, total - sum(travelling.values()) - tables, tables, total - tables)
 
 
-def parts_of(module: nn.Module, config: OffloadConfig, times: Times | None) -> Partition:
+def partitioned(module: nn.Module, config: OffloadConfig, times: Times | None) -> Partition:
     """Partition `module` as `config` says, by the `times` at which its parts are used if they are known."""
     return partition(
         module,
@@ -115,7 +133,7 @@ def assemble(
     """
     inventory = Inventory(module)
     place.survey(inventory)
-    parts = parts_of(module, config, times)
+    parts = partitioned(module, config, times)
     tables = list(parts.tables)
     plans = _without_staying([_plan(unit, inventory) for unit in parts.units], tables)
     sizes = [BufferLayout.of(plan.leaves()).size_bytes for plan in plans]

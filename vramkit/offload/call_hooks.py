@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator
 from types import FrameType, GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -48,10 +48,7 @@ class PassHook(hooks.ModuleHook):
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Open the pass and move the inputs."""
         if module is not self.engine.module:
-            raise ConflictError(
-                f"this {type(module).__name__} is a copy of an offloaded module and shares its hooks; "
-                "copy after remove(), or build a second model"
-            )
+            _refuse_copy(module)
         self.engine = self.engine.owner.current_engine() or self.engine
         self.engine.begin("forward")
         return self.engine.moved(args, kwargs)
@@ -115,10 +112,7 @@ class GroupHook(hooks.ModuleHook):
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Have the group on the device."""
         if module not in self.entries:
-            raise ConflictError(
-                f"this {type(module).__name__} is a copy of an offloaded module and shares its hooks; "
-                "copy after remove(), or build a second model"
-            )
+            _refuse_copy(module)
         if (torch.is_grad_enabled() and any_requires_grad((args, kwargs))) or forward_ad._current_level >= 0:  # noqa: SLF001
             raise TrainingError(
                 f"an input of {self.group.name or type(module).__name__} asks for gradients, which would pass through "
@@ -152,6 +146,13 @@ class EncoderHook(hooks.ModuleHook):
         assert isinstance(module, nn.TransformerEncoder)
         for parameter in module.layers[0].parameters():
             parameter.detach()
+
+
+def _refuse_copy(module: nn.Module) -> NoReturn:
+    raise ConflictError(
+        f"this {type(module).__name__} is a copy of an offloaded module and shares its hooks; "
+        "copy after remove(), or build a second model"
+    )
 
 
 def _may_be_skipped(module: nn.Module) -> bool:

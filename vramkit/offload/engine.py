@@ -13,15 +13,14 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from vramkit import hooks, tensors
-from vramkit.errors import ConcurrentUseError, ConflictError, TrainingError
+from vramkit import hooks
+from vramkit.errors import ConcurrentUseError, ConflictError
 from vramkit.offload.arguments import moved_call
 from vramkit.offload.assembly import assemble
 from vramkit.offload.backend import Fence, backend_for
@@ -32,12 +31,15 @@ from vramkit.offload.group import ModuleGroup
 from vramkit.offload.keeper import WeightKeeper
 from vramkit.offload.owner import Owner
 from vramkit.offload.partition import parts_of
-from vramkit.offload.passes import OpenCall, frame_of_module_call
+from vramkit.offload.passes import Calls, OpenCall, frame_of_module_call
+from vramkit.offload.refusals import refuse_fork, refuse_tracing, refuse_training
 from vramkit.offload.residents import Resident
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.ring import SlotRing
-from vramkit.offload.streamer import Counters, Streamer, outside_transforms
+from vramkit.offload.stats import Counters
+from vramkit.offload.streamer import Streamer
 from vramkit.offload.tables import TableHook
+from vramkit.offload.transforms import outside_transforms
 from vramkit.offload.uses import Uses
 from vramkit.offload.watch import is_resting
 from vramkit.tracing.recorder import track_of
@@ -91,9 +93,7 @@ class Engine:
         self._trainable = any(parameter.requires_grad for parameter in module.parameters())
         self.returned_bytes = 0  # copied back when what stays was let go
         self._lingering: list[ModuleGroup] = []  # held although none of their modules runs, until another is needed
-        self._open: list[OpenCall] = []  # calls that are running, outermost first
-        self._armed: list[OpenCall] = []  # methods that run, and become calls when they need weights
-        self._thread: int | None = None  # that they run in
+        self._calls = Calls()
         self._lock = threading.RLock()  # traced by a debugger, a Ctrl-C before the end of a `with` leaves it taken
         self.is_stale = False  # modules were added or replaced since
         self._computed: Fence | None = None  # the end of the latest pass
@@ -143,7 +143,7 @@ class Engine:
             steps.callback(self.ring.close)
             if self._computed is not None:
                 steps.callback(self._computed.synchronize)  # what stays may go to others
-            steps.callback(self._open.clear)
+            steps.callback(self._calls.open.clear)
             steps.callback(self._hook_of.clear)
             steps.callback(self._group_hooks.clear)
             steps.callback(self._streamer.close)
@@ -159,9 +159,7 @@ class Engine:
     def reset(self) -> None:
         """Forget a pass that was torn off, whichever thread it ran in."""
         with self._lock:
-            self._open.clear()
-            self._armed.clear()
-            self._thread = None
+            self._calls = Calls()
         self._forget_pass()
 
     @outside_transforms
@@ -183,7 +181,7 @@ class Engine:
     def rest(self, *, resident: bool) -> int:
         """Let go of slots, and with `resident` of what stays as well; return the bytes, 0 where a pass runs."""
         with self._lock:
-            if not self._is_idle():
+            if not self._calls.is_idle():
                 return 0
             self._mend()
             before = self.held_bytes
@@ -206,7 +204,7 @@ class Engine:
     def is_busy(self) -> bool:
         """Whether a pass runs, in whatever thread."""
         with self._lock:
-            return not self._is_idle()
+            return not self._calls.is_idle()
 
     @property
     def resident_bytes(self) -> int:
@@ -236,7 +234,7 @@ class Engine:
     def prefetch(self) -> None:
         """Load what the next pass starts with, where slots are there for it; unless one is open or was torn off."""
         with self._lock:
-            if self._thread is None and self._streamer.is_clean:
+            if self._calls.thread is None and self._streamer.is_clean:
                 self._streamer.prefill()
 
     @property
@@ -248,9 +246,7 @@ class Engine:
 
     def is_inside(self) -> bool:
         """Whether the calling thread is in a pass, or in a method that is one as soon as it needs weights."""
-        if self._thread is not None and self._thread != threading.get_ident():
-            return False
-        return any(call.is_running() for call in (*reversed(self._open), *reversed(self._armed)))
+        return self._calls.is_inside()
 
     def begin(self, name: str, *, frame: FrameType | None = None, is_whole: bool = True) -> None:
         """Open a pass, or a call inside one.
@@ -261,16 +257,15 @@ class Engine:
             ConflictError: a parameter was replaced since.
             StoreError: a file that weights rest in is no longer what it was.
         """
-        self._refuse_forked()
+        refuse_fork(self.module, self._process)
         call = OpenCall(name, frame or frame_of_module_call(), is_whole)
         with self._lock:
             self._refuse_other_threads()
             self._mend()
-            is_outermost = not self._open
+            is_outermost = not self._calls.open
             if is_outermost:
                 self._check_use()
-            self._thread = threading.get_ident()
-            self._open.append(call)
+            self._calls.begin(call)
         if is_outermost:
             self._handled = sys.exc_info()[1]
             self._streamer.track = track_of(self.module, self._backend)
@@ -289,47 +284,37 @@ class Engine:
     def end(self, name: str) -> None:
         """Close what `begin` opened; nothing to do where `begin` refused."""
         with self._lock:
-            at = next((at for at in reversed(range(len(self._open))) if self._open[at].name == name), None)
-            if at is None or self._thread != threading.get_ident():
-                return
-            call = self._open[at]
-            del self._open[at:]
+            call = self._calls.end(name)
+        if call is None:
+            return
         try:
-            self._let_go(call, is_outermost=not self._open)
-            error = sys.exc_info()[1]
-            if self._open:
-                pass
-            elif isinstance(error, torch.OutOfMemoryError) and error is not self._handled:
-                self.owner.give_memory()
-            elif error is None or error is self._handled:
-                self._place.check_files()  # what was written to meanwhile may be in what was computed
-                if self._uses.has_returned and not self.kept_bytes:  # who has a weight may write to it
-                    self.owner.rearrange()
+            self._let_go(call, is_outermost=not self._calls.open)
+            if not self._calls.open:
+                self._after_pass(sys.exc_info()[1])
         finally:
-            if not self._open:
+            if not self._calls.open:
                 self._handled = None
-                self._thread = None  # only now, so that no other thread begins while groups are being released
+                self._calls.thread = None  # only now, so that no other thread begins while groups are being released
 
     def arm(self, name: str, frame: FrameType) -> OpenCall:
         """Note that a method runs, which is a pass from when it first needs weights."""
         call = OpenCall(name, frame)
-        self._armed = [*(other for other in self._armed if other.is_running()), call]
+        self._calls.arm(call)
         return call
 
     def disarm(self, call: OpenCall) -> None:
         """End what `arm` began, and the pass that it may have become."""
-        self._armed = [other for other in self._armed if other is not call]
-        if any(open_call.frame is call.frame for open_call in self._open):
+        if self._calls.disarm(call):
             self.end(call.name)
 
     def begin_if_outside(self, name: str, *, is_whole: bool) -> bool:
         """Have a pass open: the one that is, the method's that runs, or a new one by this name; tell if it is that."""
         self._refuse_other_threads()
-        for call in reversed(self._open):
+        for call in reversed(self._calls.open):  # not `are_running`: each group comes by here
             if call.is_running():
                 return False
-        armed = next((call for call in self._armed if call.is_running()), None)
-        if armed is not None and self._thread in (None, threading.get_ident()):
+        armed = self._calls.armed()
+        if armed is not None:
             self.begin(armed.name, frame=armed.frame)
             return False
         self.begin(name, is_whole=is_whole)
@@ -369,27 +354,9 @@ class Engine:
         self._place.check_files()
         self._streamer.show_rest()
 
-    def resting_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each tensor that owners have now with an ordinary one in host memory that has its values."""
-        known: dict[int, torch.Tensor] = {}  # tied ones have several slots, some of which may stay on the device
-        for resident in self.assembly.residents:
-            shown, rest = resident.current(), resident.slot.rest
-            if shown is not None:
-                is_sparse = bool(tensors.sparse_parts(shown))
-                known[id(rest)] = shown.cpu() if is_sparse else tensors.like_owned(rest, shown)
-                yield shown, known[id(rest)]
-        for group in (*self.assembly.groups, *self.assembly.table_groups):
-            for slot in group.slots():
-                if id(slot.rest) not in known:
-                    known[id(slot.rest)] = tensors.like_owned(slot.rest, slot.rest)
-                yield slot.rest, known[id(slot.rest)]
-                placed = group.on_device(slot.rest)
-                if placed is not None:
-                    yield placed, known[id(slot.rest)]
-
     def given(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what a call of the module gives for `tensor`: for a weight at rest, the one on the device."""
-        if not is_resting(tensor) or not self._open or not self._keeper.knows(tensor):
+        if not is_resting(tensor) or not self._calls.open or not self._keeper.knows(tensor):
             return tensor
         return self._keeper.serve(tensor, self.given)
 
@@ -417,7 +384,7 @@ class Engine:
         hooks.attach(self.module, PassHook(self), record)
 
     def _acquire(self, group: ModuleGroup, user: nn.Module) -> None:
-        if self._open[0].is_whole:
+        if self._calls.open[0].is_whole:
             self._uses.note(user, group)
         self._streamer.acquire(group)
 
@@ -448,6 +415,15 @@ class Engine:
         if call.is_whole and (is_outermost or call.name == "forward"):
             self._end_pass()
 
+    def _after_pass(self, error: BaseException | None) -> None:
+        """Do what waits for the end of the outermost call. `error` is on its way, if any, or was before the call began."""
+        if error is None or error is self._handled:
+            self._place.check_files()  # what was written to meanwhile may be in what was computed
+            if self._uses.has_returned and not self.kept_bytes:  # who has a weight may write to it
+                self.owner.rearrange()
+        elif isinstance(error, torch.OutOfMemoryError):
+            self.owner.give_memory()
+
     def _end_pass(self) -> None:
         self._streamer.end_pass()
         self._uses.end_pass()
@@ -458,19 +434,10 @@ class Engine:
         if not self._holds_on:
             self._streamer.show_rest()
 
-    def _is_idle(self) -> bool:
-        """Whether no call runs: those of a pass that was torn off are not on the stack of the thread that they ran in."""
-        if self._thread not in (None, threading.get_ident()):
-            return False
-        return not any(call.is_running() for call in self._open)
-
     def _mend(self) -> None:
         """Forget what calls that no longer run left behind."""
-        running = [call for call in self._open if call.is_running()]
-        is_torn = len(running) < len(self._open)
         is_unclean = self._streamer.was_cut_short or (not self._holds_on and not self._streamer.is_clean)
-        if is_torn or (not running and is_unclean):
-            self._open = running
+        if self._calls.drop_torn() or (not self._calls.open and is_unclean):
             self._forget_pass()
 
     def _forget_pass(self) -> None:
@@ -482,16 +449,8 @@ class Engine:
         for lookup in self._table_hooks:
             lookup.forget()
 
-    def _refuse_forked(self) -> None:
-        if os.getpid() != self._process:
-            raise ConcurrentUseError(
-                f"{type(self.module).__name__} was offloaded in process {self._process}, of which this one is a fork: the "
-                "threads that load weights stayed there. Call remove() on its handle here and apply it again, or start "
-                "processes with multiprocessing's 'spawn' and load the model in each"
-            )
-
     def _refuse_other_threads(self) -> None:
-        if self._thread not in (None, threading.get_ident()):
+        if self._calls.are_elsewhere:
             raise ConcurrentUseError(
                 f"{type(self.module).__name__} is offloaded and running in another thread; its weights have one place on "
                 "the device. Run one call at a time, or give each thread a model of its own. (If that thread is gone: "
@@ -500,18 +459,9 @@ class Engine:
 
     def _check_use(self) -> None:
         self._place.check_files()
-        is_traced = torch._C._get_tracing_state() is not None  # noqa: SLF001 (`torch.jit.is_tracing` costs an import of it)
-        is_exported = getattr(torch.compiler, "is_exporting", bool)()  # since torch 2.7
-        if is_traced or is_exported:
-            raise ConflictError(
-                f"{type(self.module).__name__} is offloaded and is being traced by torch.jit or torch.export, which would "
-                "keep slots for weights; trace it before it is offloaded, or inside `with offload_of(module).edit():`"
-            )
-        if self._trainable and self.module.training and torch.is_grad_enabled():
-            raise TrainingError(
-                f"{type(self.module).__name__} is offloaded and in training mode with gradients on; streamed weights are "
-                "overwritten before a backward could use them. Call it under torch.no_grad() (or .eval()), or remove() first"
-            )
+        refuse_tracing(self.module)
+        if self._trainable:
+            refuse_training(self.module)
         self._streamer.drop_loads_of(self._keeper.take_changes())
         for group in self.assembly.groups:
             if group.is_outdated():

@@ -80,7 +80,7 @@ class Facade:
         memo[id(self)] = self
         if is_outermost and (share or not self._engine.is_inside()):
             self._engine.keep_writes()
-            for parameter, values in self._engine.resting_values():
+            for parameter, values in self._engine.assembly.resting_values():
                 memo[id(parameter)] = values if share else copy.deepcopy(values, memo)  # once for tied ones
         kind: type[nn.Module] = getattr(type(part), "offloaded_kind", type(part))
         twin = kind.__new__(kind)

@@ -14,9 +14,9 @@ from vramkit.errors import ConflictError
 from vramkit.offload.backend import Arrival
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.layout import BufferLayout, LeafSpec
-from vramkit.offload.passes import is_in_functional_call
 from vramkit.offload.placement import Placement
 from vramkit.offload.stores import JointStore, Store
+from vramkit.offload.transforms import is_in_functional_call
 from vramkit.offload.watch import shown, stands_for
 
 __all__ = ["ModuleGroup", "TensorSlot", "asks_for_gradients"]

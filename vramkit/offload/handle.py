@@ -14,58 +14,19 @@ from torch import nn
 from vramkit import hooks
 from vramkit.errors import ConflictError
 from vramkit.memory import format_bytes, module_bytes, tensor_bytes
-from vramkit.offload.assembly import parts_of
+from vramkit.offload.assembly import partitioned
 from vramkit.offload.backend import backend_for
-from vramkit.offload.call_hooks import PassHook
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.engine import Engine
 from vramkit.offload.partition import moved_bytes
 from vramkit.offload.resting import RestingPlace
-from vramkit.offload.streamer import Counters
+from vramkit.offload.stats import Counters, OffloadStats
 from vramkit.offload.turns import Turns, chosen_turns
 from vramkit.offload.uses import Uses
 
-__all__ = ["Offload", "OffloadStats", "editable", "offload_of"]
-
+__all__ = ["Offload"]
 
 _REARRANGEMENTS = 3  # one for the first whole pass, two for other kinds of passes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class OffloadStats:
-    """Figures of one offloaded module. Sizes in bytes, times in seconds; counts since it was applied."""
-
-    groups: int
-    """Groups that stream."""
-    streamed_bytes: int
-    """Bytes of one pass through all of them."""
-    resident_bytes: int
-    """Weights and buffers that stay on the device."""
-    slots: int
-    slot_bytes: int
-    """The ring takes ``slots * slot_bytes`` of device memory."""
-    stores: dict[str, int]
-    """Streamed bytes by where they rest."""
-    kept_bytes: int
-    """Groups that stay on the device, because a view of a weight of theirs was kept beyond a pass."""
-    held_bytes: int
-    """Device memory now: ``slots * slot_bytes + resident_bytes``, less while the module rests."""
-    table_bytes: int
-    """Embedding tables that are looked up where they rest."""
-    pinned_bytes: int
-    """Host memory that is page-locked."""
-    passes: int
-    loads: int
-    loaded_bytes: int
-    """What travelled to the device."""
-    demand_loads: int
-    """Loads that began only when they were needed."""
-    dropped_loads: int
-    """Loads that were not needed after all."""
-    stall_s: float
-    """How long the computing thread was held up by a worker thread (disk and pageable stores)."""
-    returned_bytes: int
-    """Weight bytes that were copied from the device to the host: none while models run, some when applying or removing."""
 
 
 class Offload:
@@ -328,7 +289,7 @@ class Offload:
         present = set(self.module.modules())
         if not all(present.issuperset(unit.holders) for unit in self._engine.assembly.units):
             return  # the forward replaced modules
-        units = parts_of(self.module, self._granted, times).units
+        units = partitioned(self.module, self._granted, times).units
         if moved_bytes(units, times) < moved_bytes(self._engine.assembly.units, times):
             with torch.inference_mode(mode=False):  # the call that ends may run in it, and the slots outlive the call
                 self._stop()
@@ -429,33 +390,3 @@ class Offload:
 
 def _share(config: OffloadConfig) -> str:
     return f"{config.slots} slots and {format_bytes(config.resident_bytes)} that stay"
-
-
-def offload_of(module: nn.Module) -> Offload | None:
-    """Return the handle of an offloaded `module`, or None."""
-    for hook in hooks.attached(module, PassHook):
-        if isinstance(hook.engine.owner, Offload):
-            return hook.engine.owner
-    return None
-
-
-@contextlib.contextmanager
-def editable(module: nn.Module) -> Iterator[None]:
-    """Open every offloaded part of `module` for changes: `Offload.edit` of whatever is offloaded, itself or below it."""
-    with contextlib.ExitStack() as stack:
-        for part in list(module.modules()):
-            offload = offload_of(part)
-            if offload is not None:
-                stack.enter_context(offload.edit())
-        yield
-
-
-def refuse_part_of_offloaded(module: nn.Module) -> None:
-    """Raise ConflictError where a part of `module` belongs to a larger module that is offloaded."""
-    covered = {part for root in module.modules() if offload_of(root) is not None for part in root.modules()}
-    for name, part in module.named_modules():
-        if part not in covered and any(isinstance(owner, Engine) for owner in hooks.marks(part)):
-            raise ConflictError(
-                f"{name or type(module).__name__} belongs to a larger module that is offloaded; change it inside "
-                "`with offload_of(that module).edit():`, or change that module"
-            )

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from types import FrameType
 
-from torch.nn.utils import stateless
-
-__all__ = ["OpenCall", "frame_of_module_call", "is_in_functional_call"]
+__all__ = ["Calls", "OpenCall", "frame_of_module_call"]
 
 _MODULE_CALL = ("inner", "_call_impl")  # functions of torch.nn.Module that run hooks and forward
 
@@ -50,11 +49,65 @@ def frame_of_module_call() -> FrameType | None:
     return None
 
 
-def is_in_functional_call() -> bool:
-    """Tell whether ``torch.func.functional_call`` is on the stack of the calling thread."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
-    while frame is not None:
-        if frame.f_code is stateless._functional_call.__code__:  # noqa: SLF001
-            return True
-        frame = frame.f_back
-    return False
+class Calls:
+    """The calls of one module that are open, all in one thread. Whoever changes them sees to it that nobody else does."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        """The one that they run in; it stays theirs until it is set free."""
+        self.open: list[OpenCall] = []
+        """Those that were begun and not ended, running or torn off; outermost first."""
+        self._armed: list[OpenCall] = []  # methods that run, and become calls when they need weights
+
+    @property
+    def are_elsewhere(self) -> bool:
+        """Whether they run in another thread than the calling one."""
+        return self.thread is not None and self.thread != threading.get_ident()
+
+    def is_inside(self) -> bool:
+        """Tell whether the calling thread is in one, or in a method that is one as soon as it needs weights."""
+        if self.are_elsewhere:
+            return False
+        return self.are_running() or any(map(OpenCall.is_running, reversed(self._armed)))
+
+    def is_idle(self) -> bool:
+        """Tell whether none runs: those that were torn off are not on the stack of the thread that they ran in."""
+        return not self.are_elsewhere and not self.are_running()
+
+    def are_running(self) -> bool:
+        """Tell whether one is on the stack of the calling thread."""
+        return any(map(OpenCall.is_running, reversed(self.open)))
+
+    def armed(self) -> OpenCall | None:
+        """Return the outermost method that runs and may become one."""
+        return next((call for call in self._armed if call.is_running()), None)
+
+    def begin(self, call: OpenCall) -> None:
+        """Note that `call` begins in the calling thread."""
+        self.thread = threading.get_ident()
+        self.open.append(call)
+
+    def end(self, name: str) -> OpenCall | None:
+        """End the innermost one by that name, and what is open inside it; None where there is none in this thread."""
+        at = next((at for at in reversed(range(len(self.open))) if self.open[at].name == name), None)
+        if at is None or self.thread != threading.get_ident():
+            return None
+        call = self.open[at]
+        del self.open[at:]
+        return call
+
+    def arm(self, call: OpenCall) -> None:
+        """Note a method that runs, and may become one."""
+        self._armed = [*(other for other in self._armed if other.is_running()), call]
+
+    def disarm(self, call: OpenCall) -> bool:
+        """Forget what `arm` has noted; tell whether it has become one that is still open."""
+        self._armed = [other for other in self._armed if other is not call]
+        return any(open_call.frame is call.frame for open_call in self.open)
+
+    def drop_torn(self) -> bool:
+        """Forget those that no longer run; tell if there were any."""
+        running = [call for call in self.open if call.is_running()]
+        is_torn = len(running) < len(self.open)
+        self.open = running
+        return is_torn

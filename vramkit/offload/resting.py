@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
-import secrets
-import shutil
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -29,12 +25,11 @@ from vramkit.offload.disk import (
     FileSpan,
     ForeignViews,
     MappedFile,
-    SpillFile,
+    SpillFolder,
     check_files_of,
     file_of,
     forget_span,
     read_workers,
-    remove_rubbish,
     span_of,
 )
 from vramkit.offload.inventory import Inventory, Item
@@ -68,11 +63,8 @@ class RestingPlace:
         self._read_workers: Workers | None = None  # that all readers share
         self._spilled: dict[Item, None] = {}
         self._came_from: dict[Item, torch.device] = {}
-        self._folder: Path | None = None
-        self._process = os.getpid()
         self._files: tuple[MappedFile, ...] = ()
-        self._spills: list[SpillFile] = []
-        self._spill_count = 0
+        self._spills = None if config.disk_folder is None else SpillFolder(config.disk_folder)
         self._is_checked = False
         self.copied_to_host_bytes = 0
 
@@ -146,8 +138,8 @@ class RestingPlace:
             devices = {leaf.device for leaf in item.leaves()} - {torch.device("cpu")}
             if devices:
                 self._came_from[item] = devices.pop()
-        if self._config.disk_folder is not None:
-            self._spill(units)
+        if self._spills is not None:
+            self._spill(units, self._spills)
             return
         to_ram = self._config.store == "registered"  # asked for: files are read into RAM once
         for items in units:
@@ -167,11 +159,11 @@ class RestingPlace:
         files = (file_of(leaf) for item in inventory for leaf in item.leaves())
         used = {id(file): file for file in files if file is not None}
         self._files = tuple(used.values())
-        for file in [file for file in self._spills if id(file) not in used]:
-            self._spills.remove(file)
-            if file in self._readers:
-                self._readers.pop(file).close()
-            file.path.unlink(missing_ok=True)
+        if self._spills is not None:
+            for file in [file for file in self._spills.files if id(file) not in used]:
+                if file in self._readers:
+                    self._readers.pop(file).close()
+                self._spills.drop(file)
         if self._spilled:
             give_free_memory_back()  # small weights lay in between others, and their memory would stay with the process
 
@@ -263,6 +255,7 @@ class RestingPlace:
             StoreError: a file that weights rest in is no longer what it was, so they are lost. All the rest was done.
         """
         files, lost = self._files, None
+        ours: Sequence[MappedFile] = () if self._spills is None else self._spills.files
         for item in self._spilled:
             try:
                 check_files_of(item.leaves())
@@ -270,7 +263,7 @@ class RestingPlace:
                 lost = error
                 continue
             with torch.inference_mode(False):  # the weights shall not become inference tensors by that
-                item.move_to([leaf.clone() if file_of(leaf) in self._spills else leaf for leaf in item.leaves()])
+                item.move_to([leaf.clone() if file_of(leaf) in ours else leaf for leaf in item.leaves()])
         self._spilled.clear()
         self._pins.close()
         self._staging.close()
@@ -281,10 +274,8 @@ class RestingPlace:
         if self._read_workers is not None:
             self._read_workers.close()
             self._read_workers = None
-        self._spills.clear()
-        if self._folder is not None:
-            _remove(self._folder, self._process)
-            self._folder = None
+        if self._spills is not None:
+            self._spills.remove()
         self._files = ()
         _living().discard(self)
         if lost is not None:
@@ -325,26 +316,14 @@ class RestingPlace:
             self.copied_to_host_bytes += 0 if leaf.device.type == "cpu" else leaf.nbytes
         move_loose(items, views, in_files=to_ram)
 
-    def _spill(self, units: Sequence[Sequence[Item]]) -> None:
-        """Write tensors to a new file in a folder of this module alone, unit by unit, and let them be views of that file.
-
-        A folder is never read by another module or a later run, so nothing stale is ever served.
-        """
+    def _spill(self, units: Sequence[Sequence[Item]], folder: SpillFolder) -> None:
+        """Write tensors to a new file, unit by unit, and let them be views of that file."""
         loose = [[item for item in items if is_loose(item) and not self._is_seen_by_others(item)] for items in units]
         leaves = loose_leaves({item: None for items in loose for item in items})
         if not leaves:
             return
-        if self._folder is None:
-            assert self._config.disk_folder is not None
-            folder = self._config.disk_folder / f"vramkit-{secrets.token_hex(8)}"
-            weakref.finalize(self, _remove, folder, self._process)
-            remove_rubbish(self._config.disk_folder.glob("vramkit-" + "[0-9a-f]" * 16))
-            self._folder = folder  # known before it is made, so that `close` finds it whatever comes between
-            _make(folder)
-        file = SpillFile(self._folder / f"{self._spill_count:05d}.bin", leaves)
+        file = folder.new_file(leaves)
         del leaves  # they are let go of unit by unit
-        self._spill_count += 1
-        self._spills.append(file)
         for items in loose:
             new = [item for item in items if item not in self._spilled]  # tied ones are in several units
             views = file.add(loose_leaves(new))
@@ -381,12 +360,6 @@ def is_loose(item: Item) -> bool:
     return bool(loose_leaves([item]))
 
 
-def _remove(folder: Path, process: int) -> None:
-    """Remove a folder of spilled weights, if this is the process that made it, and not one that was forked from that."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class _Living:
     """The resting places that there are. Those of modules that go without `remove` are garbage in a circle.
 
@@ -412,12 +385,3 @@ class _Living:
 @functools.cache
 def _living() -> _Living:
     return _Living()
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-    except OSError as error:
-        raise StoreError(
-            f"offload_to_disk_path={str(folder.parent)!r} cannot be written: {error.strerror or error}"
-        ) from error

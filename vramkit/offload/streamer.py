@@ -8,58 +8,28 @@ wrong byte.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._functorch import pyfunctorch
 from torch.profiler import record_function
 
 from vramkit.offload.backend import Arrival, Backend, Copying, Fence
 from vramkit.offload.group import ModuleGroup
 from vramkit.offload.orders import Orders
 from vramkit.offload.ring import Region, SlotRing
+from vramkit.offload.stats import Counters
+from vramkit.offload.transforms import outside_transforms
 
 if TYPE_CHECKING:
     from vramkit.tracing.recorder import Track
 
-__all__ = ["Counters", "Streamer", "outside_transforms"]
+__all__ = ["Streamer"]
 
 _NO_SPAN = nullcontext()
 _OUTDATED = -1  # the version of a load of what is no longer at rest
-
-
-_Self = TypeVar("_Self")
-_Args = ParamSpec("_Args")
-
-
-def outside_transforms(step: Callable[Concatenate[_Self, _Args], None]) -> Callable[Concatenate[_Self, _Args], None]:
-    """Take a step outside a transform of ``torch.func`` that runs, which would take tensors of bytes for its own."""
-
-    @functools.wraps(step)
-    def run(self: _Self, *args: _Args.args, **kwargs: _Args.kwargs) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # noqa: SLF001 (torch has no public reader)
-            step(self, *args, **kwargs)
-            return
-        with pyfunctorch.temporarily_clear_interpreter_stack():
-            step(self, *args, **kwargs)
-
-    return cast("Callable[Concatenate[_Self, _Args], None]", run)
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """What has happened since the weights were first offloaded."""
-
-    passes: int = 0
-    loads: int = 0
-    loaded_bytes: int = 0
-    demand_loads: int = 0
-    dropped_loads: int = 0
-    stall_s: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, eq=False)

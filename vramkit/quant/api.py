@@ -19,8 +19,8 @@ from vramkit.casting.weights import Reason, Role, Skips, Weight, owner_of, reaso
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload.backend import accelerator_for
-from vramkit.offload.handle import editable, refuse_part_of_offloaded
 from vramkit.offload.inventory import refuse_foreign_hooks
+from vramkit.offload.offloaded import editable, refuse_part_of_offloaded
 from vramkit.quant.config import QuantConfig
 from vramkit.quant.handler import Handler
 from vramkit.quant.registry import as_config, handler_for

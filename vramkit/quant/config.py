@@ -65,7 +65,13 @@ class QuantConfig:
             if name not in own:
                 raise ConfigError(f"{cls.backend} has no option {key!r}; expected some of {', '.join(sorted(own))}")
             given[name] = value
-        return cls(**given)
+        try:
+            return cls(**given)
+        except ConfigError as error:
+            said = str(error)  # of our names
+            for key in options:
+                said = said.replace(f" {cls.peer_names.get(key)}=", f" {key}=")
+            raise ConfigError(said) from error
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON keeps them, with the backend's name."""

@@ -18,7 +18,7 @@ from vramkit.errors import CheckpointError, ConfigError
 from vramkit.offload import load_mapped
 from vramkit.offload.checkpoint import TensorEntry, read_checkpoint, write_weights
 from vramkit.offload.disk import staged_folder
-from vramkit.offload.handle import editable
+from vramkit.offload.offloaded import editable
 from vramkit.quant.api import Quantizer, note_quantization, quantization_of
 from vramkit.quant.config import Fp8Config, GgufConfig, QuantConfig
 from vramkit.quant.handler import Handler

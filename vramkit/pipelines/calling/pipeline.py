@@ -19,7 +19,7 @@ from vramkit.errors import StoreError
 from vramkit.extras import extra
 from vramkit.offload import offload_of
 from vramkit.offload.disk import staged_folder
-from vramkit.offload.handle import editable
+from vramkit.offload.offloaded import editable
 from vramkit.pipelines.calling.checkpoints import CheckpointCalls, check_names
 from vramkit.pipelines.calling.memory import MemoryCalls
 from vramkit.pipelines.loading.absent import Absent

@@ -296,7 +296,7 @@ class Model(nn.Module):
         """
         from vramkit.offload.checkpoint import distinct_weights, write_weights  # noqa: PLC0415 - the engine is needed only once weights are
         from vramkit.offload.disk import staged_folder  # noqa: PLC0415
-        from vramkit.offload.handle import editable, refuse_part_of_offloaded  # noqa: PLC0415
+        from vramkit.offload.offloaded import editable, refuse_part_of_offloaded  # noqa: PLC0415
 
         how = saving_arguments(variant, max_shard_size, others)
         refuse_adapters(self)

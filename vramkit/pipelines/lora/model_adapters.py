@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vramkit.errors import ConfigError, ConflictError
-from vramkit.offload.handle import editable, offload_of
+from vramkit.offload.offloaded import editable, offload_of
 from vramkit.pipelines.lora import layers
 from vramkit.pipelines.lora.differences import Differences, refuse_unchangeable
 from vramkit.pipelines.lora.hotswap import fits, owned, padded, write

@@ -1,21 +1,8 @@
-"""Whoever touches a weight of an offloaded module is seen, wherever it got the weight from.
-
-Hooks see the modules that are called. They do not see a child that is called past its parent, a ``forward`` that is called
-directly, a weight that another module reads, or a change through ``.data``. So weights get classes of their own while their
-module is offloaded, which change nothing that they are (name, type checks, attributes, bytes) and see who touches them:
-
-- *resting*: the parameters that a module owns while nothing runs. Torch asks such a class before every operation
-  (``__torch_function__``). Inside a pass a read is answered with the weight on the device; outside, what may change the
-  bytes is noted, and what would replace the memory is refused.
-- *shown*: what owners have while their group is on the device. Only ``.data`` is special: what is written through it is
-  found again, although torch does not count it. Operations cost what they cost on any parameter.
-"""
+"""The parameters that a module owns while nothing runs: whoever touches them is answered, noted or refused."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,61 +15,18 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from vramkit import tensors
 from vramkit.errors import ConflictError, TrainingError
 from vramkit.offload.arguments import any_requires_grad
+from vramkit.offload.watch.base import Watched, as_they_were, derived, has_memory_of
 
-__all__ = [
-    "Keeper",
-    "data_at_rest",
-    "data_of",
-    "forget_data",
-    "is_resting",
-    "released",
-    "resting",
-    "shown",
-    "stand_in",
-    "stands_for",
-    "with_data",
-    "written_through_data",
-]
-
-_ALIAS, _SHOWN = "_vramkit_data", "_vramkit_shown"  # notes that a shown tensor carries
+__all__ = ["Keeper", "data_at_rest", "is_resting", "released", "resting"]
 
 # What tells about a tensor and reads none of its bytes: methods, and attributes (all except those in _VIEWS).
 _TELLING = frozenset(
     {
-        *(
-            "__hash__",
-            "__len__",
-            "__repr__",
-            "__format__",
-            "__setstate__",
-            "dim",
-            "ndimension",
-            "size",
-            "stride",
-            "numel",
-        ),
-        *(
-            "nelement",
-            "element_size",
-            "storage_offset",
-            "is_floating_point",
-            "is_complex",
-            "is_signed",
-            "is_contiguous",
-        ),
-        *(
-            "is_conj",
-            "is_neg",
-            "is_inference",
-            "is_shared",
-            "is_pinned",
-            "is_same_size",
-            "is_set_to",
-            "has_names",
-            "_is_view",
-        ),
+        *("__hash__", "__len__", "__repr__", "__format__", "__setstate__", "_has_compatible_shallow_copy_type"),
+        *("dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "storage_offset"),
+        *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference"),
+        *("is_shared", "is_pinned", "is_same_size", "is_set_to", "has_names", "_is_view"),
         *("requires_grad_", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"),
-        "_has_compatible_shallow_copy_type",
     }
 )
 _PLACES = frozenset(["device", "is_cuda", "is_cpu", "is_xpu", "is_meta", "get_device", "layout"])
@@ -123,31 +67,8 @@ class Keeper(Protocol):
         """Raise ConflictError: the memory of `rest` would be replaced."""
 
 
-class _Watched:
-    """Mixed into the class of a parameter; copies, pickles and prints are of the parameter that it was."""
-
-    watched_kind: type[torch.Tensor]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        tensor = cast("torch.Tensor", self)
-        with _as_they_were([tensor]):
-            copied: torch.Tensor = tensor.__deepcopy__(memo)  # type: ignore[no-untyped-call]
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        tensor = cast("torch.Tensor", self)
-        with _as_they_were([tensor]):
-            make, made_of, *rest = tensor.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-        return make, tuple(map(_without_notes, made_of)), *rest
-
-    def __repr__(self) -> str:
-        tensor = cast("torch.Tensor", self)
-        with _as_they_were([tensor]):
-            return repr(tensor)
-
-
-class _Resting(_Watched):
-    """See the module."""
+class _Resting(Watched):
+    """Mixed into the class of a parameter at rest."""
 
     keepers: tuple[weakref.ref[Keeper], ...]  # several where models share a parameter
 
@@ -158,15 +79,15 @@ class _Resting(_Watched):
         if not is_itself:
             for keeper in _keepers_of(tensor):
                 keeper.refuse_replacing(tensor)
-        with _as_they_were([tensor]):
-            return tensor if is_itself else tensor.set_(*(() if source is None else (source, *args)), **kwargs)
+            given = () if source is None else (source, *args)
+            as_they_were([tensor], lambda: tensor.set_(*given, **kwargs))
+        return tensor
 
     def as_subclass(self, kind: type[torch.Tensor]) -> torch.Tensor:
         """Answer from the device inside a pass: torch does not ask the class about this method either."""
         tensor = cast("torch.Tensor", self)
         placed = _on_device(tensor, torch.Tensor.as_subclass)
-        with _as_they_were([tensor]):
-            return (tensor if placed is None else placed).as_subclass(kind)
+        return as_they_were([tensor], lambda: (tensor if placed is None else placed).as_subclass(kind))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         placed = _on_device(cast("torch.Tensor", self), copy.deepcopy)
@@ -197,8 +118,7 @@ class _Resting(_Watched):
         if name in _TELLING or (attribute and attribute not in _ANSWERED):
             inside = {}
         if not inside:
-            with _as_they_were(found.values()):
-                result = func(*args, **kwargs)
+            result = as_they_were(found.values(), func, *args, **kwargs)
             for tensor in found.values():
                 if _is_view_of(result, tensor):
                     for keeper in _keepers_of(tensor):
@@ -246,59 +166,7 @@ def released(tensor: torch.Tensor, keeper: Keeper) -> None:
 
 def data_at_rest(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor.data``, unnoticed."""
-    with _as_they_were([tensor]):
-        return tensor.data
-
-
-def shown(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Wrap `tensor`, on the device, so that a module can own it as it owns `like`."""
-    kind = _shown_class(tensors.kind_of(like)) if tensors.is_plain(like) else None
-    owned = tensors.as_owned(tensor, like=like, kind=kind)
-    stand_in(owned, like)
-    return owned
-
-
-def stand_in(tensor: torch.Tensor, rest: torch.Tensor) -> None:
-    """Note on `tensor` that owners have it for `rest` for a while."""
-    setattr(tensor, _SHOWN, id(rest))
-
-
-def stands_for(tensor: torch.Tensor, rest: torch.Tensor) -> bool:
-    """Tell whether `tensor` was made to be shown for `rest`, by whichever group."""
-    return getattr(tensor, _SHOWN, None) == id(rest)
-
-
-def with_data(shown_tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Return those of which ``.data`` was handed out."""
-    return [tensor for tensor in shown_tensors if _ALIAS in tensor.__dict__]
-
-
-def forget_data(tensor: torch.Tensor) -> None:
-    """Forget what was handed out as ``.data`` of a shown tensor."""
-    vars(tensor).pop(_ALIAS, None)
-
-
-def data_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what was handed out as ``.data`` of a shown tensor (`with_data`), and may still be written to."""
-    return _noted(tensor)[0]
-
-
-def written_through_data(tensor: torch.Tensor) -> bool:
-    """Tell whether somebody wrote to a shown tensor through ``.data`` (`with_data`) since this was asked last."""
-    alias, before = _noted(tensor)
-    vars(tensor)[_ALIAS] = alias, tensors.version(alias)
-    return tensors.version(alias) != before
-
-
-def _without_notes(attributes: Any) -> Any:
-    is_noted = type(attributes) is dict and _SHOWN in attributes
-    return {key: attributes[key] for key in attributes if key not in (_ALIAS, _SHOWN)} if is_noted else attributes
-
-
-def _noted(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return what was handed out as ``.data``, and its version when it was last looked at."""
-    noted: tuple[torch.Tensor, int] = vars(tensor)[_ALIAS]
-    return noted
+    return as_they_were([tensor], lambda: tensor.data)
 
 
 def _before_touching(
@@ -332,9 +200,12 @@ def _is_view_of(result: Any, tensor: torch.Tensor) -> bool:
         return any(_is_view_of(each, tensor) for each in result)
     if not isinstance(result, torch.Tensor) or result is tensor or not _is_strided(result) or not _is_strided(tensor):
         return False
-    with _as_they_were([tensor]):
-        mine, its = (each.untyped_storage()._cdata for each in (tensor, result))  # noqa: SLF001 (fake ones have no data_ptr)
-    return bool(mine == its)
+    mine, its = as_they_were([tensor], lambda: [_storage_id(each) for each in (tensor, result)])
+    return mine == its
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 (fake ones have no data_ptr)
 
 
 def _is_strided(tensor: torch.Tensor) -> bool:
@@ -351,28 +222,7 @@ def _refuse_making_a_parameter() -> None:
 
 
 def _is_the_same_memory(tensor: torch.Tensor, other: Any) -> bool:
-    with _as_they_were([tensor]):
-        return isinstance(other, torch.Tensor) and _has_memory_of(tensor, other)
-
-
-def _has_memory_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    if not tensors.is_plain(tensor) or not tensors.is_plain(other) or other.device != tensor.device:
-        return False
-    mine = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-    return mine == (other.data_ptr(), other.dtype, other.shape, other.stride())
-
-
-@contextlib.contextmanager
-def _as_they_were(watched: Iterable[torch.Tensor]) -> Iterator[None]:
-    """For a moment let tensors be of the class that they had."""
-    classes = [(cast("Any", tensor), type(tensor)) for tensor in watched if isinstance(tensor, _Watched)]
-    try:
-        for tensor, kind in classes:
-            tensor.__class__ = kind.watched_kind
-        yield
-    finally:
-        for tensor, kind in classes:
-            tensor.__class__ = kind
+    return isinstance(other, torch.Tensor) and as_they_were([tensor], has_memory_of, tensor, other)
 
 
 def _names(func: Callable[..., Any]) -> tuple[str, str]:
@@ -419,43 +269,5 @@ def _resting_class(kind: type[torch.Tensor], keepers: tuple[weakref.ref[Keeper],
     classes: dict[Any, type[torch.Tensor]] = latest.__dict__.setdefault("_resting_classes", {}) if latest else {}
     key = kind, tuple(map(id, keepers))  # of references, which are one for each keeper
     if key not in classes:
-        classes[key] = _derived(kind, _Resting, {"keepers": keepers})
+        classes[key] = derived(kind, _Resting, {"keepers": keepers})
     return classes[key]
-
-
-@functools.cache
-def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
-    def get_data(self: Any) -> torch.Tensor:
-        held = vars(self)
-        if _ALIAS not in held:
-            held[_ALIAS] = cast("Any", kind.data).__get__(self), 0
-        alias: torch.Tensor = held[_ALIAS][0]
-        return alias
-
-    def note_other_memory(self: Any) -> None:
-        vars(self)[_ALIAS] = cast("Any", kind.data).__get__(self), -1  # no version: that is how the change is found
-
-    def set_data(self: Any, value: torch.Tensor) -> None:
-        cast("Any", kind.data).__set__(self, value)
-        note_other_memory(self)
-
-    def set_(self: Any, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Torch's parametrizations set a parameter to itself at every use, which would count as a write.
-        if isinstance(source, torch.Tensor) and not args and not kwargs and _has_memory_of(self, source):
-            return cast("torch.Tensor", self)
-        kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
-        note_other_memory(self)
-        return cast("torch.Tensor", self)
-
-    return _derived(kind, _Shown, {"data": property(get_data, set_data), "set_": set_})
-
-
-class _Shown(_Watched):
-    """See the module."""
-
-
-def _derived(kind: type[torch.Tensor], mixin: type, members: dict[str, Any]) -> type[torch.Tensor]:
-    """Derive a class from `kind` that goes by its name: messages and files that name classes stay as they were."""
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "watched_kind": kind}
-    derive: Any = type(kind)
-    return cast("type[torch.Tensor]", derive(kind.__name__, (mixin, kind), named | members))
