@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -228,7 +229,7 @@ class _StreamQueue:
         self._arrivals: Any = None  # a stream, where there are any
 
     def submit(self, job: Copying, after: Iterable[Fence]) -> Fence:
-        with self._api.stream(self._stream):
+        with self._inside(self._stream):
             for fence in after:
                 fence.wait()  # "computation issued from now on" is what this stream does next
             arrivals = job()
@@ -236,11 +237,16 @@ class _StreamQueue:
         if not arrivals:
             return issued
         self._arrivals = self._arrivals or self._api.Stream(device=self._device)
-        with self._api.stream(self._arrivals):
+        with self._inside(self._arrivals):
             issued.wait()
             for arrival in arrivals:
                 arrival.wait()
             return _EventFence(self._api, self._arrivals)
+
+    def _inside(self, stream: Any) -> AbstractContextManager[object]:
+        """Enter a stream: by itself where torch lets that be done, which takes it 1 us instead of 10."""
+        entered: AbstractContextManager[object] = stream if hasattr(stream, "__enter__") else self._api.stream(stream)
+        return entered
 
     def drain(self) -> None:
         self._stream.synchronize()

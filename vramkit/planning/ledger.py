@@ -8,6 +8,7 @@ computation will be.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from vramkit.planning.holes import Lives, is_small, passed
 from vramkit.planning.operators import Operator, operator_of
 
 __all__ = ["Device", "Ledger", "Results", "Segment"]
@@ -40,6 +42,8 @@ class Segment:
     peak_bytes: int
     flops: int = 0
     calls: int = 0
+    lives: Lives = dataclasses.field(default_factory=list)
+    """Large tensors that were there when it began, and what came and went since; on an accelerator only."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -63,6 +67,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_host_memory: set[int] = set()
         self._choices: dict[int, int] = {}
         self._counted_flops: dict[Any, int] = {}
+        self._numbers = itertools.count()
+        self._living: dict[int, int] = {}  # bytes of large tensors by number
         self._answers = {**_ANSWERS, torch.ops.aten.bincount: self._counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +93,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(result):
             note(tensor)
         if self._on_accelerator and operator.is_convolution:
-            self.raise_peak(_workspace_bytes(result, *args))
+            workspace_bytes = _workspace_bytes(result, *args)
+            self.raise_peak(workspace_bytes)
+            self._dies(self._is_made(workspace_bytes))
         return result
 
     def enter(self, tensor: torch.Tensor) -> None:
@@ -100,10 +108,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def forget() -> None:
             self._seen.discard(key)
             self.live_bytes -= size_bytes
+            self._dies(number)
 
         self._seen.add(key)
         self.raise_peak(size_bytes)
         self.live_bytes += size_bytes
+        number = self._is_made(size_bytes)
         weakref.finalize(storage, forget)
 
     def ignore(self, tensor: torch.Tensor) -> None:
@@ -124,13 +134,39 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def turn_to(self, component: str) -> Segment:
         """Begin a segment of `component` unless the current one is its own; return it."""
         if self.segments[-1].component != component:
-            self.segments.append(Segment(component, self.live_bytes))
+            self.segments.append(Segment(component, self.live_bytes, lives=list(self._living.items())))
         return self.segments[-1]
 
     def add_flops(self, flops: int) -> None:
         """Add work to the current segment."""
         self.flops += flops
         self.segments[-1].flops += flops
+
+    def mark(self) -> tuple[int, int]:
+        """Return a point in the book, for `passed_since`."""
+        return len(self.segments), len(self.segments[-1].lives)
+
+    def passed_since(self, mark: tuple[int, int]) -> Lives:
+        """Return the large tensors that were made and died since, where no other component computed meanwhile."""
+        segments, lives = mark
+        return passed(self.segments[-1].lives[lives:]) if segments == len(self.segments) else []
+
+    def repeat(self, passed: Lives) -> None:
+        """Enter that tensors came and went as some did before."""
+        numbers = {number: next(self._numbers) for number in dict(passed)}
+        self.segments[-1].lives += [(numbers[number], size_bytes) for number, size_bytes in passed]
+
+    def _is_made(self, size_bytes: int) -> int | None:
+        if not self._on_accelerator or is_small(size_bytes):
+            return None
+        number = next(self._numbers)
+        self._living[number] = size_bytes
+        self.segments[-1].lives.append((number, size_bytes))
+        return number
+
+    def _dies(self, number: int | None) -> None:
+        if number is not None:
+            self.segments[-1].lives.append((number, -self._living.pop(number)))
 
     def _is_on_host(self, given: list[torch.Tensor]) -> bool:
         if not self._in_host_memory:

@@ -15,6 +15,7 @@ from vramkit.offload.config import OffloadConfig
 from vramkit.offload.partition import slot_bytes_for
 from vramkit.planning.components import Component
 from vramkit.planning.features import Features, Settings
+from vramkit.planning.holes import NO_ROOM, Room, room_for
 from vramkit.planning.ledger import Segment
 from vramkit.planning.narrowing import Stored
 from vramkit.planning.rehearsal import Known, rehearse
@@ -91,18 +92,18 @@ class Work:
     """Of all calls."""
     turns: int
     """How many times it begins after another component."""
-    spare_bytes: int = 0
+    holes: Room = NO_ROOM
     """Kept free beside activations: the allocator leaves holes between them."""
 
     @property
     def room_bytes(self) -> int:
         """What weights have to leave to it."""
-        return self.activation_bytes + self.spare_bytes
+        return self.activation_bytes + self.holes.needed_bytes
 
     @property
     def ample_bytes(self) -> int:
         """What weights leave to it that could as well travel: where holes are filled all the time, the device waits."""
-        return self.activation_bytes + 2 * self.spare_bytes
+        return self.activation_bytes + self.holes.ample_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,8 +122,11 @@ class Variant:
         return dataclasses.replace(self, works=tuple(works))
 
     def spared(self, share: float) -> Variant:
-        """Return the same with so large a share of activations kept free beside them."""
-        works = (dataclasses.replace(work, spare_bytes=int(work.activation_bytes * share)) for work in self.works)
+        """Return the same with at least so large a share of activations for holes, and twice that where it is ample."""
+        works = (
+            dataclasses.replace(work, holes=work.holes.at_least(int(work.activation_bytes * share)))
+            for work in self.works
+        )
         return dataclasses.replace(self, works=tuple(works))
 
     def repeated(self, times: float) -> Variant:
@@ -213,6 +217,7 @@ def works_of(segments: Sequence[Segment], components: Mapping[str, Component]) -
     at = [index for index, segment in enumerate(segments) if segment.component in denoisers]
     first, last = (at[0], at[-1]) if at else (len(segments), len(segments))
     found: dict[tuple[str, str], Work] = {}
+    fullest: dict[tuple[str, str], Segment] = {}
     for index, segment in enumerate(segments):
         phase = "encode" if index < first else "denoise" if index <= last else "decode"
         if not at and segment.component:
@@ -220,6 +225,8 @@ def works_of(segments: Sequence[Segment], components: Mapping[str, Component]) -
         key = (phase, segment.component)
         nothing = Work(phase=phase, component=segment.component, activation_bytes=0, calls=0, flops=0, turns=0)
         before = found.get(key, nothing)
+        if segment.peak_bytes >= before.activation_bytes:
+            fullest[key] = segment
         found[key] = dataclasses.replace(
             before,
             activation_bytes=max(before.activation_bytes, segment.peak_bytes),
@@ -227,7 +234,8 @@ def works_of(segments: Sequence[Segment], components: Mapping[str, Component]) -
             flops=before.flops + segment.flops,
             turns=before.turns + 1,
         )
-    return tuple(work for work in found.values() if work.component or work.activation_bytes)
+    works = (dataclasses.replace(work, holes=room_for(fullest[key].lives)) for key, work in found.items())
+    return tuple(work for work in works if work.component or work.activation_bytes)
 
 
 def order_of(works: Iterable[Work]) -> tuple[str, ...]:

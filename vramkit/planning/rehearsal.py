@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from vramkit.offload.arguments import with_tensors
+from vramkit.planning.holes import Lives
 from vramkit.planning.ledger import Device, Ledger, Results, Segment
 
 __all__ = ["Deed", "Known", "Outline", "Rehearsal", "rehearse"]
+
+_REPEATS = 8  # how often tensors that come and go in the same way are played: more of it makes no other holes
 
 
 class Outline:
@@ -70,6 +73,8 @@ class Deed:
     grown_bytes: int  # peak over what was alive when it began
     kept_bytes: int  # tables that the first call made for all that follow
     flops: int
+    passed: Lives
+    """Large tensors that it made and let go of."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -136,6 +141,7 @@ class _Watch:
         self._ledger = ledger
         self._known = known
         self._seen: set[Any] = set()
+        self._repeated: Counter[Any] = Counter()
         self._is_inside = False
 
     def watching_component(self, name: str, module: nn.Module, method: str) -> AbstractContextManager[None]:
@@ -192,6 +198,7 @@ class _Watch:
             return self._entered(key, deed, deed.output, [reference() for reference in references], lists)
         before = [[_reference(item) for item in each] for each in lists]
         listed = _storages(lists)
+        mark = ledger.mark()
         base_bytes, peak_bytes, flops = ledger.live_bytes, ledger.peak_bytes, ledger.flops
         ledger.peak_bytes = base_bytes
         try:
@@ -213,6 +220,7 @@ class _Watch:
             grown_bytes=grown_bytes,
             kept_bytes=max(0, kept_bytes),
             flops=ledger.flops - flops,
+            passed=ledger.passed_since(mark),
         )
         return output
 
@@ -225,6 +233,9 @@ class _Watch:
             self._seen.add(key)
             ledger.live_bytes += deed.kept_bytes
         ledger.raise_peak(deed.grown_bytes - deed.kept_bytes)
+        self._repeated[key] += 1
+        if self._repeated[key] <= _REPEATS:
+            ledger.repeat(deed.passed)
         ledger.add_flops(deed.flops)
         output, written = told.filled(given)
         for at, items in written.items():
