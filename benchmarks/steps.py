@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.measure import digest, peaks, reset_peaks, synchronize
+from benchmarks.measure import digest, peaks, reset_peaks, synchronize, trouble
 from benchmarks.rows import Row
 
 __all__ = ["Steps"]
@@ -25,6 +25,8 @@ class Steps:
     bytes: list[int] = dataclasses.field(default_factory=list)
     """What had travelled at the end of each step."""
     peaks: Row = dataclasses.field(default_factory=dict)
+    retries: list[int] = dataclasses.field(default_factory=list)
+    """How often the allocator had given back what it keeps, at the end of each step."""
     digest: str = ""
 
     def begin(self) -> None:
@@ -38,6 +40,7 @@ class Steps:
         synchronize()
         self.seconds.append(time.perf_counter() - self.since)
         self.bytes.append(self.travelled())
+        self.retries.append(trouble()["allocator_retries"] or 0)
         self.peaks = {name: max(value or 0, self.peaks.get(name) or 0) or None for name, value in peaks().items()}
         self.digest = digest(result)
         self.begin()
@@ -55,6 +58,7 @@ class Steps:
             "slowest_s": round(max(others), 6),
             "first_s": round(self.seconds[0], 6),
             "steps_s": [round(seconds, 3) for seconds in self.seconds],
+            "steps_retries": self.retries,
             "repeats": len(others),
             **self.peaks,
         }
