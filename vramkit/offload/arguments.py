@@ -12,6 +12,8 @@ import torch
 
 __all__ = ["any_requires_grad", "moved", "moved_call", "with_tensors"]
 
+_HOLD_NOTHING = frozenset({type(None), bool, int, float, str})
+
 
 def moved_call(
     args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, unmoved_kwargs: Container[str] = ()
@@ -43,6 +45,8 @@ def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if _is_named_tuple(value) else type(value)(items)
+    if type(value) in _HOLD_NOTHING:  # most arguments, and to be no mapping takes longer
+        return value
     fields = _fields(value)
     changed = {key: new for key, item in fields.items() if (new := with_tensors(item, change)) is not item}
     return _with_fields(value, changed) if changed else value

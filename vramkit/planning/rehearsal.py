@@ -169,7 +169,9 @@ class _Watch:
             if not _is_simple((args, kwargs)):  # something may be written to
                 return inner(*args, **kwargs)
             self._ledger.turn_to(name)
-            return self._once((name, kind, _signature((args, kwargs))), inner, args, kwargs)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - a look that is not of the call
+                key = name, kind, _signature((args, kwargs))
+            return self._once(key, inner, args, kwargs)
 
         return _replaced(block, "forward", outer)
 
@@ -181,8 +183,9 @@ class _Watch:
             if not _is_simple((args, kwargs)):
                 return inner(*args, **kwargs)
             self._ledger.turn_to(name)
-            strides = tuple(tensor.stride() for tensor in _tensors_of((args, kwargs)))
-            return self._once((name, id(layer), strides, _signature((args, kwargs))), inner, args, kwargs)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - a look that is not of the call
+                key = name, id(layer), _strides((args, kwargs)), _signature((args, kwargs))
+            return self._once(key, inner, args, kwargs)
 
         return _replaced(layer, "forward", outer)
 
@@ -284,6 +287,10 @@ def _tensors_of(value: Any) -> list[torch.Tensor]:
 
     with_tensors(value, note)
     return found
+
+
+def _strides(value: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tensor.stride() for tensor in _tensors_of(value))
 
 
 def _storages(value: Any) -> dict[int, int]:

@@ -71,7 +71,7 @@ class Rows:
         self, window: Tensor, frames: slice = _ALL, put: Callable[[Tensor, Tensor], object] | None = None
     ) -> Tensor:
         """Write these rows of `frames` to `window` [B, C, f, count, W], or what `put(rows, place)` writes, and return it."""
-        height = self.count
+        height = window.shape[-2]
         for zeros in (slice(0, self.top), slice(height - self.bottom, height)):
             if zeros.start < zeros.stop:
                 window[..., zeros, :] = 0
