@@ -136,9 +136,8 @@ def _weights_of(components: Mapping[str, Component]) -> dict[str, tuple[int, int
     found = {}
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (torch's extension point)
         for name, each in components.items():
-            held = [
-                weight for part in each.module.modules() for weight in part._parameters.values() if weight is not None
-            ]  # noqa: SLF001
+            parts = [part._parameters.values() for part in each.module.modules()]  # noqa: SLF001
+            held = [weight for own in parts for weight in own if weight is not None]
             found[name] = id(each.module), len(held), sum([weight.numel() * weight.element_size() for weight in held])
     return found
 
