@@ -200,22 +200,55 @@ def _peers() -> str:
     lines = []
     for way in dict.fromkeys(row["way"] for row in rows):
         short, long = (_found("suite", case="forward", subject=subject, way=way) for subject in shapes)
-        setup = sum(long.get(name) or 0 for name in ("load_s", "setup_s", "first_s"))
-        error = long.get("error") or short.get("error")
+        told = long if long.get("s") else short
+        setup = sum(told.get(name) or 0 for name in ("load_s", "setup_s", "first_s"))
         lines.append(
             [
                 way,
-                _seconds(short),
-                error[:80].replace("|", "/") if error else _seconds(long),
-                _gib(long, "reserved_bytes"),
+                *(text for row in (short, long) for text in (_outcome(row), _gib(row, "reserved_bytes"))),
                 f"{setup:.1f}" if setup else "",
-                _YES[long.get("same_bytes")],
+                _gib(told, "rss_bytes"),
+                _YES[told.get("same_bytes")],
             ]
         )
     heads = (
-        "", "5 frames, s (of its floor)", "81 frames", "reserved at 81 frames, GiB", "load to first step, s", "same bytes",
+        "", "5 frames, s (of its floor)", "reserved, GiB", "81 frames", "reserved, GiB", "load to first result, s",
+        "RAM, GiB", "same bytes",
     )  # fmt: skip
     return _table(heads, lines)
+
+
+def _outcome(row: Row) -> str:
+    """Tell the seconds, or why there are none."""
+    error = row.get("error")
+    return error[:80].replace("|", "/") if error else _seconds(row)
+
+
+def _budgets() -> str:
+    """A pass of Wan 14B by what stays on the device, from ``suite.json``.
+
+    The floor is the longer of the pass of the same sweep with all of it there, and of the bytes on the link.
+    """
+    rows = [row for row in _rows("suite") if row.get("case") == "budgets" and row["subject"].endswith("x5")]
+    sweeps: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        level, share = row["way"].removesuffix(" resident").rsplit(" ", 1)
+        sweeps.setdefault(level, {})[share] = row
+    lines = []
+    for share in next(iter(sweeps.values()), {}):
+        lines.append([share])
+        for sweep in sweeps.values():
+            row, whole = sweep[share], sweep["100%"]
+            floor = max(whole["s"], row["moved_bytes"] / row["link_gbps"] / 1e9)
+            lines[-1] += [
+                _gib(row, "allocated_bytes"),
+                _gib(row, "moved_bytes"),
+                f"{row['s']:.3f} ({row['s'] / floor:.2f})",
+            ]
+    heads = [
+        f"{level.removeprefix('vramkit ')}: {what}" for level in sweeps for what in ("peak, GiB", "moved, GiB", "s")
+    ]
+    return _table(("weights that stay", *heads), lines)
 
 
 def _fits() -> str:
@@ -278,6 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guide": _guide,
     "loaders": _loaders,
     "peers": _peers,
+    "budgets": _budgets,
     "cards": _cards,
     "fits": _fits,
     "decodes": _decodes,

@@ -67,6 +67,15 @@ def test_a_budget_above_the_card_is_refused() -> None:
         search(profile(), small, 9 * GIB)
 
 
+def test_what_the_matrix_library_keeps_is_predicted_within_the_margin() -> None:
+    bare = dataclasses.replace(MACHINE, margin_bytes=64 * MIB)
+    told = dataclasses.replace(bare, workspace_bytes=32 * MIB)
+    before, found = (search(profile(flops=5e14), machine, 4 * GIB) for machine in (bare, told))
+    assert [phase.peak_bytes + 32 * MIB for phase in before.phases] == [phase.peak_bytes for phase in found.phases]
+    assert found.peak_bytes <= 4 * GIB
+    assert found.components == before.components
+
+
 def test_room_is_kept_for_holes_between_activations() -> None:
     spared = dataclasses.replace(profile(), variants=tuple(each.spared(1 / 16) for each in profile().variants))
     assert spared.variants[0].works[0].room_bytes == GIB * 17 // 16

@@ -18,6 +18,8 @@ _ASSUMED_LINK_GBPS, _ASSUMED_TFLOPS = 25.0, 60.0
 _CPU_LINK_GBPS, _CPU_TFLOPS = 2.0, 0.1
 # Beside what tensors take: workspaces of the matrix libraries, and what the caching allocator rounds up.
 _ACCELERATOR_MARGIN_BYTES = 64 * MIB
+# Of that, what cuBLAS keeps, as torch asks for it: two pieces of 4 MiB and eight of 16 KiB, and more on newer cards.
+_WORKSPACE_BYTES, _WORKSPACE_BYTES_SINCE_9 = 8 * MIB + 128 * 1024, 32 * MIB
 # What is only faster on the device leaves as much again: the allocator's holes grow with the number of weights that stay.
 _ACCELERATOR_SLACK_BYTES = 64 * MIB
 # Of activations: what lies unused between those that live, in segments that grow (docs/architecture.md).
@@ -39,6 +41,8 @@ class Machine:
     margin_bytes: int = 0
     slack_bytes: int = 0
     """Of the budget, left free beside the margin by weights that stay although they could travel."""
+    workspace_bytes: int = 0
+    """What the matrix library keeps from its first product on; a part of the margin."""
     holes_share: float = 0.0
     """Of activations, what has to be free beside them for holes between them."""
     ranks: int = 1
@@ -58,6 +62,7 @@ class Machine:
                 is_measured=False,
                 margin_bytes=_ACCELERATOR_MARGIN_BYTES,
                 slack_bytes=_ACCELERATOR_SLACK_BYTES,
+                workspace_bytes=_WORKSPACE_BYTES if device.type == "cuda" else 0,
                 holes_share=_ACCELERATOR_HOLES,
             )
         return cls(
@@ -68,6 +73,7 @@ class Machine:
             card_bytes=getattr(torch, device.type).get_device_properties(device).total_memory,
             margin_bytes=_ACCELERATOR_MARGIN_BYTES,
             slack_bytes=_ACCELERATOR_SLACK_BYTES,
+            workspace_bytes=_kept_by_cublas(device),
             holes_share=_ACCELERATOR_HOLES,
         )
 
@@ -104,6 +110,12 @@ def device_of(given: torch.device | str | None) -> torch.device:
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _kept_by_cublas(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return _WORKSPACE_BYTES_SINCE_9 if torch.cuda.get_device_capability(device) >= (9, 0) else _WORKSPACE_BYTES
 
 
 def _probe_tflops(device: torch.device) -> float:

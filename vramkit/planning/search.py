@@ -162,11 +162,12 @@ def _phases(
         name: Holding(each.device_bytes - each.resident_bytes, each.resident_bytes) for name, each in choices.items()
     }
     peaks = phase_peaks(held, works, budget_bytes)
+    multiplied = False
     for phase in PHASES:
         ours = [work for work in works if work.phase == phase]
         if not ours:
             continue
-
+        multiplied |= any(work.flops for work in ours)
         activations = max(work.activation_bytes for work in ours)
         compute = sum(machine.compute_seconds(work.flops) for work in ours)
         link = sum(
@@ -178,7 +179,7 @@ def _phases(
             name=phase,
             components=order_of(ours),
             activation_bytes=activations,
-            peak_bytes=peaks[phase],
+            peak_bytes=peaks[phase] + machine.workspace_bytes * multiplied,
             seconds=seconds_of(choices, ours, machine, reloads=reloads),
             binds="link" if link > compute else "compute",
         )
