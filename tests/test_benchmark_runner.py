@@ -174,7 +174,10 @@ def test_pages_and_reports_say_what_the_committed_files_say() -> None:
     ]
     assert not differing, f"python -m benchmarks.report makes them anew: {differing}"
     marks = [set(re.findall(r"<!-- results: ([\w-]+) -->", page.read_text(encoding="utf-8"))) for page in PAGES]
-    assert marks == [{"wan14b", "guide"}, {"wan14b", "quant14b", "families", "fits", "decodes", "guide", "loaders"}]
+    assert marks == [
+        {"wan14b", "guide"},
+        {"wan14b", "quant14b", "families", "fits", "decodes", "budgets", "peers", "guide", "loaders"},
+    ]
     assert rendered("<!-- results: wan14b -->\nold\n<!-- end -->").count("0.527 (1.02)") == 1
     assert TABLES.keys() >= {"peers", "cards"}
 
@@ -198,8 +201,8 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(pages, "_RESULTS", tmp_path)
     monkeypatch.setattr(pages, "_rows", pages._rows.__wrapped__)
     peers, cards = TABLES["peers"]().splitlines(), TABLES["cards"]().splitlines()
-    assert peers[3] == "| vramkit leaf | | 3.300 (1.10) | 2.00 | 4.5 | yes |"
-    assert peers[4] == "| mmgp pinned | | RuntimeError: a / b | | | |"
+    assert peers[3] == "| vramkit leaf | | | 3.300 (1.10) | 2.00 | 4.5 | | yes |"
+    assert peers[4] == "| mmgp pinned | | | RuntimeError: a / b | | | | |"
     assert cards[0] == "| | 8 GiB | 2 GiB |"
     assert cards[2] == "| vramkit block, diffusers | 3.00 | - |"
 
