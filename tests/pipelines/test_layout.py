@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vramkit
 from vramkit.pipelines.ltx.vae_layers import depth_to_space, patchify, space_to_depth, unpatchify
 from vramkit.pipelines.networks import layout
-from vramkit.planning.ledger import Device, Ledger
+from vramkit.planning.device import Device
+from vramkit.planning.ledger import Ledger
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _COPIES = {getattr(torch.ops.aten, name) for name in ("clone", "_to_copy", "cat", "copy_")}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vramkit.memory import MIB
-from vramkit.planning.holes import Lives, Room, is_small, passed, room_for
+from vramkit.planning.holes import Course, Lives, Room, is_small, room_for
 from vramkit.planning.rehearsal import rehearse
 
 PAGE = 12 * MIB
@@ -46,8 +46,11 @@ def test_room_is_at_least_what_was_measured():
     assert Room(20, 30).at_least(18) == Room(20, 36)
 
 
-def test_what_passed_is_what_was_made_and_died():
-    assert passed(lives(-1, 2, 3, -2)) == lives(2, -2)
+def test_a_course_is_what_was_made_and_died_and_what_is_told_of_the_rest():
+    whole = lives(-1, 2, 3, 4, -2)
+    assert Course.of(whole, gone=[], born=[]) == Course(lives(2, -2))
+    assert Course.of(whole, gone=[1, None], born=[4]) == Course(lives(-1, 2, 4, -2), gone=(1, None), born=(4,))
+    assert Course.of(whole, gone=[1], born=[5, 4]) == Course(lives(2, -2))  # nobody knows when 5 was made
 
 
 @pytest.mark.parametrize(("size_bytes", "expected"), [(0, True), (MIB, True), (MIB + 1, False)])

@@ -91,3 +91,31 @@ def test_a_layer_that_is_no_operator_of_torch_runs_once_for_tensors_that_lie_ali
     net, frames = Clip(lambda x, _: x.clone()), torch.ones(FRAMES, 128, WIDTH)
     rehearsed(net, frames)
     assert RAN["norm"] == 1
+
+
+class Wider(nn.Module):
+    """Gives the middle of something larger, all of which lives as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        RAN["block"] += 1
+        return torch.cat([self.layer(x)] * 3)[len(x) : -len(x)]
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Wider() for _ in range(BLOCKS))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [block(x) for block in self.blocks]
+
+
+def test_what_is_part_of_something_larger_keeps_all_of_it() -> None:
+    net, x = Stack(), torch.ones(256, WIDTH)
+    found = rehearsed(net, x)
+    assert RAN["block"] == 1
+    assert found - x.nbytes == pytest.approx(needed(net, x), rel=1e-3)

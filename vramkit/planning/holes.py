@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from vramkit.memory import MIB
 
-__all__ = ["NO_ROOM", "Lives", "Room", "is_small", "passed", "room_for"]
+__all__ = ["NO_ROOM", "Course", "Lives", "Room", "is_small", "room_for"]
 
 Lives: TypeAlias = list[tuple[int, int]]
 """(number of a tensor, its bytes) where it is made, and the same with less than no bytes where it dies."""
@@ -43,15 +44,33 @@ class Room:
 NO_ROOM = Room(0, 0)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Course:
+    """What tensors came and went during a call."""
+
+    lives: Lives
+    gone: tuple[int | None, ...] = ()
+    """Numbers of those that it took from queues, in their order."""
+    born: tuple[int, ...] = ()
+    """Numbers of those that it made to stay."""
+
+    @classmethod
+    def of(cls, lives: Lives, *, gone: Sequence[int | None], born: Sequence[int]) -> Course:
+        """Return what of `lives` another call of that kind will do too.
+
+        Where not all that stays was made in them, nobody knows when it was.
+        """
+        made = {number for number, size_bytes in lives if size_bytes > 0}
+        died = {number for number, size_bytes in lives if size_bytes < 0}
+        if not made.issuperset(born):
+            gone, born = (), ()
+        told = (made & died).union(born, died.intersection(gone))
+        return cls([each for each in lives if each[0] in told], tuple(gone), tuple(born))
+
+
 def is_small(size_bytes: int) -> bool:
     """Tell whether a tensor lies where holes do not matter."""
     return size_bytes <= _SMALL_BYTES
-
-
-def passed(lives: Lives) -> Lives:
-    """Return what of `lives` is made and dies in them."""
-    gone = {number for number, size_bytes in lives if size_bytes < 0} & {number for number, size in lives if size > 0}
-    return [each for each in lives if each[0] in gone]
 
 
 def room_for(lives: Lives) -> Room:
@@ -96,6 +115,13 @@ class _Block:
     def is_one_with(self, other: _Block | None) -> bool:
         return other is not None and not (self.is_used or other.is_used) and self.is_mapped is other.is_mapped
 
+    def absorb(self, behind: _Block) -> None:
+        """Take the place of the block behind this one too."""
+        self.size += behind.size
+        self.behind = behind.behind
+        if self.behind is not None:
+            self.behind.before = self
+
     @property
     def reach(self) -> int:
         """What a free block can grow to."""
@@ -139,17 +165,29 @@ class _Segment:
     def give(self, block: _Block) -> None:
         """Let a block be free."""
         block.is_used = False
+        before, behind = block.before, block.behind
+        if behind is not None and behind.is_mapped and not behind.is_used:
+            self._unlist(behind)
+            block.absorb(behind)
+        if before is not None and before.is_mapped and not before.is_used:
+            self._unlist(before)
+            before.absorb(block)
+            block = before
         self._list(block)
-        self._joined(block)
 
     def _found(self, size: int) -> _Block | None:
         """Return the smallest free block that is large enough, counting what it can grow by."""
         free, at = self._free, bisect.bisect_left(self._free, (size,))
         if at == len(free):
             return None
-        while at + 1 < len(free) and free[at + 1][2].reach < free[at][2].reach:
-            at += 1
-        return free[at][2]
+        block = free[at][2]
+        reach = block.reach
+        for _, _, other in itertools.islice(free, at + 1, None):
+            other_reach = other.reach
+            if other_reach >= reach:
+                break
+            block, reach = other, other_reach
+        return block
 
     def _grown(self, size: int) -> _Block | None:
         """Map pages at the lowest address where that makes a free block large enough."""
@@ -220,10 +258,7 @@ class _Segment:
         for each in (block, behind):
             if each.is_mapped:
                 self._unlist(each)
-        block.size += behind.size
-        block.behind = behind.behind
-        if block.behind is not None:
-            block.behind.before = block
+        block.absorb(behind)
         if block.is_mapped:
             self._list(block)
         return block

@@ -12,7 +12,8 @@ from torch import nn
 from vramkit.casting import apply_layerwise_casting
 from vramkit.errors import ConfigError
 from vramkit.planning.components import Component
-from vramkit.planning.ledger import Device, Ledger
+from vramkit.planning.device import Device
+from vramkit.planning.ledger import Ledger
 from vramkit.planning.plans import Allowed
 from vramkit.tensors import is_plain
 

@@ -14,11 +14,12 @@ from vramkit.offload.assembly import footprints, streaming
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.partition import slot_bytes_for
 from vramkit.planning.components import Component
+from vramkit.planning.deeds import Known
 from vramkit.planning.features import Features, Settings
 from vramkit.planning.holes import NO_ROOM, Room, room_for
 from vramkit.planning.ledger import Segment
 from vramkit.planning.narrowing import Stored
-from vramkit.planning.rehearsal import Known, rehearse
+from vramkit.planning.rehearsal import rehearse
 
 _SLOTS = (3, 2, 1)  # at leaf level, where units are formed for so many
 _LESS = 0.98  # of the memory that simpler ways take: what saves less is not worth being told apart

@@ -14,10 +14,11 @@ from vramkit import tensors
 from vramkit.offload.memory_map import MemoryMap
 from vramkit.planning.calls import PlannedCall
 from vramkit.planning.components import Component, components_of
+from vramkit.planning.deeds import Known
 from vramkit.planning.features import Features, Settings
 from vramkit.planning.narrowing import Stored, narrow_shadow
 from vramkit.planning.profile import ComponentProfile, Variant, component_profile, variants_of
-from vramkit.planning.rehearsal import Known, rehearse
+from vramkit.planning.rehearsal import rehearse
 from vramkit.planning.shadow import shadow_of, shadows_of
 
 __all__ = ["Twins"]

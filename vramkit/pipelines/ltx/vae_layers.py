@@ -126,8 +126,8 @@ class ResidualBlock(nn.Module):
         before1, before2 = (partial(normalize, modulation=m) for m in self._modulations(time))
         rows = stripe.rows(self.conv1, x)
         height = stripe.given_by(2, x.shape[3])
-        noise1 = self._noise(x, self.per_channel_scale1, stripe, "conv1", self.conv1.height(rows))
-        noise2 = self._noise(x, self.per_channel_scale2, stripe, "conv2", height)
+        noise1 = self._noise(x, self.per_channel_scale1, stripe, self.conv1, self.conv1.height(rows))
+        noise2 = self._noise(x, self.per_channel_scale2, stripe, self.conv2, height)
         out, holds_shortcut = self._begun(rows, stripe, height)
         behind = self.conv1.frames_before  # the second convolution looks as far back, and ahead no further
         done = 0  # frames that are finished
@@ -169,7 +169,7 @@ class ResidualBlock(nn.Module):
         shift1, scale1, shift2, scale2 = table[..., None, None, None].unbind(1)  # [B, C, 1, 1, 1] each
         return (scale1, shift1), (scale2, shift2)
 
-    def _noise(self, x: Tensor, scale: Tensor | None, stripe: Stripe, name: str, rows: int) -> Tensor | None:
+    def _noise(self, x: Tensor, scale: Tensor | None, stripe: Stripe, layer: nn.Module, rows: int) -> Tensor | None:
         """The next `rows` of a noisy picture [C, 1, H, W] for all frames.
 
         It comes from the device's own generator, as in the published decoder, and all of it at once.
@@ -177,7 +177,7 @@ class ResidualBlock(nn.Module):
         if scale is None:
             return None
         size = stripe.height_of_picture(x), x.shape[4]
-        noise = stripe.picture((self, name), lambda: torch.randn(size, device=x.device, dtype=x.dtype), rows)
+        noise = stripe.picture(layer, lambda: torch.randn(size, device=x.device, dtype=x.dtype), rows)
         return (noise * scale)[:, None]
 
 

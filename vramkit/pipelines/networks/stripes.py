@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -95,8 +95,8 @@ def _between(rows: Tensor, first: int, stop: int, height: int) -> Tensor:
 class _Left:
     """What the stripes of one picture leave to one another: for each layer the rows of its frames, in their order."""
 
-    rows: dict[Hashable, deque[Tensor]] = field(default_factory=dict)
-    pictures: dict[Hashable, Tensor] = field(default_factory=dict)
+    rows: dict[Hashable, deque[Tensor]] = field(default_factory=lambda: defaultdict(deque))
+    pictures: dict[Hashable, deque[Tensor]] = field(default_factory=lambda: defaultdict(deque))  # none or one each
     given: int = 0  # finished rows
 
 
@@ -231,12 +231,19 @@ class Stripe:
         """The next `rows` of a picture [..., H, W] that `make` makes once for all stripes."""
         if self.is_whole:
             return make()
-        if self.is_first:
-            self._left.pictures[layer] = make()
-        picture = self._left.pictures.pop(layer)
+        left = self._left.pictures[layer]
+        picture = make() if self.is_first else left.popleft()
         if not self.is_last:
-            self._left.pictures[layer] = picture[..., rows:, :]
+            left.append(picture[..., rows:, :])
         return picture[..., :rows, :]
+
+    def kept_for(self, layer: Hashable) -> list[deque[Tensor]]:
+        """What the stripe above left for `layer`, and behind it what this one leaves: rows, and the rest of a picture."""
+        return [self._left.rows[layer], self._left.pictures[layer]]
+
+    def way(self) -> Hashable:
+        """All else that decides what layers do with it."""
+        return self.is_first, self.is_last, self._ends, self._spare, self._size
 
     def _take(self, layer: Hashable, frames: int) -> Tensor:
         """What the stripe above left of the next frames."""
@@ -253,9 +260,7 @@ class Stripe:
     def _leave(self, layer: Hashable, rows: Rows, *, first: int) -> None:
         """Keep the rows from `first` on, zeros not counted, for the stripe below."""
         kept = [piece for _, piece in rows.pieces(first, rows.count - first)]
-        self._left.rows.setdefault(layer, deque()).append(
-            kept[0].clone() if len(kept) == 1 else torch.cat(kept, dim=-2)
-        )
+        self._left.rows[layer].append(kept[0].clone() if len(kept) == 1 else torch.cat(kept, dim=-2))
 
 
 def stripe_edges(height: int, count: int, *, lag: int, last: float = 1.0) -> list[int]:

@@ -145,9 +145,12 @@ class Decoder(nn.Module):
             lag = lag if block.upsamplers is None else 2 * lag + 1
         return lag + self.conv_out.kernel_size[1] // 2
 
-    def forward(self, z: Tensor, cache: FeatureCache, out: Tensor) -> Tensor:
-        """Decode the next latent frame into `out`: one frame at first, several after that."""
-        self.grow(self.begin(z, cache), cache, out)
+    def forward(self, z: Tensor, cache: FeatureCache, out: Tensor, *, is_begun: bool = False) -> Tensor:
+        """Decode the next latent frame into `out`: one frame at first, several after that.
+
+        Where `is_begun`, `z` is a stripe of what `begin` made of it with `refine`, and `out` the rows that it gives.
+        """
+        self._grow(z if is_begun else self.begin(z, cache), cache, out)
         return out
 
     def begin(self, z: Tensor, cache: FeatureCache, *, refine: bool = False) -> Tensor:
@@ -158,7 +161,7 @@ class Decoder(nn.Module):
         small: Tensor = self.up_blocks[0](x, cache, enlarge=False) if refine else x
         return small
 
-    def grow(self, x: Tensor, cache: FeatureCache, out: Tensor, level: int = 0) -> None:
+    def _grow(self, x: Tensor, cache: FeatureCache, out: Tensor, level: int = 0) -> None:
         """Enlarge the next latent frame [B, C, 1, h, w] into `out`, a part of its frames to the end before the next.
 
         Of a stripe the rows that it gives, and what comes before the first enlargement was done.
@@ -173,7 +176,7 @@ class Decoder(nn.Module):
         parts = zip(torch.split(x, count, dim=2), torch.split(out, count * rate, dim=2), strict=True)
         done = {} if level > 0 or cache.stripe.is_whole else {"refine": False}
         for part, finished in parts:
-            self.grow(self.up_blocks[level](part, cache, **done), cache, finished, level + 1)
+            self._grow(self.up_blocks[level](part, cache, **done), cache, finished, level + 1)
 
 
 class AutoencoderKLWan(VideoAutoencoder):
@@ -413,7 +416,7 @@ class AutoencoderKLWan(VideoAutoencoder):
                 else whole[..., stripe.give(rows), :]
             )
             for latent, place in self._latent_frames(x, out):
-                self.decoder.grow(latent, cache, place)
+                self.decoder(latent, cache, place, is_begun=True)
                 cache.is_first_chunk = False
             finished.append(out.clamp_(-1.0, 1.0) if out.device == z.device else out)
         del cache, x

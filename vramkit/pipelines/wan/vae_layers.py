@@ -10,6 +10,8 @@ Shapes: B batch, C channels, F frames, H rows, W columns.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from collections.abc import Hashable
 from itertools import pairwise
 
 import torch
@@ -82,7 +84,7 @@ class FeatureCache:
     def __init__(self, stripe: Stripe | None = None) -> None:
         self.stripe = Stripe() if stripe is None else stripe
         self.is_first_chunk = True  # the first chunk is one frame, which the changes of frame rate leave alone
-        self._past: dict[CausalConv3d, Tensor] = {}  # each [B, C, past_frames, H, W]
+        self._past: dict[Hashable, deque[Tensor]] = defaultdict(deque)  # none or one [B, C, past_frames, H, W] each
 
     def has_borders(self, conv: CausalConv3d) -> bool:
         """Whether the windows of `conv` hold the rows that it reads beyond those that it gives."""
@@ -104,8 +106,8 @@ class FeatureCache:
         past = conv.past_frames
         window = new_frames(x, batch, channels, past + frames, height, width)
         before, new = window[:, :, :past], window[:, :, past:]
-        if conv in self._past:
-            before.copy_(self._past.pop(conv))
+        if self._past[conv]:
+            before.copy_(self._past[conv].popleft())
         else:
             before.zero_()
         rows.fill(new, put=norm)
@@ -115,7 +117,15 @@ class FeatureCache:
 
     def keep(self, conv: CausalConv3d, frames: Tensor) -> None:
         """Remember the last `past_frames` of `frames` [B, C, F, H, W] for the next call of `conv`."""
-        self._past[conv] = frames[:, :, -conv.past_frames :].clone()
+        self._past[conv].append(frames[:, :, -conv.past_frames :].clone())
+
+    def kept_for(self, layer: Hashable) -> list[deque[Tensor]]:
+        """The last frames that `layer` saw, and what stripes left for it."""
+        return [self._past[layer], *self.stripe.kept_for(layer)]
+
+    def way(self) -> Hashable:
+        """All else that decides what layers do with it."""
+        return self.is_first_chunk, self.stripe.way()
 
 
 class ResidualBlock(nn.Module):
