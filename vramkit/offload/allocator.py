@@ -33,7 +33,7 @@ def use_expandable_segments(device: torch.device | str) -> bool:
         _set(f"{_SETTING},{_PAGES}")
     except (RuntimeError, ValueError):
         _set(_SETTING)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # what is free in segments of a fixed size would be taken first, and leave holes there
     return True
 
