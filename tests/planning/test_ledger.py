@@ -176,3 +176,19 @@ def test_convolutions_to_three_channels_take_their_input_once_more_in_32_bits() 
     x = torch.empty(1, 8, 5, 32, 32, device="meta").contiguous(memory_format=torch.channels_last_3d)
     assert workspace_bytes(x, weight) == x.nbytes + 3 * 3 * 30 * 30 * 4 + weight.nbytes
     assert workspace_bytes(x.bfloat16(), weight.bfloat16()) == weight.nbytes // 2
+
+
+def test_views_that_operators_do_not_tell_of_take_nothing_however_often_they_are_made() -> None:
+    """``_unsafe_view`` returns what lies in its argument, and its schema does not say so."""
+
+    def choose(y: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            y = torch.ops.aten._unsafe_view(y, [64 * 64, 64])
+            y = torch.ops.aten._unsafe_view(y, [64, 64, 64])
+        return y
+
+    def taken(choose: Callable[[torch.Tensor], Any]) -> int:
+        x = torch.empty(64, 64, 64, device="meta")
+        return plan(Chosen(choose), "1GiB", device="cpu", example=(x,)).phases[0].activation_bytes
+
+    assert taken(choose) == taken(lambda y: y)

@@ -78,7 +78,8 @@ class Answers:
         known = self._results.get(key)
         if known is None:
             result = self._on_meta(func, operator, args, kwargs)
-            if made := _shapes_of(result):
+            made = _shapes_of(result)
+            if made and not _share_memory(tensors_of((result,)), tensors_of((*args, *kwargs.values()))):
                 self._results[key] = made
             return result
         new = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known]
@@ -190,6 +191,12 @@ def _shapes_of(result: Any) -> Made:
     if not all(isinstance(each, torch.Tensor) for each in results):
         return ()
     return tuple((each.shape, each.stride(), each.dtype) for each in results)
+
+
+def _share_memory(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Tell whether tensors lie in the memory of others: some operators return views and do not say so."""
+    storages = {tensor.untyped_storage()._cdata for tensor in others}  # noqa: SLF001
+    return any(tensor.untyped_storage()._cdata in storages for tensor in some)  # noqa: SLF001
 
 
 def _all_of(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
