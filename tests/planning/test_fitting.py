@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -132,6 +134,53 @@ def test_a_plain_module(way: str) -> None:
         with pytest.raises(PlanInfeasible):
             net(torch.randn(400, 64))
     assert torch.equal(net(x), expected)
+
+
+@dataclasses.dataclass
+class Batch:
+    x: Any
+    more: Any = None
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: {"x": x},
+        lambda x: [None, {"x": (x,)}],
+        lambda x: Batch(x, more=None),
+        lambda x: {"inner": Batch(x)},
+        lambda x: x.numpy(),
+        lambda x: np.int64(len(x)),
+    ],
+    ids=["mapping", "nested", "dataclass", "both", "array", "number"],
+)
+def test_a_larger_argument_is_seen_wherever_it_lies(wrap: Any) -> None:
+    class Taking(Net):
+        def forward(self, given: Any) -> torch.Tensor:
+            return super().forward(_first_tensor(given))
+
+    net, x, small = Taking().eval(), torch.ones(400, 64), torch.ones(4, 64)
+    with fit(net, 60_000, device="cpu", example=(wrap(small),)), torch.no_grad():
+        within = net(wrap(small))
+        net(wrap(small[:2]))
+        with pytest.raises(PlanInfeasible, match="activations"):
+            net(wrap(x))
+    with torch.no_grad():
+        assert torch.equal(net(wrap(small)), within)
+
+
+def _first_tensor(given: Any) -> torch.Tensor:
+    if isinstance(given, torch.Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given)
+    if isinstance(given, np.integer):
+        return torch.ones(int(given), 64)
+    if isinstance(given, Batch):
+        return _first_tensor(given.x)
+    return _first_tensor(
+        next(each for each in (given.values() if isinstance(given, dict) else given) if each is not None)
+    )
 
 
 def _through(net: Net, x: torch.Tensor) -> torch.Tensor:
