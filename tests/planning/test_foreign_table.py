@@ -75,3 +75,21 @@ def test_their_own_saving_and_loading(name: str, tmp_path: Path) -> None:
         assert same(called(name, loaded), expected)
         assert type(loaded).__name__ == name
         assert fitted.plan.model == name
+
+
+def test_another_pipeline_of_the_same_parts() -> None:
+    pipe = ROWS["FluxPipeline"].make("FluxPipeline")
+    expected, pictured = called("FluxPipeline", pipe), ROWS["FluxImg2ImgPipeline"].call
+    second = diffusers.FluxImg2ImgPipeline(**pipe.components)
+    expected_of_second = pictured(second)
+    floor_bytes = plan(pipe, GIB, device="cpu", **given("FluxPipeline")).floor_bytes
+    with fit(pipe, int(floor_bytes * 1.1), device="cpu", **given("FluxPipeline")):
+        again = type(pipe).from_pipe(pipe)
+        of_pictures = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+        assert of_pictures.transformer is again.transformer is pipe.transformer
+        assert type(pipe.transformer) in {diffusers.FluxTransformer2DModel}
+        assert type(pipe.transformer) not in {diffusers.AutoencoderKL}
+        assert same(called("FluxPipeline", again), expected)
+        assert same(pictured(of_pictures), expected_of_second)
+    assert same(called("FluxPipeline", again), expected)
+    assert same(pictured(of_pictures), expected_of_second)
