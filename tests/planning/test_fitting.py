@@ -217,6 +217,8 @@ def test_modules_by_name_and_what_they_share() -> None:
         ("1GiB", {"ram": "none"}, "ram='none'"),
         ("1GiB", {"allow": "most"}, "'exact', 'bounded', 'any'"),
         ("1GiB", {"device": "abacus"}, "device='abacus'"),
+        ("1GiB", {"device": "cuda:99"}, r"device='cuda:99', but this machine has \d+ such devices; 'cpu' always works"),
+        ("1GiB", {"device": "mps"}, "device='mps': streaming knows 'cuda', 'xpu' and 'cpu'"),
         ("1GiB", {"hieght": 32}, "takes no 'hieght'"),
         ("1GiB", {"example": (1,)}, "example= is for modules"),
         ("1GiB", {"height": 33}, "height is 33"),
