@@ -35,7 +35,6 @@ _FREE = frozenset({
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
     "generator",
-    "latents",
     "num_inference_steps",
     "return_dict",
 })  # fmt: skip
@@ -58,6 +57,8 @@ class PlannedCall:
 
     def covers(self, other: PlannedCall) -> bool:
         """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind."""
+        if (self.arguments.get("latents") is None) is not (other.arguments.get("latents") is None):
+            return False  # many pipelines take the size of the clip from them, whatever else is said
         names = (self.arguments.keys() | other.arguments.keys()) - _FREE
         return all(_is_within(other.arguments.get(name), self.arguments.get(name)) for name in names)
 
