@@ -83,6 +83,8 @@ def test_what_cannot_be_planned(arguments: list[str], said: str, capsys: pytest.
     [
         ("transformer", {"num_attention_heads": -1}, "does not describe a WanTransformer3DModel"),
         ("transformer", {"num_layers": 10**9}, "does not describe a WanTransformer3DModel"),
+        ("vae", {"latents_mean": [0.0]}, "latents_mean of the vae has 1 numbers, 0.0 the least"),
+        ("vae", {"latents_std": [0.0] * 16}, "expected a finite one for each of 16 channels, above 0"),
         ("text_encoder", {"num_layers": 10**7}, "does not describe a UMT5EncoderModel"),
         ("text_encoder", {"d_model": "wide"}, "does not describe a UMT5EncoderModel"),
     ],
