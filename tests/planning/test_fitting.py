@@ -236,6 +236,8 @@ def test_nonsense_is_refused_before_anything_changes(
 def test_what_is_no_pipeline_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a int was given; expected a pipeline"):
         fit(3, "1GiB", device="cpu")
+    with pytest.raises(ConfigError, match=r"a str was given; .* load it first: plan\(\) alone takes names and folders"):
+        fit("wan2.1-14b", "1GiB", device="cpu")
     with pytest.raises(ConfigError, match=r"no torch\.nn\.Module in it"):
         fit({"scheduler": object()}, "1GiB", device="cpu")
     with pytest.raises(ConfigError, match="modules take example="):
