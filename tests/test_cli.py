@@ -14,6 +14,8 @@ import torch
 from checkpoints import edit_json, write_lora
 from denoisers import build_pair
 from families import FAMILIES, Stock, picture
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from vramkit import __version__, cli, machine
@@ -427,6 +429,46 @@ class TestDecode:
         assert "holds latents of LTXPipeline" in said
         weights = model / "vae" / "diffusion_pytorch_model.safetensors"
         assert "holds no latents" in fails(["decode", str(weights), "--device", "cpu"], capsys)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"decoding": None},
+            {"settings": "{"},
+            {"settings": "[1]"},
+            {"settings": {"fps": "16"}},
+            {"settings": {"dtype": "save"}},
+            {"settings": {"more": 1}},
+            {"settings": {"seed": True}},
+            {"tensors": {}},
+            {"tensors": {"latents": torch.zeros(1, dtype=torch.int64)}},
+            {"tensors": {"latents": torch.zeros(1), "generator_state": torch.zeros(3, dtype=torch.uint8)}},
+        ],
+    )
+    def test_damaged_latents(self, damage: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "x.latents.safetensors"
+        Latents(
+            latents=torch.zeros(1),
+            decoding={},
+            pipeline="WanPipeline",
+            model="x",
+            dtype="float32",
+            fps=16,
+            seed=0,
+            tiling=False,
+            video="x.mp4",
+        ).save(path)
+        assert Latents.load(path).video == "x.mp4"
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = damage.get("tensors", {"latents": file.get_tensor("latents")})
+        settings = damage.get("settings", {})
+        if isinstance(settings, dict):
+            settings = json.dumps(json.loads(metadata["settings"]) | settings)
+        metadata |= {"settings": settings, "decoding": damage.get("decoding", metadata["decoding"])}
+        save_file(tensors, path, {name: value for name, value in metadata.items() if value is not None})
+        assert f"{path} is damaged: " in fails(["decode", str(path), "--device", "cpu"], capsys)
+        assert path.exists()
 
     @pytest.mark.parametrize("family", ["HunyuanVideo", "LTX-Video", "CogVideoX"])
     def test_latents_of_every_family_are_decoded_alike(self, family: str, stock: Stock, tmp_path: Path) -> None:

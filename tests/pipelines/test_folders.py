@@ -93,6 +93,15 @@ def test_listing(tmp_path: Path) -> None:
     assert listing(tmp_path, limit=2) == "a, b ..."
 
 
+def test_what_only_looks_like_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob that is gone")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors \(a link to nothing, or no file\)"):
+        weights_files(tmp_path, stem="model")
+    with pytest.raises(CheckpointError, match=r"no config\.json; it holds config\.json \(a folder\)"):
+        read_json(tmp_path / "config.json")
+
+
 def test_a_pipeline_says_where_it_is_from(wan_folder: Path) -> None:
     parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": None, "transformer": None}
     assert WanPipeline.from_pretrained(wan_folder, **parts).name_or_path == str(wan_folder)

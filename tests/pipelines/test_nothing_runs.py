@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from checkpoints import edit_json
 
+from vramkit import plan
 from vramkit.errors import CheckpointError
 from vramkit.pipelines import WanPipeline
 from vramkit.pipelines.loading.text_encoders import load_image_processor, load_text_encoder, load_tokenizer
@@ -117,6 +118,8 @@ def test_kernels_of_a_repository_are_refused(key: str, nested: bool, folder: Pat
     edit_json(folder / "text_encoder" / "config.json", **({"text_config": entry} if nested else entry))
     with pytest.raises(CheckpointError, match="kernels from the repository 'owner/kernels'"):
         load_text_encoder(folder / "text_encoder", class_name="UMT5EncoderModel")
+    with pytest.raises(CheckpointError, match="kernels from the repository 'owner/kernels'"):
+        plan(folder, "1GiB", device="cpu")
     assert RAN == []
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -134,6 +136,53 @@ def test_a_plain_module(way: str) -> None:
     assert torch.equal(net(x), expected)
 
 
+@dataclasses.dataclass
+class Batch:
+    x: Any
+    more: Any = None
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: {"x": x},
+        lambda x: [None, {"x": (x,)}],
+        lambda x: Batch(x, more=None),
+        lambda x: {"inner": Batch(x)},
+        lambda x: x.numpy(),
+        lambda x: np.int64(len(x)),
+    ],
+    ids=["mapping", "nested", "dataclass", "both", "array", "number"],
+)
+def test_a_larger_argument_is_seen_wherever_it_lies(wrap: Any) -> None:
+    class Taking(Net):
+        def forward(self, given: Any) -> torch.Tensor:
+            return super().forward(_first_tensor(given))
+
+    net, x, small = Taking().eval(), torch.ones(400, 64), torch.ones(4, 64)
+    with fit(net, 60_000, device="cpu", example=(wrap(small),)), torch.no_grad():
+        within = net(wrap(small))
+        net(wrap(small[:2]))
+        with pytest.raises(PlanInfeasible, match="activations"):
+            net(wrap(x))
+    with torch.no_grad():
+        assert torch.equal(net(wrap(small)), within)
+
+
+def _first_tensor(given: Any) -> torch.Tensor:
+    if isinstance(given, torch.Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given)
+    if isinstance(given, np.integer):
+        return torch.ones(int(given), 64)
+    if isinstance(given, Batch):
+        return _first_tensor(given.x)
+    return _first_tensor(
+        next(each for each in (given.values() if isinstance(given, dict) else given) if each is not None)
+    )
+
+
 def _through(net: Net, x: torch.Tensor) -> torch.Tensor:
     for block in list(net.blocks)[:5]:
         x = torch.tanh(block(x))
@@ -168,6 +217,8 @@ def test_modules_by_name_and_what_they_share() -> None:
         ("1GiB", {"ram": "none"}, "ram='none'"),
         ("1GiB", {"allow": "most"}, "'exact', 'bounded', 'any'"),
         ("1GiB", {"device": "abacus"}, "device='abacus'"),
+        ("1GiB", {"device": "cuda:99"}, r"device='cuda:99', but this machine has \d+ such devices; 'cpu' always works"),
+        ("1GiB", {"device": "mps"}, "device='mps': streaming knows 'cuda', 'xpu' and 'cpu'"),
         ("1GiB", {"hieght": 32}, "takes no 'hieght'"),
         ("1GiB", {"example": (1,)}, "example= is for modules"),
         ("1GiB", {"height": 33}, "height is 33"),
@@ -185,6 +236,8 @@ def test_nonsense_is_refused_before_anything_changes(
 def test_what_is_no_pipeline_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a int was given; expected a pipeline"):
         fit(3, "1GiB", device="cpu")
+    with pytest.raises(ConfigError, match=r"a str was given; .* load it first: plan\(\) alone takes names and folders"):
+        fit("wan2.1-14b", "1GiB", device="cpu")
     with pytest.raises(ConfigError, match=r"no torch\.nn\.Module in it"):
         fit({"scheduler": object()}, "1GiB", device="cpu")
     with pytest.raises(ConfigError, match="modules take example="):

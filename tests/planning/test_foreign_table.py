@@ -13,7 +13,7 @@ from foreign_pipelines import MORE_PIPELINES, PIPELINES
 from live_bytes import LiveBytes
 from torch import nn
 
-from vramkit import Plan, fit, plan
+from vramkit import Plan, PlanInfeasible, fit, plan
 from vramkit.memory import GIB
 
 ROWS = PIPELINES | MORE_PIPELINES
@@ -75,3 +75,36 @@ def test_their_own_saving_and_loading(name: str, tmp_path: Path) -> None:
         assert same(called(name, loaded), expected)
         assert type(loaded).__name__ == name
         assert fitted.plan.model == name
+
+
+def test_another_pipeline_of_the_same_parts() -> None:
+    pipe = ROWS["FluxPipeline"].make("FluxPipeline")
+    expected, pictured = called("FluxPipeline", pipe), ROWS["FluxImg2ImgPipeline"].call
+    second = diffusers.FluxImg2ImgPipeline(**pipe.components)
+    expected_of_second = pictured(second)
+    floor_bytes = plan(pipe, GIB, device="cpu", **given("FluxPipeline")).floor_bytes
+    with fit(pipe, int(floor_bytes * 1.1), device="cpu", **given("FluxPipeline")):
+        again = type(pipe).from_pipe(pipe)
+        of_pictures = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+        assert of_pictures.transformer is again.transformer is pipe.transformer
+        assert type(pipe.transformer) in {diffusers.FluxTransformer2DModel}
+        assert type(pipe.transformer) not in {diffusers.AutoencoderKL}
+        assert same(called("FluxPipeline", again), expected)
+        assert same(pictured(of_pictures), expected_of_second)
+    assert same(called("FluxPipeline", again), expected)
+    assert same(pictured(of_pictures), expected_of_second)
+
+
+def test_latents_say_how_large_a_clip_is() -> None:
+    pipe, call = ROWS["WanPipeline"].make("WanPipeline"), given("WanPipeline")
+    small, large = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 4, 5, 32, 32)
+    expected = pipe(**call, latents=small)[0]
+    floor_bytes = plan(pipe, GIB, device="cpu", **call).floor_bytes
+    with fit(pipe, int(floor_bytes * 1.1), device="cpu", **call) as fitted:
+        assert torch.equal(pipe(**call, latents=small)[0], expected)
+        with pytest.raises(PlanInfeasible, match="activations"):
+            pipe(**call, latents=large)
+        assert torch.equal(pipe(**call, latents=small)[0], expected)
+        assert fitted.plan.call["latents"] == "float32 [1, 4, 3, 8, 8]"
+        called("WanPipeline", pipe)  # none in it: it is planned for by its sizes again
+        assert "latents" not in fitted.plan.call

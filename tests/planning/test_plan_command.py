@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit_json
 from families import FAMILIES, Stock
 
 from vramkit import Plan, PlanInfeasible, plan
@@ -71,6 +74,28 @@ def test_the_command(stock: Stock, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_what_cannot_be_planned(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("transformer", {"num_attention_heads": -1}, "does not describe a WanTransformer3DModel"),
+        ("transformer", {"num_layers": 10**9}, "does not describe a WanTransformer3DModel"),
+        ("vae", {"latents_mean": [0.0]}, "latents_mean of the vae has 1 numbers, 0.0 the least"),
+        ("vae", {"latents_std": [0.0] * 16}, "expected a finite one for each of 16 channels, above 0"),
+        ("text_encoder", {"num_layers": 10**7}, "does not describe a UMT5EncoderModel"),
+        ("text_encoder", {"d_model": "wide"}, "does not describe a UMT5EncoderModel"),
+    ],
+)
+def test_damaged_configs(
+    command: str, part: str, changes: dict[str, Any], said: str, stock: Stock, tmp_path: Path, capsys: Any
+) -> None:
+    folder = shutil.copytree(stock.folder("Wan2.1"), tmp_path / "model")
+    edit_json(folder / part / "config.json", **changes)
+    given = {"plan": [str(folder), *SMALL], "run": ["--model", str(folder), "--prompt", "x", "--device", "cpu"]}
+    assert main([command, *given[command], "--vram", "1GiB"]) == 1
     assert said in capsys.readouterr().err
 
 

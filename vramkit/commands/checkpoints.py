@@ -12,13 +12,14 @@ from torch import nn
 from vramkit.commands.options import Dtype, Offload, Quantize
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.memory import available_ram_bytes, format_bytes, module_bytes
-from vramkit.offload import apply_group_offloading, offload_of, parameters_on_meta
+from vramkit.offload import apply_group_offloading, offload_of
 from vramkit.pipelines.calling.pipeline import Pipeline
 from vramkit.pipelines.loading.auto_model import AutoModel
 from vramkit.pipelines.loading.components import is_component, read_model_index
 from vramkit.pipelines.loading.folders import CONFIG_NAME, read_json
 from vramkit.pipelines.loading.hub import local_folder
 from vramkit.pipelines.loading.registry import IMAGE_ENCODERS, IMAGE_PROCESSORS, MODELS, TEXT_ENCODERS, TOKENIZERS
+from vramkit.pipelines.loading.weights import MOST_PARAMETERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +60,7 @@ def outline(model: str, family: Any = None) -> Any:
             stand_ins[name] = object()
         elif is_component(entry) and entry[1] in MODELS and (root / name / CONFIG_NAME).is_file():
             stand_ins[name] = _without_weights(root / name / CONFIG_NAME)
-    found = {name: part for name, part in stand_ins.items() if part is not None}
-    pipeline: Any = (family or Pipeline.class_of(model)).from_pretrained(model, **found)
+    pipeline: Any = (family or Pipeline.class_of(model)).from_pretrained(model, **stand_ins)
     missing = [name for name, part in pipeline.components.items() if part is None and name not in pipeline.optional]
     if missing:
         raise CheckpointError(
@@ -69,17 +69,11 @@ def outline(model: str, family: Any = None) -> Any:
     return pipeline
 
 
-def _without_weights(path: Path) -> nn.Module | None:
-    """A model whose parameters are on the meta device; None for a config that cannot be: to be told where it is loaded."""
+def _without_weights(path: Path) -> nn.Module:
+    """A model whose parameters are on the meta device."""
     config = read_json(path)
-    config.pop("quantization_config", None)
-    try:
-        with parameters_on_meta():
-            return AutoModel.class_named(config.get("_class_name"), source=path).from_config(config).eval()
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError):
-        return None
+    kind = AutoModel.class_named(config.get("_class_name"), source=path)
+    return kind.described_by(config, source=path, most=MOST_PARAMETERS).eval()
 
 
 def resolve_dtype(dtype: Dtype, device: str) -> torch.dtype:

@@ -71,11 +71,29 @@ class Latents:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise CheckpointError(f"{path} holds no latents of `vramkit run`")
-        decoding = json.loads(metadata["decoding"])
-        if _STATE in tensors:
-            decoding["generator"] = torch.Generator()
-            decoding["generator"].set_state(tensors[_STATE])
-        return cls(latents=tensors["latents"], decoding=decoding, **json.loads(metadata["settings"]))
+        try:
+            decoding, settings = dict(json.loads(metadata["decoding"])), dict(json.loads(metadata["settings"]))
+            if _STATE in tensors:
+                decoding["generator"] = torch.Generator()
+                decoding["generator"].set_state(tensors[_STATE])
+            found = cls(latents=tensors["latents"], decoding=decoding, **settings)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: {type(error).__name__}: {error}; run `vramkit run` again"
+            ) from error
+        found._check(path)
+        return found
+
+    def _check(self, path: Path) -> None:
+        """Refuse what no run writes."""
+        for name, kind in _SETTINGS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+                raise CheckpointError(f"{path} is damaged: {name} is {value!r}; run `vramkit run` again")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise CheckpointError(f"{path} is damaged: dtype is {self.dtype!r}; run `vramkit run` again")
+        if not self.latents.is_floating_point():
+            raise CheckpointError(f"{path} is damaged: latents of {self.latents.dtype}; run `vramkit run` again")
 
 
 def beside(video: Path) -> Path:
@@ -83,4 +101,12 @@ def beside(video: Path) -> Path:
     return video.with_name(f"{video.stem}.latents.safetensors")
 
 
-_SETTINGS = ("pipeline", "model", "dtype", "fps", "seed", "tiling", "video")
+_SETTINGS: dict[str, Any] = {
+    "pipeline": str,
+    "model": str,
+    "dtype": str,
+    "fps": int | float,
+    "seed": int,
+    "tiling": bool,
+    "video": str,
+}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["any_requires_grad", "moved", "moved_call", "with_tensors"]
+__all__ = ["any_requires_grad", "fields_of", "moved", "moved_call", "with_tensors"]
 
 _HOLD_NOTHING = frozenset({type(None), bool, int, float, str})
 
@@ -47,7 +47,7 @@ def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         return type(value)(*items) if _is_named_tuple(value) else type(value)(items)
     if type(value) in _HOLD_NOTHING:  # most arguments, and to be no mapping takes longer
         return value
-    fields = _fields(value)
+    fields = fields_of(value)
     changed = {key: new for key, item in fields.items() if (new := with_tensors(item, change)) is not item}
     return _with_fields(value, changed) if changed else value
 
@@ -56,7 +56,7 @@ def _is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
-def _fields(value: Any) -> dict[Any, Any]:
+def fields_of(value: Any) -> dict[Any, Any]:
     """Return what a mapping or a dataclass holds, by key; nothing for other objects."""
     if isinstance(value, MutableMapping):
         return dict(value)
@@ -83,4 +83,4 @@ def any_requires_grad(value: Any) -> bool:
         return value.requires_grad
     if type(value) in (tuple, list) or _is_named_tuple(value):
         return any(map(any_requires_grad, value))
-    return any(map(any_requires_grad, _fields(value).values()))
+    return any(map(any_requires_grad, fields_of(value).values()))

@@ -18,7 +18,7 @@ from vramkit.offload.partition import Granularity
 from vramkit.offload.pinning import PinBudget
 from vramkit.offload.stores import Sharing, StoreKind
 
-__all__ = ["OffloadConfig"]
+__all__ = ["OffloadConfig", "device_count", "known_device", "usable_device"]
 
 _LEAST_HALVED_BYTES = 256 * 2**20
 _ENTRY_POINTS = ("encode", "decode", "generate")
@@ -91,7 +91,7 @@ class OffloadConfig:
                 stacklevel=3,
             )
         return cls(
-            device=_usable_device(onload_device),
+            device=usable_device(onload_device),
             granularity=_choice("offload_type", offload_type, get_args(Granularity)),
             blocks_per_group=_at_least_one(
                 "num_blocks_per_group", 1 if num_blocks_per_group is None else num_blocks_per_group
@@ -155,22 +155,43 @@ def _default_slots(offload_type: str, use_stream: bool | None) -> int:
     return 1 if use_stream is False else 3 if offload_type == "leaf_level" else 2
 
 
-def _usable_device(device: torch.device | str) -> torch.device:
+def known_device(given: torch.device | str, option: str) -> torch.device:
+    """Return a device of a kind that streaming knows, whether it is there or not.
+
+    Raises:
+        ConfigError: what `option` gave is none.
+    """
     try:
-        device = torch.device(device)
+        device = torch.device(given)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"onload_device={device!r} is not a device; give 'cuda', 'cuda:1', 'xpu' or 'cpu'") from error
+        raise ConfigError(f"{option}={given!r} is not a device; give 'cuda', 'cuda:1', 'xpu' or 'cpu'") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type not in ("cuda", "xpu"):
-        raise ConfigError(f"onload_device={str(device)!r}: streaming knows 'cuda', 'xpu' and 'cpu' (files to RAM)")
+        raise ConfigError(f"{option}={str(device)!r}: streaming knows 'cuda', 'xpu' and 'cpu' (files to RAM)")
+    return device
+
+
+def device_count(device: torch.device) -> int:
+    """Return how many devices of this kind the machine has."""
     api = getattr(torch, device.type)
-    if not api.is_available() or (device.index or 0) >= api.device_count():
-        count = api.device_count() if api.is_available() else 0
-        raise ConfigError(
-            f"onload_device={str(device)!r}, but this machine has {count} such devices; 'cpu' always works"
-        )
-    return torch.device(device.type, api.current_device() if device.index is None else device.index)
+    return api.device_count() if api.is_available() else 0
+
+
+def usable_device(given: torch.device | str, option: str = "onload_device") -> torch.device:
+    """Return a device that is there, with its index.
+
+    Raises:
+        ConfigError: what `option` gave is none.
+    """
+    device = known_device(given, option)
+    if device.type == "cpu":
+        return device
+    count = device_count(device)
+    if (device.index or 0) >= count:
+        raise ConfigError(f"{option}={str(device)!r}, but this machine has {count} such devices; 'cpu' always works")
+    current = getattr(torch, device.type).current_device
+    return torch.device(device.type, current() if device.index is None else device.index)
 
 
 def _peer(
@@ -182,7 +203,7 @@ def _peer(
         return None
     if mesh is not None:
         raise ConfigError("store='peer' is for one process that has two devices; with mesh= each device has its rank")
-    found, own = _usable_device(peer), _usable_device(device)
+    found, own = usable_device(peer), usable_device(device)
     if found == own and own.type != "cpu":
         raise ConfigError(f"peer_device={str(peer)!r} is the device that computes; give another one")
     return found

@@ -116,7 +116,7 @@ def _registered(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
     if known is not None and known[0]() is parameter:
         return known[1]
     if len(became) >= became.most:
-        raise CheckpointError(f"there are more than {became.most} parameters, several times what the files hold")
+        raise CheckpointError(f"there are more than {became.most} parameters, several times what there can be")
     bare = _without_values(parameter)
     became[id(parameter)] = (weakref.ref(parameter), bare)
     return bare

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from vramkit import hooks
 from vramkit.errors import ConflictError
+from vramkit.offload.derived import derived_class
 
 if TYPE_CHECKING:
     from vramkit.offload.engine import Engine
@@ -128,11 +129,8 @@ def _report_device(module: nn.Module, device: torch.device, record: list[hooks.A
     kind = type(module)
     if not isinstance(getattr(kind, "device", None), property):
         return
-    of_copies = getattr(kind, "offloaded_kind", kind)
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "offloaded_kind": of_copies}
-    derive: Any = type(kind)
     answers = {"device": property(lambda _self: device), "_old_forward": _NoForwardOfAccelerate()}
-    derived = derive(kind.__name__, (kind,), named | answers)
+    derived = derived_class(kind, answers)
 
     def undo() -> None:
         if type(module) is derived:

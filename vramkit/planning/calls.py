@@ -6,17 +6,19 @@ import copy
 import dataclasses
 import functools
 import inspect
+import numbers
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramkit.errors import ConfigError
 from vramkit.extras import extra
-from vramkit.offload.arguments import with_tensors
+from vramkit.offload.arguments import fields_of, with_tensors
 from vramkit.planning.generation import Generation
 
 __all__ = ["Arguments", "Example", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
@@ -33,7 +35,6 @@ _FREE = frozenset({
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
     "generator",
-    "latents",
     "num_inference_steps",
     "return_dict",
 })  # fmt: skip
@@ -56,6 +57,8 @@ class PlannedCall:
 
     def covers(self, other: PlannedCall) -> bool:
         """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind."""
+        if (self.arguments.get("latents") is None) is not (other.arguments.get("latents") is None):
+            return False  # many pipelines take the size of the clip from them, whatever else is said
         names = (self.arguments.keys() | other.arguments.keys()) - _FREE
         return all(_is_within(other.arguments.get(name), self.arguments.get(name)) for name in names)
 
@@ -207,32 +210,39 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_within(other: Any, planned: Any) -> bool:
-    """Whether `other` asks for no more than `planned`."""
+    """Whether `other` asks for no more than `planned`: all the way down into lists, mappings and dataclasses."""
     if isinstance(other, list) and len(other) == 1 and isinstance(planned, str):
         other = other[0]
     if other is None:
         return planned is None or isinstance(planned, str | torch.Tensor)
     if isinstance(other, bool) or isinstance(planned, bool):
         return other is planned
-    sizes = _sizes(other), _sizes(planned)
-    if None in sizes:
-        return type(other) is type(planned)
-    return len(sizes[0]) == len(sizes[1]) and all(mine <= theirs for mine, theirs in zip(*sizes, strict=True))  # type: ignore[arg-type]
+    mine, theirs = _size(other), _size(planned)
+    if mine is not None and theirs is not None:
+        return len(mine) == len(theirs) and all(each <= most for each, most in zip(mine, theirs, strict=True))
+    held, bound = _held(other), _held(planned)
+    return (
+        type(other) is type(planned)
+        and held.keys() == bound.keys()
+        and all(map(_is_within, held.values(), map(bound.get, held)))
+    )
 
 
-def _sizes(value: Any) -> tuple[Any, ...] | None:
-    """Return what tells how much a value asks for; None where that is not known."""
-    if isinstance(value, torch.Tensor):
+def _size(value: Any) -> tuple[Any, ...] | None:
+    """Return what tells how much a value asks for, that of a picture too; None where it is not known by itself."""
+    if isinstance(value, torch.Tensor | np.ndarray):
         return (*value.shape, value.dtype.itemsize)
     if isinstance(value, str):
         return (len(value),)
-    if isinstance(value, int | float):
+    if isinstance(value, numbers.Real):
         return (value,)
-    if isinstance(value, list | tuple):
-        each = [_sizes(item) for item in value]
-        return None if None in each else (len(value), *(size for sizes in each for size in sizes or ()))
-    size = getattr(value, "size", None)  # of a picture
+    size = getattr(value, "size", None)
     return size if isinstance(size, tuple) else None
+
+
+def _held(value: Any) -> dict[Any, Any]:
+    """Return what a container holds, by key or place; nothing for other objects, such as caches."""
+    return dict(enumerate(value)) if isinstance(value, list | tuple) else fields_of(value)
 
 
 def _described(value: Any) -> Any:

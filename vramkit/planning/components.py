@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,9 +63,10 @@ def components_of(target: Any) -> dict[str, Component]:
     else:
         held = getattr(target, "components", target)
     if not isinstance(held, Mapping):
+        hint = "; load it first: plan() alone takes names and folders" if isinstance(target, str | os.PathLike) else ""
         raise ConfigError(
             f"a {type(target).__name__} was given; expected a pipeline (with .components), a mapping of names to modules, "
-            "or a torch.nn.Module"
+            f"or a torch.nn.Module{hint}"
         )
     found: dict[str, Component] = {}
     seen: set[int] = set()

@@ -29,7 +29,7 @@ def explain(plan: Plan) -> str:
         f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.vram_bytes)}"
         + (f", {format_bytes(plan.margin_bytes)} kept for what is no tensor" if plan.margin_bytes else "")
         + (f", {format_bytes(holes)} for holes between tensors" if holes else "")
-        + f"; the least that would do: {format_bytes(plan.floor_bytes)}",
+        + f"; computed in this way it wants {format_bytes(plan.floor_bytes)} at the least",
         f"host memory {format_bytes(plan.host_bytes)}, page-locked up to {format_bytes(plan.pinned_bytes)}",
         f"{_seconds(plan.seconds)} s in all; one more GiB would save {plan.next_gib}",
     ]

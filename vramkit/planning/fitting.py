@@ -14,6 +14,7 @@ from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes
 from vramkit.offload import Offload, OffloadStats, offload_of
 from vramkit.offload.allocator import use_expandable_segments
+from vramkit.offload.config import usable_device
 from vramkit.planning.calls import Example, PlannedCall, arguments_of, module_calls, pipeline_call
 from vramkit.planning.components import components_of
 from vramkit.planning.examples import read_examples
@@ -82,6 +83,7 @@ def fit(
     budget = Budget(vram, ram, allow)
     _refuse_offloaded(target)
     device = device_of(device) if mesh is None else mesh.device
+    usable_device(device, "device")
     use_expandable_segments(device)
     planner = Planner(target, budget, device, ranks=1 if mesh is None else mesh.size)
     plans: Any = planner if mesh is None else _planner_of_first(planner, mesh, budget)
@@ -114,6 +116,7 @@ def fit_decode(
     Raises:
         PlanInfeasible, ConfigError: as `fit`.
     """
+    usable_device(device, "device")
     use_expandable_segments(device)
     planner = Planner(pipeline, Budget(vram, ram, "exact"), device_of(device))
     options = {name: value for name, value in decoding.items() if name != "generator"}  # which would have drawn
@@ -159,7 +162,10 @@ class Fit:
         return {name: offload.stats() for name, offload in self.offloads.items()}
 
     def remove(self) -> None:
-        """Give everything back: weights to host memory, settings as they were. Later calls do nothing."""
+        """Give everything back: weights to host memory, settings as they were. Later calls do nothing.
+
+        Weights that a plan of another class than "exact" has rounded stay as they were stored.
+        """
         try:
             self._calls.end()
         finally:

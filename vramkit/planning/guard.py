@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
+from vramkit.offload.derived import derived_class
+
 __all__ = ["Around", "Guard"]
 
 Around: TypeAlias = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
@@ -37,12 +39,9 @@ class Guard:
             return _made_anew if make.__name__ == "__newobj__" else make, given, *rest
 
         call.__wrapped__ = kind.__call__  # type: ignore[attr-defined] # its signature is looked at
-        derive: Any = type(kind)
-        names: dict[str, Any] = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        names["offloaded_kind"] = kind  # that of copies
         guarded = {name: _Guarded(name, kind, target, around) for name in methods if hasattr(kind, name)}
         self._target, self._kind = target, kind
-        self._derived = derive(kind.__name__, (kind,), {**names, **guarded, "__call__": call, "__reduce_ex__": reduce})
+        self._derived = derived_class(kind, {**guarded, "__call__": call, "__reduce_ex__": reduce})
 
     def attach(self) -> None:
         """Give the object the class that looks at its calls."""

@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from vramkit.errors import ConfigError
 from vramkit.memory import GIB, MIB, probe_link_gbps
+from vramkit.offload.config import device_count, known_device
 
 __all__ = ["Machine", "device_of"]
 
@@ -54,7 +54,7 @@ class Machine:
         device = torch.device(device)
         if device.type == "cpu":
             return cls(device="cpu", link_gbps=_CPU_LINK_GBPS, tflops=_CPU_TFLOPS, is_measured=False)
-        if not torch.accelerator.is_available():
+        if (device.index or 0) >= device_count(device):
             return cls(
                 device=str(device),
                 link_gbps=_ASSUMED_LINK_GBPS,
@@ -103,10 +103,7 @@ def device_of(given: torch.device | str | None) -> torch.device:
         ConfigError: what was given is no device.
     """
     if given is not None:
-        try:
-            return torch.device(given)
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(f"device={given!r} is no device; give 'cuda', 'cuda:1' or 'cpu'") from error
+        return known_device(given, "device")
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")

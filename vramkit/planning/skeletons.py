@@ -15,8 +15,6 @@ import torch
 from torch import nn
 
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.extras import extra
-from vramkit.offload import parameters_on_meta
 from vramkit.pipelines.calling.pipeline import Pipeline
 from vramkit.pipelines.loading.components import is_component, read_model_index
 from vramkit.pipelines.loading.folders import read_json
@@ -29,16 +27,18 @@ from vramkit.pipelines.loading.registry import (
     TEXT_ENCODERS,
     TOKENIZERS,
 )
-from vramkit.pipelines.loading.text_encoders import VOCABULARIES, load_image_processor, load_tokenizer
+from vramkit.pipelines.loading.text_encoders import VOCABULARIES, load_image_processor, load_tokenizer, unfilled
+from vramkit.pipelines.loading.weights import MOST_PARAMETERS
 
 __all__ = ["known_models", "skeleton_of"]
 
+_MODELS = Path(__file__).parent / "models.json"
 _CONFIGS = ("*.json", "*.txt", "*.model")  # and vocabularies; never weights
 
 
 def known_models() -> dict[str, dict[str, Any]]:
     """Return the configs of models that are known by name."""
-    models: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
+    models: dict[str, dict[str, Any]] = json.loads(_MODELS.read_text(encoding="utf-8"))
     return models
 
 
@@ -83,7 +83,7 @@ def _of_configs(configs: Mapping[str, Any], dtype: torch.dtype, with_image: bool
         if class_name in SCHEDULERS:
             parts[name] = getattr(importlib.import_module(SCHEDULERS[class_name]), class_name).from_config(options)
         else:
-            parts[name] = _model(class_name, options, _dtype_of(kind, name, dtype))
+            parts[name] = _model(class_name, options, _dtype_of(kind, name, dtype), source=_MODELS)
         if name.startswith("text_encoder"):
             parts[name.replace("text_encoder", "tokenizer")] = _LongestTexts()
     return kind(**parts)
@@ -117,9 +117,10 @@ def _part(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
         return load_image_processor(folder, class_name=class_name)
     if class_name not in MODELS.keys() | TEXT_ENCODERS | IMAGE_ENCODERS:
         raise CheckpointError(f"{folder.parent} names {class_name} as {folder.name!r}, which is not supported")
-    config = read_json(folder / "config.json")
+    source = folder / "config.json"
+    config = read_json(source)
     config.pop("quantization_config", None)
-    return _model(class_name, config, dtype)
+    return _model(class_name, config, dtype, source=source)
 
 
 def _pipeline_class(name: str) -> Any:
@@ -132,18 +133,13 @@ def _dtype_of(kind: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name == "vae" and kind.vae_in_fp32 else dtype
 
 
-def _model(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def _model(class_name: str, config: Mapping[str, Any], dtype: torch.dtype, *, source: Path) -> nn.Module:
     """Build a model with its parameters on the meta device, in `dtype` but for those that stay fp32."""
-    with parameters_on_meta():
-        if class_name in MODELS:
-            kind: Any = getattr(importlib.import_module(MODELS[class_name]), class_name)
-            model: nn.Module = kind.from_config(dict(config))
-        else:
-            with extra("text", needed_for="a text encoder"):
-                import transformers  # noqa: PLC0415 - a few seconds to import
-
-            kind = getattr(transformers, class_name)
-            model = kind(kind.config_class(**config))
+    if class_name in MODELS:
+        kind: Any = getattr(importlib.import_module(MODELS[class_name]), class_name)
+        model: nn.Module = kind.described_by(config, source=source, most=MOST_PARAMETERS)
+    else:
+        model = unfilled(class_name, config, source=source, most=MOST_PARAMETERS)
     kept = getattr(model, "_keep_in_fp32", ())
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(fragment in name for fragment in kept):

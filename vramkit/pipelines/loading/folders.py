@@ -73,10 +73,13 @@ def has_variant(folder: Path, variant: str) -> bool:
 
 
 def listing(folder: Path, *, limit: int = 12) -> str:
-    """The names in a folder, for an error message."""
+    """The names in a folder, for an error message; it tells of links to nothing, as caches have them, and of folders."""
     if not folder.is_dir():
         return "nothing: there is no such folder"
-    names = sorted(p.name for p in folder.iterdir())
+    names = [
+        p.name if p.is_file() else f"{p.name} (a folder)" if p.is_dir() else f"{p.name} (a link to nothing, or no file)"
+        for p in sorted(folder.iterdir())
+    ]
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "") if names else "nothing"
 
 

@@ -180,6 +180,11 @@ def _download(
         )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
+        if "/" not in repo:
+            raise CheckpointError(
+                f"{repo!r} is no folder here and no repository (owner/name); names such as 'wan2.1-14b' are known to "
+                f"`vramkit plan` alone, which needs no weights ({type(error).__name__}: {reason})"
+            ) from error
         raise CheckpointError(
             f"Cannot download {repo!r}: {type(error).__name__}: {reason}. "
             "Check the name, the network and `hf auth login` for gated models, or give a local folder."

@@ -60,7 +60,7 @@ def load_text_encoder(
     """
     saved = read_json(folder / CONFIG_NAME).get("quantization_config")
     files = weights_files(folder, stem="model", variant=variant)
-    model = _unfilled(class_name, folder, source=folder / CONFIG_NAME, most=most_parameters(files))
+    model = unfilled(class_name, folder, source=folder / CONFIG_NAME, most=most_parameters(files))
     return _filled(model, files, saved, torch_dtype, quantization_config)
 
 
@@ -99,7 +99,7 @@ def load_encoder_file(
     found = encoder_in({name: entry.shape for name, entry in entries.items()}, source=file, wanted=class_name)
     if torch_dtype is None and any(isinstance(entry, StoredEntry) for entry in entries.values()):
         torch_dtype = computes_as(entries)
-    model = _unfilled(
+    model = unfilled(
         found.class_name, found.config if config is None else config, source=file, most=most_parameters([file])
     )
     return _filled(model, [file], None, torch_dtype, quantization_config, names=found.names)
@@ -137,10 +137,13 @@ def _filled(  # noqa: PLR0917
     return frozen
 
 
-def _unfilled(class_name: str, config: Mapping[str, Any] | Path, *, source: Path, most: int) -> Any:
+def unfilled(class_name: str, config: Mapping[str, Any] | Path, *, source: Path, most: int) -> Any:
     """Build the class by its config, or by that of a folder; parameters on the meta device, computed tables filled.
 
     `most` is how many parameters it may have.
+
+    Raises:
+        CheckpointError: the config describes no such model, or asks for code.
     """
     with extra("text", needed_for="a text encoder"):
         import transformers  # noqa: PLC0415 - a few seconds to import, and not every pipeline has a text encoder

@@ -13,10 +13,13 @@ from torch import nn
 from vramkit.errors import ConfigError
 from vramkit.tensors import is_plain
 
-__all__ = ["load_weights", "most_parameters"]
+__all__ = ["MOST_PARAMETERS", "load_weights", "most_parameters"]
 
 # Bytes of what layers compute in: fp8 is widened before, and positions in fp64 are rounded where they are added.
 _WIDTHS = (2, 4)
+
+
+MOST_PARAMETERS = 10_000  # of a model whose config is all that is read: some times what any has
 
 
 def most_parameters(files: Any) -> int:

@@ -83,6 +83,8 @@ class WanVideoPipeline(T5ToVideoPipeline):
                 "there is a transformer_2 and no boundary_ratio, so it would never run: give the ratio of the checkpoint "
                 "(Wan2.2 T2V 0.875, I2V 0.9), or leave transformer_2 out"
             )
+        if vae is not None:
+            _check_moments(vae.config)
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.transformer = transformer
@@ -264,3 +266,16 @@ class WanVideoPipeline(T5ToVideoPipeline):
             size.height // self.vae_scale_factor_spatial,
             size.width // self.vae_scale_factor_spatial,
         )
+
+
+def _check_moments(config: Any) -> None:
+    """Refuse numbers of an autoencoder's config that would be spread over all channels of the latents."""
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
+        values = getattr(config, name, None)
+        if values is None:  # of another class, which is refused by its name
+            return
+        if len(values) != config.z_dim or not all(least < value < math.inf for value in values):
+            raise ConfigError(
+                f"{name} of the vae has {len(values)} numbers, {min(values, default=None)} the least; expected a finite one "
+                f"for each of {config.z_dim} channels{', above 0' if least == 0 else ''}"
+            )
