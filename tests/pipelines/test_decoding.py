@@ -42,7 +42,7 @@ def failing(vae: Any, monkeypatch: pytest.MonkeyPatch, *, until: Callable[[Any],
 
 
 def smaller(vae: Any) -> bool:
-    return (vae.stripes or 1) >= 4 if vae.has_stripes else vae.use_tiling
+    return vae.use_striping and (vae.stripes or 1) >= 4 if vae.has_stripes else vae.use_tiling
 
 
 def test_a_call_is_finished_in_smaller_pieces_with_one_warning(
