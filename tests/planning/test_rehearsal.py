@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, Stock
 from live_bytes import peak_bytes
 from torch import nn
 
-from vramkit import plan
+from vramkit import PlanInfeasible, plan
+from vramkit.memory import GIB
+from vramkit.planning.features import Settings
+from vramkit.planning.planner import Planner
+from vramkit.planning.twins import Twins
 
 FRAMES, BLOCKS, WIDTH = 7, 4, 512
 RAN: Counter[str] = Counter()
@@ -119,3 +125,25 @@ def test_what_is_part_of_something_larger_keeps_all_of_it() -> None:
     found = rehearsed(net, x)
     assert RAN["block"] == 1
     assert found - x.nbytes == pytest.approx(needed(net, x), rel=1e-3)
+
+
+@pytest.mark.parametrize(("share", "smaller"), [(1.0, False), (0.9, True)])
+def test_no_smaller_decode_is_rehearsed_where_the_whole_one_fits(
+    share: float, smaller: bool, stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = stock.pipeline("Wan2.1")
+    call = {"prompt": "a cat", "num_inference_steps": 2, **FAMILIES["Wan2.1"].clip}
+    monkeypatch.setattr(Planner, "_is_best", lambda _self, _variant: False)
+    tried: list[str] = []
+    rehearsed_in = Twins._rehearsed_in
+
+    def noted(self: Twins, settings: Settings, *rest: Any) -> Any:
+        tried.append(str(settings.decode))
+        return rehearsed_in(self, settings, *rest)
+
+    whole = plan(pipe, GIB, device="cpu", **call)
+    monkeypatch.setattr(Twins, "_rehearsed_in", noted)
+    with contextlib.suppress(PlanInfeasible):
+        plan(pipe, int(whole.floor_bytes * share), device="cpu", **call)
+    assert ("tiles" in tried) is smaller
+    assert tried.count("whole") == 2  # of each way of guidance

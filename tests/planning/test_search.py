@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from profiles import BLOCK, BLOCKS, MACHINE, component, profile
+from profiles import BLOCK, BLOCKS, MACHINE, component, profile, work
 
 from vramkit.errors import ConfigError, PlanInfeasible
 from vramkit.memory import GIB, MIB
 from vramkit.planning.explain import explain
+from vramkit.planning.features import Settings
+from vramkit.planning.holes import Room
 from vramkit.planning.plans import Decode, Plan
+from vramkit.planning.profile import Variant
 from vramkit.planning.search import search
 
 
@@ -65,6 +68,25 @@ def test_a_budget_above_the_card_is_refused() -> None:
     small = dataclasses.replace(MACHINE, card_bytes=8 * GIB)
     with pytest.raises(ConfigError, match=r"vram=9 GiB was given, but cuda has 8 GiB"):
         search(profile(), small, 9 * GIB)
+
+
+def test_ample_room_sends_nobody_away_who_need_not_make_room() -> None:
+    """Two denoisers that take turns in each step hold all they have, and ample room for holes is what that leaves."""
+    holes = Room(needed_bytes=GIB // 16, ample_bytes=GIB)
+    works = tuple(
+        dataclasses.replace(work("denoise", name, GIB, calls=50), turns=50, holes=holes) for name in ("one", "two")
+    )
+    both = dataclasses.replace(
+        profile(),
+        components=(component("one", "denoise", 20), component("two", "denoise", 20)),
+        variants=(Variant(settings=Settings(), works=works),),
+    )
+    for gib in (1.6, 2, 2.6, 3, 4, 5.2, 8):
+        found = search(both, MACHINE, int(gib * GIB))
+        held = sum(each.device_bytes for each in found.components)
+        if held + GIB + holes.needed_bytes <= gib * GIB:
+            assert all(held + each.room_bytes <= gib * GIB for each in found.components)
+        assert all(each.spare_bytes >= holes.needed_bytes for each in found.components)
 
 
 def test_what_the_matrix_library_keeps_is_predicted_within_the_margin() -> None:

@@ -222,8 +222,8 @@ class ModuleGroup:
         Returns what others send there.
         """
         for offset, size_bytes, store in self._alone:
-            store.fill(memory[offset : offset + size_bytes])
-        arrivals = [joint.begin(memory[offset : offset + size_bytes]) for offset, size_bytes, joint in self._joint]
+            store.fill(_piece(memory, offset, size_bytes))
+        arrivals = [joint.begin(_piece(memory, offset, size_bytes)) for offset, size_bytes, joint in self._joint]
         if not self._made:
             return arrivals
         for arrival in arrivals:
@@ -279,7 +279,8 @@ class ModuleGroup:
             binding.slot.put_in_place_of(tensor)
             for binding, tensor in zip(self._bindings, placement.tensors, strict=True)
         ]
-        if any(value is not None for value in new) and is_in_functional_call():
+        is_replaced = any(value is not None for value in new)
+        if is_replaced and is_in_functional_call():
             self.show_rest()
             raise ConflictError(
                 f"{self.name or 'a module'} was called through torch.func.functional_call while its module is offloaded; "
@@ -287,7 +288,7 @@ class ModuleGroup:
                 "Call it so before it is offloaded, or inside `with offload_of(module).edit():`"
             )
         written = placement.written()
-        placement.is_replaced |= any(value is not None for value in new)
+        placement.is_replaced |= is_replaced
         if written or placement.is_replaced:
             self._keep_writes(placement, written, new)
         del new  # it may refer to them
@@ -357,3 +358,8 @@ class ModuleGroup:
         self._alone = [each for each in self.stores if not isinstance(each[2], JointStore)]
         self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
         self._version_in_files = self.version()
+
+
+def _piece(memory: torch.Tensor, offset: int, size_bytes: int) -> torch.Tensor:
+    """Return so many bytes of `memory`: itself for all of them, because a slice takes as long as a copy to issue."""
+    return memory if size_bytes == memory.numel() else memory[offset : offset + size_bytes]

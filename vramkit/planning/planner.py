@@ -150,11 +150,23 @@ class Planner:
     def _told_apart(self, call: PlannedCall, *, chunk_tokens: int | None) -> list[Variant]:
         """Rehearse the call in the ways that differ in what they take, until no other one can be faster."""
         variants = []
-        for variant in self._twins.rehearsed(call, chunk_tokens=chunk_tokens, device=self._device):
-            variants.append(variant.spared(self._machine.holes_share))
-            if self._is_best(variants[-1]):
+        ways = self._twins.rehearsed(
+            call, chunk_tokens=chunk_tokens, device=self._device, suffices=lambda way: self._fits(self._spared(way))
+        )
+        for variant in map(self._spared, ways):
+            variants.append(variant)
+            if self._is_best(variant):
                 break
         return variants
+
+    def _spared(self, variant: Variant) -> Variant:
+        return variant.spared(self._machine.holes_share)
+
+    def _fits(self, variant: Variant) -> bool:
+        """Whether there is a plan under this budget with weights as they are stored."""
+        return (
+            estimate(self._profile([variant], {}), self._machine, self._budget.vram_bytes)[1] <= self._budget.vram_bytes
+        )
 
     def _is_best(self, variant: Variant) -> bool:
         """Whether what is computed takes nearly all of the time under this budget."""

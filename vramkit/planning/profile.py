@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from vramkit.memory import module_bytes
 from vramkit.offload.assembly import footprints, streaming
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.partition import slot_bytes_for
 from vramkit.planning.components import Component
-from vramkit.planning.deeds import Known
-from vramkit.planning.features import Features, Settings
+from vramkit.planning.features import Settings
 from vramkit.planning.holes import NO_ROOM, Room, room_for
 from vramkit.planning.ledger import Segment
 from vramkit.planning.narrowing import Stored
-from vramkit.planning.rehearsal import rehearse
 
 _SLOTS = (3, 2, 1)  # at leaf level, where units are formed for so many
-_LESS = 0.98  # of the memory that simpler ways take: what saves less is not worth being told apart
 
-__all__ = ["ComponentProfile", "Cut", "Profile", "Variant", "Work", "component_profile", "variants_of"]
+__all__ = ["ComponentProfile", "Cut", "Profile", "Variant", "Work", "component_profile"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +110,12 @@ class Variant:
     settings: Settings
     works: tuple[Work, ...]
 
+    @property
+    def decode_bytes(self) -> int:
+        """The most activations of a decode, or of all where there is none."""
+        decodes = [work.activation_bytes for work in self.works if work.phase == "decode"]
+        return max(decodes or [work.activation_bytes for work in self.works], default=0)
+
     def with_more(self, more: Mapping[str, int]) -> Variant:
         """Return the same with so many bytes more of activations, by component."""
         works = [
@@ -185,31 +187,6 @@ def component_profile(component: Component, *, is_in_files: bool, stored: Stored
         wire_dtype="as stored" if stored is None else stored.name,
         quality_db=None if stored is None else stored.weights_db,
     )
-
-
-def variants_of(
-    shadows: Mapping[str, nn.Module],
-    components: Mapping[str, Component],
-    call: Callable[[], object],
-    *,
-    features: Features,
-    chunk_tokens: int | None = None,
-    device: torch.device,
-    known: Known,
-) -> Iterator[Variant]:
-    """Rehearse `call` in every way that a plan may choose, the simplest first; ways that save no memory are passed over."""
-    entry_points = {name: component.entry_points for name, component in components.items()}
-    least: dict[Any, int] = {}
-    for settings in features.settings(chunk_tokens):
-        features.set(settings)
-        known.settings = features.of_components(settings)
-        done = rehearse(shadows, entry_points, call, device=device, known=known)
-        works = works_of(done.segments, components)
-        needed = max((work.activation_bytes for work in works if work.phase == "decode"), default=done.peak_bytes)
-        before = least.get(settings.guidance)
-        if before is None or needed < before * _LESS:
-            least[settings.guidance] = needed
-            yield Variant(settings=settings, works=works)
 
 
 def works_of(segments: Sequence[Segment], components: Mapping[str, Component]) -> tuple[Work, ...]:

@@ -194,6 +194,7 @@ def _stored(
 ) -> tuple[ComponentPlan, ...]:
     """Choose where weights rest: page-locked as long as that is allowed, then in their files, then on disk."""
     left = ram_bytes
+    together = fit_together(choices, works, budget_bytes)
     plans = []
     for choice in sorted(choices.values(), key=lambda choice: choice.streamed_bytes):
         at_rest = choice.profile.weight_bytes  # a copy of what is on the device stays in host memory, to be given back
@@ -208,7 +209,8 @@ def _stored(
             left = max(0, left - max(host, pins))
         ours = [work for work in works if work.component == choice.profile.name]
         plan = _component(choice, ours, store, pins, host)
-        plan = dataclasses.replace(plan, spare_bytes=_spare(plan, ours, budget_bytes))
+        beside = sum(each.device_bytes for each in choices.values() if each is not choice) if together else 0
+        plan = dataclasses.replace(plan, spare_bytes=_spare(plan, ours, budget_bytes - beside))
         plans.append(read_by_ranks(plan, ours, machine))
     by_name = {plan.name: plan for plan in plans}
     return tuple(by_name[name] for name in choices)
@@ -242,7 +244,10 @@ def _component(
 
 
 def _spare(plan: ComponentPlan, ours: Sequence[Work], budget_bytes: int) -> int:
-    """What is kept free beside activations: ample room where the budget has it, else what there has to be."""
+    """What is kept free beside activations: ample room where the budget has it, else what there has to be.
+
+    `budget_bytes` are what other components leave that need not make room.
+    """
     ample = max((work.ample_bytes for work in ours), default=0) - plan.activation_bytes
     needed = most_room(ours) - plan.activation_bytes
     return max(needed, min(ample, budget_bytes - plan.device_bytes - plan.activation_bytes))

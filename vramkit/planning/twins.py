@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from vramkit.planning.components import Component, components_of
 from vramkit.planning.deeds import Known
 from vramkit.planning.features import Features, Settings
 from vramkit.planning.narrowing import Stored, narrow_shadow
-from vramkit.planning.profile import ComponentProfile, Variant, component_profile, variants_of
+from vramkit.planning.profile import ComponentProfile, Variant, component_profile, works_of
 from vramkit.planning.rehearsal import rehearse
 from vramkit.planning.shadow import shadow_of, shadows_of
 
 __all__ = ["Twins"]
+
+_LESS = 0.98  # of the memory that simpler ways take: what saves less is not worth being told apart
 
 
 class Twins:
@@ -38,7 +40,7 @@ class Twins:
         self.features = Features(self.callable, self.shadows)
         self._call: PlannedCall | None = None
         self._known = Known()
-        self._variants: dict[int | None, list[Variant]] = {}
+        self._variants: dict[Settings, Variant] = {}
         self._profiles: dict[tuple[str, Stored | None], ComponentProfile | None] = {
             (name, None): component_profile(each, is_in_files=_is_in_files(originals[name].module))
             for name, each in self.components.items()
@@ -69,28 +71,42 @@ class Twins:
             self.features.reset()
         return max((segment.peak_bytes for segment in done.segments if segment.component == name), default=0)
 
-    def rehearsed(self, call: PlannedCall, *, chunk_tokens: int | None, device: torch.device) -> Iterator[Variant]:
-        """Rehearse `call` in every way that a plan may choose, the simplest first; none is rehearsed twice."""
+    def rehearsed(
+        self,
+        call: PlannedCall,
+        *,
+        chunk_tokens: int | None,
+        device: torch.device,
+        suffices: Callable[[Variant], bool],
+    ) -> Iterator[Variant]:
+        """Rehearse `call` in the ways that a plan may choose, the simplest first; none is rehearsed twice.
+
+        Where one `suffices`, no smaller decode is tried; ways that save no memory are passed over.
+        """
         if call is not self._call:
             self._call, self._known, self._variants = call, Known(), {}
-        seen = self._variants.setdefault(chunk_tokens, [])
-        yield from seen
-        done = len(seen)
+        least: dict[Any, float] = {}
         try:
-            made = variants_of(
-                self.shadows,
-                self.components,
-                lambda: call.make(self.callable),
-                features=self.features,
-                chunk_tokens=chunk_tokens,
-                device=device,
-                known=self._known,
-            )
-            for variant in itertools.islice(made, done, None):
-                seen.append(variant.repeated(call.steps))
-                yield seen[-1]
+            for settings in self.features.settings(chunk_tokens):
+                before = least.get(settings.guidance, math.inf)
+                if not before:
+                    continue
+                if settings not in self._variants:
+                    self._variants[settings] = self._rehearsed_in(settings, call, device)
+                variant = self._variants[settings]
+                if variant.decode_bytes < before * _LESS:
+                    least[settings.guidance] = 0 if suffices(variant) else variant.decode_bytes
+                    yield variant
         finally:
             self.features.reset()
+
+    def _rehearsed_in(self, settings: Settings, call: PlannedCall, device: torch.device) -> Variant:
+        """Rehearse `call` in one way, which stays chosen."""
+        self.features.set(settings)
+        self._known.settings = self.features.of_components(settings)
+        entry_points = {name: component.entry_points for name, component in self.components.items()}
+        done = rehearse(self.shadows, entry_points, lambda: call.make(self.callable), device=device, known=self._known)
+        return Variant(settings=settings, works=works_of(done.segments, self.components)).repeated(call.steps)
 
 
 def is_pipeline(target: Any) -> bool:
