@@ -6,11 +6,11 @@ import os
 
 import torch
 
-__all__ = ["use_expandable_segments"]
+__all__ = ["PAGE_BYTES", "use_expandable_segments"]
 
 _SETTING = "expandable_segments:True"
-# Pages that segments grow by: 20 MiB unless said otherwise, and what lies around a hole is given back by whole pages only.
-_PAGES = "large_segment_size_mb:12"  # torch wants more than 10; its versions before 2.10 know no other size
+# What segments grow by: 20 MiB unless said otherwise, and what lies around a hole is given back by whole pages only.
+PAGE_BYTES = 12 * 2**20  # torch wants more than 10 MiB; its versions before 2.10 know no other size
 _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -30,7 +30,7 @@ def use_expandable_segments(device: torch.device | str) -> bool:
     if torch.cuda.get_allocator_backend() != "native" or torch.version.cuda is None:
         return False
     try:
-        _set(f"{_SETTING},{_PAGES}")
+        _set(f"{_SETTING},large_segment_size_mb:{PAGE_BYTES // 2**20}")
     except (RuntimeError, ValueError):
         _set(_SETTING)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

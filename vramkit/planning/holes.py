@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from vramkit.memory import MIB
+from vramkit.offload.allocator import PAGE_BYTES
 
 __all__ = ["NO_ROOM", "Course", "Lives", "Room", "is_small", "room_for"]
 
@@ -22,7 +23,6 @@ Lives: TypeAlias = list[tuple[int, int]]
 """(number of a tensor, its bytes) where it is made, and the same with less than no bytes where it dies."""
 
 _SMALL_BYTES = MIB  # tensors up to this size have pages of their own, and leave next to no holes there
-_PAGE_BYTES = 12 * MIB  # what `vramkit.offload.allocator` asks for
 _GRANULE_BYTES = 512
 _TRIES = 32  # parts of what is alive that are tried, one more each time, as room for holes
 
@@ -205,7 +205,7 @@ class _Segment:
             bare = block.behind if block.is_mapped else block
             assert bare is not None
             wanted = min(bare.size, size - (block.size if block.is_mapped else 0))
-            wanted = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
+            wanted = -(-wanted // PAGE_BYTES) * PAGE_BYTES
             if self._limit is not None and self._mapped + wanted > self._limit:
                 return None
             self._mapped += wanted
@@ -220,7 +220,7 @@ class _Segment:
     def _unmap_free(self) -> None:
         """Give back the whole pages of what is free."""
         for size, address, block in list(self._free):
-            first, end = -(-address // _PAGE_BYTES) * _PAGE_BYTES, (address + size) // _PAGE_BYTES * _PAGE_BYTES
+            first, end = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size) // PAGE_BYTES * PAGE_BYTES
             if first >= end:
                 continue
             self._unlist(block)
