@@ -57,25 +57,24 @@ class Dealer:
         self._profiles = {profile.name: profile for profile in profiles}
         self._works = variant.works
         self._machine = machine
+        self._least = {name: least_bytes(profile) for name, profile in self._profiles.items()}
 
     def least(self) -> tuple[int, Work]:
         """Return the smallest budget that fits, and the work that needs it."""
-        held = {name: least_bytes(profile) for name, profile in self._profiles.items()}
-        needs = [(work.room_bytes + held.get(work.component, 0), work) for work in self._works]
-        return max(needs, key=lambda need: need[0], default=(max(held.values()), _NOTHING))
+        needs = [(work.room_bytes + self._least.get(work.component, 0), work) for work in self._works]
+        return max(needs, key=lambda need: need[0], default=(max(self._least.values()), _NOTHING))
 
     def choose(self, budget_bytes: int) -> dict[str, Choice] | None:
         """Return the fastest choices under the budget, None where nothing fits."""
         if self.least()[0] > budget_bytes:
             return None
-        least = {name: least_bytes(each) for name, each in self._profiles.items()}
         room = budget_bytes - self._machine.slack_bytes
-        caps = {name: max(least[name], room - self._ample(name)) for name in self._profiles}
+        caps = {name: max(least, room - self._ample(name)) for name, least in self._least.items()}
         found = [{name: self._best(each, caps[name], reloads=True) for name, each in self._profiles.items()}]
-        most = most_room(self._works)
-        if sum(least.values()) <= budget_bytes - most:
+        most, least = most_room(self._works), sum(self._least.values())
+        if least <= budget_bytes - most:
             ample = max([most, *map(self._ample, self._profiles)])
-            found.append(self._dealt(max(sum(least.values()), room - ample)))
+            found.append(self._dealt(max(least, room - ample)))
         return min(found, key=lambda choices: self.seconds(choices, budget_bytes))
 
     def seconds(self, choices: Mapping[str, Choice], budget_bytes: int) -> float:

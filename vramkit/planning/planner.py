@@ -20,7 +20,7 @@ from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED, Stored, ways_to_store
 from vramkit.planning.plans import ALLOWED, Allowed, Plan
 from vramkit.planning.profile import Profile, Variant, Work
-from vramkit.planning.search import estimate, search
+from vramkit.planning.search import estimate, least_budget, search
 from vramkit.planning.twins import Twins, is_pipeline
 
 __all__ = ["Budget", "Planner"]
@@ -164,9 +164,7 @@ class Planner:
 
     def _fits(self, variant: Variant) -> bool:
         """Whether there is a plan under this budget with weights as they are stored."""
-        return (
-            estimate(self._profile([variant], {}), self._machine, self._budget.vram_bytes)[1] <= self._budget.vram_bytes
-        )
+        return least_budget(self._profile([variant], {}), self._machine) <= self._budget.vram_bytes
 
     def _is_best(self, variant: Variant) -> bool:
         """Whether what is computed takes nearly all of the time under this budget."""

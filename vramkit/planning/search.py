@@ -21,7 +21,7 @@ from vramkit.planning.plans import Allowed, ComponentPlan, PhasePlan, Plan
 from vramkit.planning.profile import Profile, Variant, Work, order_of
 from vramkit.planning.ranks import read_by_ranks
 
-__all__ = ["estimate", "search"]
+__all__ = ["estimate", "least_budget", "search"]
 
 
 def search(
@@ -100,7 +100,12 @@ def estimate(profile: Profile, machine: Machine, vram_bytes: int) -> tuple[float
         choices = dealer.choose(budget_bytes)
         if choices is not None:
             fastest = min(fastest, dealer.seconds(choices, budget_bytes))
-    return fastest, _floor(profile, machine)[0]
+    return fastest, least_budget(profile, machine)
+
+
+def least_budget(profile: Profile, machine: Machine) -> int:
+    """Return the smallest budget that fits."""
+    return _floor(profile, machine)[0]
 
 
 def _floor(profile: Profile, machine: Machine) -> tuple[int, str]:

@@ -36,6 +36,7 @@ class Twins:
         self.components = {
             name: Component(name, self.shadows[name], each.entry_points, each.phase) for name, each in originals.items()
         }
+        self._entry_points = {name: component.entry_points for name, component in self.components.items()}
         self.callable = shadow_of(target, self.shadows) if is_pipeline(target) else self.shadows
         self.features = Features(self.callable, self.shadows)
         self._call: PlannedCall | None = None
@@ -63,10 +64,9 @@ class Twins:
 
     def activation_bytes(self, name: str, call: PlannedCall, settings: Settings, device: torch.device) -> int:
         """Rehearse `call` of components by themselves, and return the most that is alive while `name` computes."""
-        entry_points = {each: component.entry_points for each, component in self.components.items()}
         try:
             self.features.set(settings)
-            done = rehearse(self.shadows, entry_points, lambda: call.make(self.shadows), device=device)
+            done = rehearse(self.shadows, self._entry_points, lambda: call.make(self.shadows), device=device)
         finally:
             self.features.reset()
         return max((segment.peak_bytes for segment in done.segments if segment.component == name), default=0)
@@ -85,7 +85,7 @@ class Twins:
         """
         if call is not self._call:
             self._call, self._known, self._variants = call, Known(), {}
-        least: dict[Any, float] = {}
+        least: dict[Any, float] = {}  # by guidance; nothing where a decode suffices, than which none takes less
         try:
             for settings in self.features.settings(chunk_tokens):
                 before = least.get(settings.guidance, math.inf)
@@ -104,8 +104,9 @@ class Twins:
         """Rehearse `call` in one way, which stays chosen."""
         self.features.set(settings)
         self._known.settings = self.features.of_components(settings)
-        entry_points = {name: component.entry_points for name, component in self.components.items()}
-        done = rehearse(self.shadows, entry_points, lambda: call.make(self.callable), device=device, known=self._known)
+        done = rehearse(
+            self.shadows, self._entry_points, lambda: call.make(self.callable), device=device, known=self._known
+        )
         return Variant(settings=settings, works=works_of(done.segments, self.components)).repeated(call.steps)
 
 
