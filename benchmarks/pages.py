@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.rows import Results, Row, compared
+from benchmarks.rows import Results, Row, compared, floor_s
 
 __all__ = ["PAGES", "TABLES", "rendered"]
 
@@ -238,12 +238,11 @@ def _budgets() -> str:
     for share in next(iter(sweeps.values()), {}):
         lines.append([share])
         for sweep in sweeps.values():
-            row, whole = sweep[share], sweep["100%"]
-            floor = max(whole["s"], row["moved_bytes"] / row["link_gbps"] / 1e9)
+            row = sweep[share]
             lines[-1] += [
                 _gib(row, "allocated_bytes"),
                 _gib(row, "moved_bytes"),
-                f"{row['s']:.3f} ({row['s'] / floor:.2f})",
+                f"{row['s']:.3f} ({row['s'] / floor_s(row, sweep['100%']):.2f})",
             ]
     heads = [
         f"{level.removeprefix('vramkit ')}: {what}" for level in sweeps for what in ("peak, GiB", "moved, GiB", "s")

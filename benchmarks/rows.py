@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KEY", "Results", "Row", "Setting", "compared", "is_comparable", "key_of"]
+__all__ = ["KEY", "Results", "Row", "Setting", "compared", "floor_s", "is_comparable", "key_of"]
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
@@ -133,10 +133,15 @@ def _against(row: Row, reference: Row) -> Row:
     if "digest" in row and "digest" in reference:
         figures["same_bytes"] = row["digest"] == reference["digest"]
     if row.get("s") and reference.get("s"):
-        moved, link = row.get("moved_bytes") or 0, row.get("link_gbps")
-        floor = max(reference["s"], moved / (link * 1e9) if link else 0)
+        floor = floor_s(row, reference)
         figures |= {"reference_s": reference["s"], "floor_s": floor, "ratio": round(row["s"] / floor, 3)}
     return figures
+
+
+def floor_s(row: Row, reference: Row) -> float:
+    """Return the seconds that a row cannot be below: those of its reference, or of its bytes on its link."""
+    moved, link = row.get("moved_bytes") or 0, row.get("link_gbps")
+    return float(max(reference["s"], moved / (link * 1e9) if link else 0))
 
 
 def _machine_of(run: Row) -> tuple[Any, ...]:

@@ -55,6 +55,21 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
+def latents_of(pipeline: str, model: str) -> Latents:
+    """As a run of so named a pipeline would leave them, but for their size."""
+    return Latents(
+        latents=torch.zeros(1),
+        decoding={},
+        pipeline=pipeline,
+        model=model,
+        dtype="float32",
+        fps=16,
+        seed=0,
+        tiling=False,
+        video="x.mp4",
+    )
+
+
 class TestHelp:
     @pytest.mark.parametrize(
         "arguments",
@@ -413,17 +428,7 @@ class TestDecode:
         self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / "x.latents.safetensors"
-        Latents(
-            latents=torch.zeros(1),
-            decoding={},
-            pipeline="LTXPipeline",
-            model=str(model),
-            dtype="float32",
-            fps=16,
-            seed=0,
-            tiling=False,
-            video="x.mp4",
-        ).save(path)
+        latents_of("LTXPipeline", str(model)).save(path)
         said = fails(["decode", str(path), "--device", "cpu"], capsys)
         assert "is a checkpoint of WanPipeline" in said
         assert "holds latents of LTXPipeline" in said
@@ -447,17 +452,7 @@ class TestDecode:
     )
     def test_damaged_latents(self, damage: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "x.latents.safetensors"
-        Latents(
-            latents=torch.zeros(1),
-            decoding={},
-            pipeline="WanPipeline",
-            model="x",
-            dtype="float32",
-            fps=16,
-            seed=0,
-            tiling=False,
-            video="x.mp4",
-        ).save(path)
+        latents_of("WanPipeline", "x").save(path)
         assert Latents.load(path).video == "x.mp4"
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
