@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def test_versions_are_those_installed() -> None:
 
     assert versions()["torch"] == torch.__version__
     assert "python" in versions()
+
+
+def test_of_two_installed_versions_that_which_is_imported_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("first", "9.9.9"), ("second", "1.1.1")):
+        info = tmp_path / folder / f"peft-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), *sys.path, str(tmp_path / "second")])
+    assert versions()["peft"] == "9.9.9"
 
 
 def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:

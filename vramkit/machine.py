@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -91,12 +92,12 @@ def _write_probe(path: Path, count: int) -> None:
 
 def versions() -> dict[str, str]:
     """The versions that behaviour depends on, by name; what is not installed is left out."""
-    from importlib.metadata import distributions  # noqa: PLC0415
+    from importlib import metadata  # noqa: PLC0415
 
-    wanted = ("vramkit", "torch", "diffusers", "transformers", "peft", "bitsandbytes", "optimum-quanto", "torchao")
-    installed = {each.metadata["Name"]: each.version for each in distributions()}
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
-    found |= {name: installed[name] for name in wanted if name in installed}
+    for name in ("vramkit", "torch", "diffusers", "transformers", "peft", "bitsandbytes", "optimum-quanto", "torchao"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)  # of several, that which an import finds
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]

@@ -83,8 +83,8 @@ def _made(foreigner: Foreigner, target: Any, given: dict[str, Any], fitted: Fit 
     row |= {"digest": steps.digest, **host_memory(), **trouble()}
     if fitted is not None:
         told = predicted(fitted.plan)
-        if not foreigner.pipeline:  # the one phase of a module has no name
-            told = {name.replace("encode", "denoise"): value for name, value in told.items()}
+        if not foreigner.pipeline:  # the passes of a module alone are its steps
+            told = {name.replace("forward", "denoise"): value for name, value in told.items()}
         row["notes"] = list(fitted.plan.notes)
         row |= told | {"held_bytes": sum(each.held_bytes for each in fitted.stats().values())}
         row["stores"] = {name: stats.stores for name, stats in fitted.stats().items()}

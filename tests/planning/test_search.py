@@ -29,6 +29,13 @@ def test_plans_stay_under_the_budget_and_use_it(vram_gib: float) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("vram_gib", [2.5, 3.13, 3.9, 4.55])
+def test_what_stays_of_blocks_is_what_does_not_travel(vram_gib: float) -> None:
+    steps = search(profile(flops=1e17), MACHINE, int(vram_gib * GIB)).component("transformer")
+    assert steps.granularity == "block_level"
+    assert 0 < steps.chosen_bytes == BLOCKS * BLOCK - steps.streamed_bytes
+
+
 def test_more_memory_is_never_slower() -> None:
     seconds = [search(profile(flops=5e14), MACHINE, int(gib * GIB)).seconds for gib in (2.3, 2.6, 3, 4, 5, 6, 8)]
     assert seconds == sorted(seconds, reverse=True)
@@ -96,6 +103,16 @@ def test_what_the_matrix_library_keeps_is_predicted_within_the_margin() -> None:
     assert [phase.peak_bytes + 32 * MIB for phase in before.phases] == [phase.peak_bytes for phase in found.phases]
     assert found.peak_bytes <= 4 * GIB
     assert found.components == before.components
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_what_the_matrix_library_keeps_is_there_from_the_first_product_on(is_measured: bool) -> None:
+    machine = dataclasses.replace(MACHINE, margin_bytes=64 * MIB, is_measured=is_measured)  # measured by a product
+    bare, told = (
+        search(profile(), each, 4 * GIB) for each in (machine, dataclasses.replace(machine, workspace_bytes=MIB))
+    )
+    more = [after.peak_bytes - before.peak_bytes for before, after in zip(bare.phases, told.phases, strict=True)]
+    assert more == [MIB * is_measured, MIB]
 
 
 def test_room_is_kept_for_holes_between_activations() -> None:

@@ -22,8 +22,8 @@ __all__ = [
     "tied_components",
 ]
 
-Phase = Literal["encode", "denoise", "decode"]
-PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
+Phase = Literal["encode", "denoise", "forward", "decode"]
+PHASES: tuple[Phase, ...] = ("encode", "denoise", "forward", "decode")
 
 _ENTRY_POINTS = (
     "forward",
@@ -42,12 +42,13 @@ _DECODERS = ("vae", "vqvae", "movq", "vqgan", "audio_vae", "vocoder", "decoder",
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Component:
-    """One module of a pipeline."""
+    """One module of a pipeline, or a module alone."""
 
     name: str
     module: nn.Module
     entry_points: tuple[str, ...]
     phase: Phase
+    """The part of a call that it works in; of a module alone, which is all that a call runs, ``"forward"``."""
 
 
 def components_of(target: Any) -> dict[str, Component]:
@@ -59,9 +60,9 @@ def components_of(target: Any) -> dict[str, Component]:
         ConfigError: there is no module.
     """
     if isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), Mapping):
-        held: Any = {type(target).__name__: target}
-    else:
-        held = getattr(target, "components", target)
+        name = type(target).__name__
+        return {name: Component(name, target, entry_points_of(target), "forward")}
+    held = getattr(target, "components", target)
     if not isinstance(held, Mapping):
         hint = "; load it first: plan() alone takes names and folders" if isinstance(target, str | os.PathLike) else ""
         raise ConfigError(

@@ -154,7 +154,13 @@ def _filled(profile: ComponentProfile, cut: Cut, cap_bytes: int) -> list[Choice]
             best = min(best, tried, key=lambda choice: choice.streamed_bytes)
         else:
             high = middle - 1
-    return [best]
+    return [_exact(best) if cut.granularity == "block_level" else best]
+
+
+def _exact(choice: Choice) -> Choice:
+    """Return the choice that asks for what it gets: blocks are what they are, and the last one may not go into the rest."""
+    tried = _placed(choice.profile, choice.cut, sum(choice.cut.sizes) - choice.streamed_bytes)
+    return tried if tried.streamed_bytes == choice.streamed_bytes else choice
 
 
 def _work_seconds(choice: Choice | None, work: Work, machine: Machine, *, reloads: bool) -> float:

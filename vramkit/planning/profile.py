@@ -191,15 +191,16 @@ def component_profile(component: Component, *, is_in_files: bool, stored: Stored
 
 def works_of(segments: Sequence[Segment], components: Mapping[str, Component]) -> tuple[Work, ...]:
     """Sum up what was recorded by part of the call and component."""
-    denoisers = {name for name, component in components.items() if component.phase == "denoise"}
-    at = [index for index, segment in enumerate(segments) if segment.component in denoisers]
+    phases = {name: component.phase for name, component in components.items()}
+    at = [index for index, segment in enumerate(segments) if phases.get(segment.component) == "denoise"]
     first, last = (at[0], at[-1]) if at else (len(segments), len(segments))
+    is_alone = "forward" in phases.values()
     found: dict[tuple[str, str], Work] = {}
     fullest: dict[tuple[str, str], Segment] = {}
     for index, segment in enumerate(segments):
         phase = "encode" if index < first else "denoise" if index <= last else "decode"
-        if not at and segment.component:
-            phase = components[segment.component].phase
+        if not at:
+            phase = "forward" if is_alone else phases.get(segment.component, "encode")
         key = (phase, segment.component)
         nothing = Work(phase=phase, component=segment.component, activation_bytes=0, calls=0, flops=0, turns=0)
         before = found.get(key, nothing)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vramkit.errors import ConcurrentUseError
 from vramkit.memory import format_bytes
@@ -131,14 +132,27 @@ class Regime:
 def _weights_of(components: Mapping[str, Component]) -> dict[str, tuple[int, int, int]]:
     """Return what tells whether a plan is for these modules, or for others or with other weights.
 
-    Asked before each call, so as plainly as torch can be asked: a millisecond for a thousand modules.
+    Asked before each call, so as plainly as torch can be asked: half a millisecond for a thousand modules.
     """
     found = {}
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (torch's extension point)
         for name, each in components.items():
-            parts = [part._parameters.values() for part in each.module.modules()]  # noqa: SLF001
-            held = [weight for own in parts for weight in own if weight is not None]
+            held = [weight for weight in _parameters_of(each.module) if weight is not None]
             found[name] = id(each.module), len(held), sum([weight.numel() * weight.element_size() for weight in held])
+    return found
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter | None]:
+    """Return what ``module.modules()`` hold, which makes up the name of each on the way and takes five times as long."""
+    seen: set[nn.Module] = set()
+    found: list[nn.Parameter | None] = []
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        part = waiting.pop()
+        if part is not None and part not in seen:
+            seen.add(part)
+            found += part._parameters.values()  # noqa: SLF001
+            waiting += part._modules.values()  # noqa: SLF001
     return found
 
 

@@ -167,7 +167,7 @@ def _phases(
         name: Holding(each.device_bytes - each.resident_bytes, each.resident_bytes) for name, each in choices.items()
     }
     peaks = phase_peaks(held, works, budget_bytes)
-    multiplied = False
+    multiplied = machine.is_measured  # by a product
     for phase in PHASES:
         ours = [work for work in works if work.phase == phase]
         if not ours:
