@@ -6,19 +6,18 @@ import copy
 import dataclasses
 import functools
 import inspect
-import numbers
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramkit.errors import ConfigError
 from vramkit.extras import extra
-from vramkit.offload.arguments import fields_of, with_tensors
+from vramkit.offload.arguments import with_tensors
+from vramkit.planning.extents import Extent
 from vramkit.planning.generation import Generation
 
 __all__ = ["Arguments", "Example", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
@@ -39,6 +38,7 @@ _FREE = frozenset({
     "return_dict",
 })  # fmt: skip
 _STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
+_NOTHING = Extent.of(None)
 _DRAWN = ("generator", "callback_on_step_end", "callback")
 
 
@@ -50,17 +50,27 @@ class PlannedCall:
     make: Callable[[Any], object]
     steps: float = 1.0
     """Denoising steps of the call for each one that is made on a twin."""
+    extents: Mapping[str, Extent] = dataclasses.field(default_factory=dict)
+    """How much each argument asked for when it was given."""
+
+    def __post_init__(self) -> None:
+        """Note what the arguments ask for, unless that is given."""
+        if not self.extents:
+            object.__setattr__(self, "extents", {name: Extent.of(value) for name, value in self.arguments.items()})
 
     def described(self) -> dict[str, Any]:
         """Return the arguments as plain data: numbers as they are, texts cut, everything else by kind and size."""
         return {name: _described(value) for name, value in self.arguments.items() if value is not None}
 
     def covers(self, other: PlannedCall) -> bool:
-        """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind."""
+        """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind.
+
+        `vramkit.planning.extents` says what is looked at, and what is not.
+        """
         if (self.arguments.get("latents") is None) is not (other.arguments.get("latents") is None):
             return False  # many pipelines take the size of the clip from them, whatever else is said
-        names = (self.arguments.keys() | other.arguments.keys()) - _FREE
-        return all(_is_within(other.arguments.get(name), self.arguments.get(name)) for name in names)
+        names = (self.extents.keys() | other.extents.keys()) - _FREE
+        return all(other.extents.get(name, _NOTHING).is_within(self.extents.get(name, _NOTHING)) for name in names)
 
     def beside(self, part: PlannedCall, *, is_first: bool) -> PlannedCall:
         """Return this call of a pipeline, and before or after it `part`, a call of components."""
@@ -207,42 +217,6 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     with _disable_current_modes():  # what is small is not counted
         return tensor.detach().cpu().clone()
-
-
-def _is_within(other: Any, planned: Any) -> bool:
-    """Whether `other` asks for no more than `planned`: all the way down into lists, mappings and dataclasses."""
-    if isinstance(other, list) and len(other) == 1 and isinstance(planned, str):
-        other = other[0]
-    if other is None:
-        return planned is None or isinstance(planned, str | torch.Tensor)
-    if isinstance(other, bool) or isinstance(planned, bool):
-        return other is planned
-    mine, theirs = _size(other), _size(planned)
-    if mine is not None and theirs is not None:
-        return len(mine) == len(theirs) and all(each <= most for each, most in zip(mine, theirs, strict=True))
-    held, bound = _held(other), _held(planned)
-    return (
-        type(other) is type(planned)
-        and held.keys() == bound.keys()
-        and all(map(_is_within, held.values(), map(bound.get, held)))
-    )
-
-
-def _size(value: Any) -> tuple[Any, ...] | None:
-    """Return what tells how much a value asks for, that of a picture too; None where it is not known by itself."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return (*value.shape, value.dtype.itemsize)
-    if isinstance(value, str):
-        return (len(value),)
-    if isinstance(value, numbers.Real):
-        return (value,)
-    size = getattr(value, "size", None)
-    return size if isinstance(size, tuple) else None
-
-
-def _held(value: Any) -> dict[Any, Any]:
-    """Return what a container holds, by key or place; nothing for other objects, such as caches."""
-    return dict(enumerate(value)) if isinstance(value, list | tuple) else fields_of(value)
 
 
 def _described(value: Any) -> Any:
