@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vramkit.errors import ConfigError
+from vramkit.errors import ConfigError, VramkitError
 from vramkit.extras import extra
 from vramkit.offload.arguments import with_tensors
 from vramkit.planning.extents import Extent
@@ -154,8 +155,11 @@ def arguments_of(example: Any) -> Arguments:
     return _copied((args, {}))
 
 
-def module_calls(examples: Mapping[str, Example]) -> PlannedCall:
-    """Say how modules, by their names among the twins, or methods ("name.method"), are called one after the other."""
+def module_calls(examples: Mapping[str, Example], *, are_given: bool = False) -> PlannedCall:
+    """Say how modules, by their names among the twins, or methods ("name.method"), are called one after the other.
+
+    Of examples that `are_given` before there is a call, those that a forward cannot take are a ConfigError when it is made.
+    """
 
     def make(twins: Mapping[str, Any]) -> None:
         for key, example in examples.items():
@@ -165,7 +169,8 @@ def module_calls(examples: Mapping[str, Example]) -> PlannedCall:
                 example.make(twins[name])
                 continue
             args, kwargs = _copied(example)
-            (getattr(twins[name], method) if is_method else twins[key])(*args, **kwargs)
+            with _explained(key, twins[key].forward, example) if are_given else contextlib.nullcontext():
+                (getattr(twins[name], method) if is_method else twins[key])(*args, **kwargs)
 
     return PlannedCall(
         {f"{key}.{name}": value for key, each in examples.items() for name, value in _named(each).items()}, make
@@ -178,6 +183,35 @@ def _named(example: Example) -> dict[str, Any]:
         return dataclasses.asdict(example)
     args, kwargs = example
     return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+
+
+@contextlib.contextmanager
+def _explained(name: str, forward: Callable[..., Any], example: Arguments) -> Iterator[None]:
+    """Say of an error what example it comes of, and what would be right.
+
+    Raises:
+        ConfigError: `forward` of the module `name` failed, and not because of sizes or of what has no memory.
+    """
+    try:
+        yield
+    except VramkitError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, AssertionError) as error:
+        args, kwargs = example
+        given = [*map(_shown, args), *(f"{key}={_shown(value)}" for key, value in kwargs.items())]
+        parameters = inspect.signature(forward).parameters.values()
+        taken = inspect.Signature([each.replace(annotation=each.empty) for each in parameters])
+        raise ConfigError(
+            f"example= gives {name} ({', '.join(given)}), its forward takes {taken}, and the call fails: "
+            f"{type(error).__name__}: {error}; give a tuple of arguments, a mapping of keyword arguments by their names, or "
+            "one argument alone (one that is itself a tuple or a mapping stands in a tuple)"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_shown(item)}' for key, item in value.items())}}}"
+    return repr(value) if isinstance(value, str) else str(_described(value))
 
 
 def _copied(arguments: Arguments) -> Arguments:

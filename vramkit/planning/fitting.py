@@ -98,7 +98,7 @@ def fit(
         planned: PlannedCall | None = pipeline_call(target, call)
     else:
         examples = read_examples(target, planner.names, example, call)
-        planned = module_calls(examples) if examples else None
+        planned = module_calls(examples, are_given=True) if examples else None
     folder = None if disk_folder is None else Path(disk_folder)
     regime = Regime(target, plans.plan(planned), disk_folder=folder, mesh=mesh)
     return Fit(target, WatchedCalls(target, plans, regime, planned=planned, examples=examples, mesh=mesh), mesh=mesh)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
-from vramkit.errors import VramkitError
 from vramkit.planning.deeds import Known
 from vramkit.planning.device import Device
 from vramkit.planning.ledger import Ledger, Segment
@@ -90,7 +89,7 @@ def _rehearsed(
         try:
             call()
         except Exception as error:
-            if watch.has_repeated and not isinstance(error, VramkitError):
+            if watch.has_repeated:
                 raise _NotRepeatable from error
             raise
     return Rehearsal(ledger.segments, ledger.peak_bytes)
