@@ -642,6 +642,18 @@ MORE_PIPELINES: dict[str, ForeignPipeline] = {
         },
         inputs=lambda: worded(negative_prompt="badly", max_sequence_length=9, **frames()),
     ),
+    "StableDiffusionSAGPipeline": ForeignPipeline(parts=sd_parts, inputs=lambda: worded(**square())),
+    "SemanticStableDiffusionPipeline": ForeignPipeline(
+        parts=sd_parts,
+        inputs=lambda: worded(
+            editing_prompt=["cat", "badly"],
+            reverse_editing_direction=[False, True],
+            edit_warmup_steps=[0, 1],
+            edit_cooldown_steps=[2, 2],
+            edit_threshold=[0.9, 0.9],
+            **square(),
+        ),
+    ),
     "DDPMPipeline": ForeignPipeline(
         parts=lambda: {"unet": part("UNet2DModel"), "scheduler": scheduler("DDPMScheduler")}, inputs=dict
     ),

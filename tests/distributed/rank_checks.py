@@ -15,6 +15,7 @@ from typing import Any
 import denoisers
 import torch
 from families import FAMILIES
+from live_bytes import peak_bytes
 from rank_models import WIDTHS, Blocks, blocks
 
 import vramkit
@@ -26,6 +27,8 @@ from vramkit.distributed.tiles import TileRanks
 from vramkit.errors import ConfigError, RankError
 from vramkit.offload import apply_group_offloading, load_mapped
 from vramkit.offload.disk import FileReader, span_of
+from vramkit.planning.calls import PlannedCall
+from vramkit.planning.planner import Budget, Planner
 
 # -- weights
 
@@ -378,6 +381,22 @@ def keeps_a_budget(mesh: Mesh, folder: str) -> tuple[str, str]:
     assert pipe.together is None
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     return plan.to_json(), _digest(made)
+
+
+def decodes_as_planned(mesh: Mesh, family: str, folder: str, tiles: bool) -> tuple[int, int, int]:
+    """Bytes of a decode on this rank, as a plan for all ranks has them, and as one for one rank alone has them."""
+    pipe = _pipeline(family, folder)
+    if tiles:
+        pipe.vae.enable_tiling(**FAMILIES[family].tiles)
+    latents = torch.randn(1, pipe.vae.config.z_dim, 2, *((6, 30) if tiles else (24, 3)))
+    call = PlannedCall({"latents": latents}, lambda twin: twin.vae.decode(latents))
+    planned = []
+    for count in (mesh.size, 1):
+        planner = Planner(pipe, Budget("1GiB", None, "exact"), torch.device("cpu"), ranks=count)
+        planned.append(next(p.activation_bytes for p in planner.plan(call).phases if p.name == "decode"))
+    with parallelize(pipe, mesh):
+        taken = peak_bytes(lambda: pipe.vae.decode(latents), [*pipe.vae.parameters(), *pipe.vae.buffers()])
+    return taken, *planned
 
 
 class _Meter:

@@ -93,6 +93,16 @@ def test_each_rank_keeps_a_budget_by_the_plan_of_the_first(two: RankGroup, wan_f
     assert len(set(plans)) == len(set(made)) == 1
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_plan_counts_what_the_fullest_rank_decodes(two: RankGroup, wan_folder: Path, tiles: bool) -> None:
+    taken, planned, alone = zip(
+        *two.run("decodes_as_planned", family="Wan2.1", folder=str(wan_folder), tiles=tiles), strict=True
+    )
+    assert len(set(planned)) == 1
+    assert max(taken) * 0.95 <= planned[0] <= max(taken) * 1.05
+    assert tiles or planned[0] < alone[0] * 0.75
+
+
 def test_ranks_that_need_other_weights_end_with_an_error(two: RankGroup, file: str) -> None:
     two.run("other_orders_are_an_error", file=file)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,27 @@ class Batch:
         lambda x: {"inner": Batch(x)},
         lambda x: x.numpy(),
         lambda x: np.int64(len(x)),
+        lambda x: {x},
+        lambda x: frozenset({(x,)}),
+        lambda x: deque([x]),
+        lambda x: functools.partial(torch.mul, x, other=1),
+        lambda x: lambda: x,
+        lambda x: [lambda given=x: given],
     ],
-    ids=["mapping", "nested", "dataclass", "both", "array", "number"],
+    ids=[
+        "mapping",
+        "nested",
+        "dataclass",
+        "both",
+        "array",
+        "number",
+        "set",
+        "frozen set",
+        "deque",
+        "partial",
+        "closure",
+        "default",
+    ],
 )
 def test_a_larger_argument_is_seen_wherever_it_lies(wrap: Any) -> None:
     class Taking(Net):
@@ -176,6 +197,8 @@ def _first_tensor(given: Any) -> torch.Tensor:
         return torch.from_numpy(given)
     if isinstance(given, np.integer):
         return torch.ones(int(given), 64)
+    if callable(given):
+        return _first_tensor(given())
     if isinstance(given, Batch):
         return _first_tensor(given.x)
     return _first_tensor(

@@ -101,6 +101,10 @@ def test_results_whose_size_is_a_value_are_as_large_as_they_can_be(name: str) ->
         lambda y: y.unique(dim=0),
         lambda y: y.argmax(-1).bincount(),
         lambda y: y if torch.allclose(y, y) else -y,
+        lambda y: y.quantile(0.5, dim=1),
+        lambda y: y.quantile(torch.tensor([0.5, 0.9]), dim=1),
+        lambda y: y[:, :1].squeeze_(1).expand(2, 128),
+        lambda y: y[:64].unsqueeze_(0).expand(2, 64, 64),
         lambda y: torch._grouped_mm(y, y.view(2, 64, 64), offs=torch.tensor([64, 128], dtype=torch.int32)),
     ],
 )

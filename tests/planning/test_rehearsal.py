@@ -99,6 +99,56 @@ def test_a_layer_that_is_no_operator_of_torch_runs_once_for_tensors_that_lie_ali
     assert RAN["norm"] == 1
 
 
+class Noting(nn.Module):
+    """A layer that notes what it returned last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.noted = nn.Linear(WIDTH, WIDTH), torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        RAN["noting"] += 1
+        self.noted = self.layer(x)
+        return self.noted * 1
+
+
+class Guided:
+    """A pipeline that computes frames and then the half of them, and reads what the layer has noted after each."""
+
+    def __init__(self) -> None:
+        self.transformer = Noting()
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def __call__(self, frames: torch.Tensor) -> Any:
+        for _ in range(3):
+            for given in (frames, frames[: FRAMES // 2]):
+                frames = frames + self.transformer(given).mean()
+                if self.transformer.noted.shape != given.shape:
+                    raise AttributeError("noted something else")
+        return frames
+
+
+def test_what_reads_more_than_components_return_is_run_as_a_whole() -> None:
+    RAN.clear()
+    pipe, frames = Guided(), torch.ones(FRAMES, 128, WIDTH)
+    found = plan(pipe, "1GiB", device="cpu", frames=frames)
+    assert RAN["noting"] == 2 + 6
+    assert not found.notes
+    with torch.no_grad():
+        taken = peak_bytes(lambda: pipe(frames), [*pipe.transformer.parameters(), frames])
+    assert max(phase.activation_bytes for phase in found.phases) == taken + frames.nbytes
+
+
+def test_an_error_of_the_call_itself_is_that_of_the_user() -> None:
+    pipe = Guided()
+    pipe.transformer.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan(pipe, "1GiB", device="cpu", frames=torch.ones(FRAMES, 128, WIDTH))
+
+
 class Wider(nn.Module):
     """Gives the middle of something larger, all of which lives as long."""
 

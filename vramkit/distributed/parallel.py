@@ -14,7 +14,7 @@ from vramkit.distributed.agreement import describe, fingerprint
 from vramkit.distributed.branches import GuidanceBranches
 from vramkit.distributed.mesh import Mesh
 from vramkit.distributed.sequence import SequenceRanks
-from vramkit.distributed.tiles import TileRanks
+from vramkit.distributed.tiles import TileRanks, has_exact_tiles
 from vramkit.distributed.uncopied import Uncopied
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.pipelines.calling.text_to_video import TextToVideoPipeline
@@ -69,7 +69,7 @@ class Parallel:
         self.pipeline, self.mesh = pipeline, mesh
         self._transformers = [module for module in modules.values() if isinstance(module, VideoTransformer)]
         found = [module for module in modules.values() if isinstance(module, VideoAutoencoder)]
-        self._autoencoders = [autoencoder for autoencoder in found if _has_exact_tiles(autoencoder)]
+        self._autoencoders = [autoencoder for autoencoder in found if has_exact_tiles(autoencoder)]
         for transformer in self._transformers if mesh.sequence > 1 else ():
             transformer.set_token_ranks(SequenceRanks(mesh.in_sequence))
         for autoencoder in self._autoencoders if mesh.size > 1 else ():
@@ -125,8 +125,3 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     parameter = next(module.parameters(), torch.empty(0))
     chunk = module._ops.chunk_tokens if isinstance(module, VideoTransformer) else None  # noqa: SLF001 (a setter alone)
     return found | {"dtype": parameter.dtype, "chunk": chunk, "training": module.training}
-
-
-def _has_exact_tiles(autoencoder: VideoAutoencoder) -> bool:
-    """Whether tiles may be computed in any order: a decoder that draws noise draws another one for each tile then."""
-    return not any(getattr(autoencoder.config, "decoder_inject_noise", ()))

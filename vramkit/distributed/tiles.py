@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vramkit.distributed.ranks import Ranks
 from vramkit.distributed.uncopied import Uncopied
 
-__all__ = ["TileRanks", "owners"]
+__all__ = ["TileRanks", "has_exact_tiles", "owners"]
 
 
 class TileRanks(Uncopied):
@@ -30,6 +30,11 @@ class TileRanks(Uncopied):
             tile = own.pop(at).contiguous() if at in own else like.new_empty(shape)
             self._ranks.broadcast_(tile, of[at]).wait()
             yield tile
+
+
+def has_exact_tiles(autoencoder: nn.Module) -> bool:
+    """Whether tiles may be computed in any order: a decoder that draws noise draws another one for each tile then."""
+    return not any(getattr(autoencoder.config, "decoder_inject_noise", ()))
 
 
 def owners(costs: Sequence[int], ranks: int) -> list[int]:

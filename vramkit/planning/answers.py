@@ -160,8 +160,11 @@ def _are_bare(values: Iterable[Any]) -> bool:
 
 
 def _made(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator that takes no tensor: for real where the result is small, else without memory."""
-    if "device" not in kwargs:
+    """Run an operator that takes no tensor: for real where the result is small, else without memory.
+
+    The meta device is named by operators alone that make something beside a tensor without memory: so it is made there.
+    """
+    if kwargs.get("device", _META) == _META:
         return func(*args, **kwargs)
     bare = {name: None if isinstance(value, torch.Generator) else value for name, value in kwargs.items()}
     result = func(*args, **{**bare, "device": torch.device("meta")})
@@ -239,6 +242,7 @@ def _grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offs: Any = Non
     return torch.empty(shape, dtype=kwargs.get("out_dtype") or rows.dtype, device="meta")
 
 
+_META = torch.device("meta")
 _TO_COPY = torch.ops.aten._to_copy.default  # noqa: SLF001
 _INDEX = torch.ops.aten.index.Tensor
 _TOPK = torch.ops.aten.topk.default

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-import numbers
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vramkit.errors import ConfigError
+from vramkit.errors import ConfigError, VramkitError
 from vramkit.extras import extra
-from vramkit.offload.arguments import fields_of, with_tensors
+from vramkit.offload.arguments import with_tensors
+from vramkit.planning.extents import Extent
 from vramkit.planning.generation import Generation
 
 __all__ = ["Arguments", "Example", "PlannedCall", "arguments_of", "module_calls", "pipeline_call"]
@@ -39,6 +39,7 @@ _FREE = frozenset({
     "return_dict",
 })  # fmt: skip
 _STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
+_NOTHING = Extent.of(None)
 _DRAWN = ("generator", "callback_on_step_end", "callback")
 
 
@@ -50,17 +51,27 @@ class PlannedCall:
     make: Callable[[Any], object]
     steps: float = 1.0
     """Denoising steps of the call for each one that is made on a twin."""
+    extents: Mapping[str, Extent] = dataclasses.field(default_factory=dict)
+    """How much each argument asked for when it was given."""
+
+    def __post_init__(self) -> None:
+        """Note what the arguments ask for, unless that is given."""
+        if not self.extents:
+            object.__setattr__(self, "extents", {name: Extent.of(value) for name, value in self.arguments.items()})
 
     def described(self) -> dict[str, Any]:
         """Return the arguments as plain data: numbers as they are, texts cut, everything else by kind and size."""
         return {name: _described(value) for name, value in self.arguments.items() if value is not None}
 
     def covers(self, other: PlannedCall) -> bool:
-        """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind."""
+        """Whether what was planned for this call holds for `other`: nothing in it is larger, or of another kind.
+
+        `vramkit.planning.extents` says what is looked at, and what is not.
+        """
         if (self.arguments.get("latents") is None) is not (other.arguments.get("latents") is None):
             return False  # many pipelines take the size of the clip from them, whatever else is said
-        names = (self.arguments.keys() | other.arguments.keys()) - _FREE
-        return all(_is_within(other.arguments.get(name), self.arguments.get(name)) for name in names)
+        names = (self.extents.keys() | other.extents.keys()) - _FREE
+        return all(other.extents.get(name, _NOTHING).is_within(self.extents.get(name, _NOTHING)) for name in names)
 
     def beside(self, part: PlannedCall, *, is_first: bool) -> PlannedCall:
         """Return this call of a pipeline, and before or after it `part`, a call of components."""
@@ -144,8 +155,11 @@ def arguments_of(example: Any) -> Arguments:
     return _copied((args, {}))
 
 
-def module_calls(examples: Mapping[str, Example]) -> PlannedCall:
-    """Say how modules, by their names among the twins, or methods ("name.method"), are called one after the other."""
+def module_calls(examples: Mapping[str, Example], *, are_given: bool = False) -> PlannedCall:
+    """Say how modules, by their names among the twins, or methods ("name.method"), are called one after the other.
+
+    Of examples that `are_given` before there is a call, those that a forward cannot take are a ConfigError when it is made.
+    """
 
     def make(twins: Mapping[str, Any]) -> None:
         for key, example in examples.items():
@@ -155,7 +169,8 @@ def module_calls(examples: Mapping[str, Example]) -> PlannedCall:
                 example.make(twins[name])
                 continue
             args, kwargs = _copied(example)
-            (getattr(twins[name], method) if is_method else twins[key])(*args, **kwargs)
+            with _explained(key, twins[key].forward, example) if are_given else contextlib.nullcontext():
+                (getattr(twins[name], method) if is_method else twins[key])(*args, **kwargs)
 
     return PlannedCall(
         {f"{key}.{name}": value for key, each in examples.items() for name, value in _named(each).items()}, make
@@ -168,6 +183,35 @@ def _named(example: Example) -> dict[str, Any]:
         return dataclasses.asdict(example)
     args, kwargs = example
     return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+
+
+@contextlib.contextmanager
+def _explained(name: str, forward: Callable[..., Any], example: Arguments) -> Iterator[None]:
+    """Say of an error what example it comes of, and what would be right.
+
+    Raises:
+        ConfigError: `forward` of the module `name` failed, and not because of sizes or of what has no memory.
+    """
+    try:
+        yield
+    except VramkitError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, AssertionError) as error:
+        args, kwargs = example
+        given = [*map(_shown, args), *(f"{key}={_shown(value)}" for key, value in kwargs.items())]
+        parameters = inspect.signature(forward).parameters.values()
+        taken = inspect.Signature([each.replace(annotation=each.empty) for each in parameters])
+        raise ConfigError(
+            f"example= gives {name} ({', '.join(given)}), its forward takes {taken}, and the call fails: "
+            f"{type(error).__name__}: {error}; give a tuple of arguments, a mapping of keyword arguments by their names, or "
+            "one argument alone (one that is itself a tuple or a mapping stands in a tuple)"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_shown(item)}' for key, item in value.items())}}}"
+    return repr(value) if isinstance(value, str) else str(_described(value))
 
 
 def _copied(arguments: Arguments) -> Arguments:
@@ -207,42 +251,6 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     with _disable_current_modes():  # what is small is not counted
         return tensor.detach().cpu().clone()
-
-
-def _is_within(other: Any, planned: Any) -> bool:
-    """Whether `other` asks for no more than `planned`: all the way down into lists, mappings and dataclasses."""
-    if isinstance(other, list) and len(other) == 1 and isinstance(planned, str):
-        other = other[0]
-    if other is None:
-        return planned is None or isinstance(planned, str | torch.Tensor)
-    if isinstance(other, bool) or isinstance(planned, bool):
-        return other is planned
-    mine, theirs = _size(other), _size(planned)
-    if mine is not None and theirs is not None:
-        return len(mine) == len(theirs) and all(each <= most for each, most in zip(mine, theirs, strict=True))
-    held, bound = _held(other), _held(planned)
-    return (
-        type(other) is type(planned)
-        and held.keys() == bound.keys()
-        and all(map(_is_within, held.values(), map(bound.get, held)))
-    )
-
-
-def _size(value: Any) -> tuple[Any, ...] | None:
-    """Return what tells how much a value asks for, that of a picture too; None where it is not known by itself."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return (*value.shape, value.dtype.itemsize)
-    if isinstance(value, str):
-        return (len(value),)
-    if isinstance(value, numbers.Real):
-        return (value,)
-    size = getattr(value, "size", None)
-    return size if isinstance(size, tuple) else None
-
-
-def _held(value: Any) -> dict[Any, Any]:
-    """Return what a container holds, by key or place; nothing for other objects, such as caches."""
-    return dict(enumerate(value)) if isinstance(value, list | tuple) else fields_of(value)
 
 
 def _described(value: Any) -> Any:

@@ -109,3 +109,5 @@ class Known:
     results: Results = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How each component computes now: what it did otherwise does not count."""
+    is_repeated: bool = True
+    """Whether what was done before is entered again; else all is run each time."""

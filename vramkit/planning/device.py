@@ -39,17 +39,25 @@ class Device(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if name in _RECURRENT:  # these compare devices before the ledger sees them
-            with _disable_current_modes():
-                args = tree_map_only(torch.Tensor, bare, args)
         if name in _VALUES and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             return _VALUES[name](args[0])
         is_remote = self._device.type != "cpu"
         to_host = is_remote and _asks_for_host(name, args, kwargs)
         if is_remote and (any(map(_is_place, args)) or any(map(_is_place, kwargs.values()))):
             args, kwargs = tree_map_only(_PLACES, self._inner, (args, kwargs))
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         return self._on_host(result) if to_host and isinstance(result, torch.Tensor) else result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function, of values and tensors without memory together also where it compares devices by itself."""
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if "device" not in str(error):
+                raise
+        with _disable_current_modes():
+            args, kwargs = tree_map_only(torch.Tensor, bare, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _on_host(self, result: torch.Tensor) -> torch.Tensor:
         """Return a tensor like `result` that the ledger does not know: it lies in host memory."""
@@ -103,7 +111,6 @@ def _array(tensor: torch.Tensor) -> Any:
     return np.broadcast_to(np.zeros((), dtype=torch.empty(0, dtype=tensor.dtype).numpy().dtype), tuple(tensor.shape))
 
 
-_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _VALUES: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "item": any_number,
     "tolist": _listed,

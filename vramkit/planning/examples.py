@@ -31,11 +31,12 @@ def read_examples(target: Any, names: Sequence[str], example: Any, options: Mapp
         return {}
     if isinstance(target, nn.Module):
         return {names[0]: arguments_of(example)}
-    unknown = sorted(example.keys() - set(names)) if isinstance(example, Mapping) else [type(example).__name__]
+    expected = f"expected a mapping with arguments for some of {', '.join(names)}"
+    if not isinstance(example, Mapping):
+        raise ConfigError(f"example= is a {type(example).__name__}, and the target a mapping of modules; {expected}")
+    unknown = [name for name in example if name not in names]
     if unknown:
-        raise ConfigError(
-            f"example= has {unknown[0]!r}; expected a mapping with arguments for some of {', '.join(names)}"
-        )
+        raise ConfigError(f"example= has {unknown[0]!r}; {expected}")
     return {name: arguments_of(each) for name, each in example.items()}
 
 

@@ -45,8 +45,10 @@ def fit(
 
     The call is rehearsed on twins without memory, a plan is searched, and the plan is applied: what stays on the device,
     what streams and how, how the autoencoder decodes. A later call that asks for more than the planned one is planned for
-    before it begins. After a call that took more device memory than the budget, although less was predicted, a warning says
-    so, and later calls are planned with as much more kept free.
+    before it begins, or refused: arguments are compared with all that lists, sets, mappings, dataclasses, partials and
+    closures among them hold; objects of other classes (caches, the object of a bound method) are not looked into. After a
+    call that took more device memory than the budget, although less was predicted, a warning says so, and later calls are
+    planned with as much more kept free.
 
     On CUDA torch's allocator is told, for the process, to reserve memory in segments that grow, unless an environment
     variable says otherwise: what it reserves then stays near to what is in use.
@@ -96,7 +98,7 @@ def fit(
         planned: PlannedCall | None = pipeline_call(target, call)
     else:
         examples = read_examples(target, planner.names, example, call)
-        planned = module_calls(examples) if examples else None
+        planned = module_calls(examples, are_given=True) if examples else None
     folder = None if disk_folder is None else Path(disk_folder)
     regime = Regime(target, plans.plan(planned), disk_folder=folder, mesh=mesh)
     return Fit(target, WatchedCalls(target, plans, regime, planned=planned, examples=examples, mesh=mesh), mesh=mesh)

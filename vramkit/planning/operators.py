@@ -23,7 +23,7 @@ class Operator:
     makes_new: bool
     """Whether it writes to nothing, and what it returns is no view."""
     writes_to_first: bool
-    """Whether it writes in place to its first argument, and returns it."""
+    """Whether it writes in place to its first argument, which keeps its shape, and returns it."""
     returns: int
     """How many results it has."""
     count_flops: Callable[..., int] | None
@@ -38,7 +38,7 @@ def operator_of(func: Any) -> Operator:
         known = _KNOWN[id(func)] = Operator(
             packet=func.overloadpacket,
             makes_new=not schema.is_mutable and all(each.alias_info is None for each in schema.returns),
-            writes_to_first=schema.is_mutable and schema.name.endswith("_"),
+            writes_to_first=schema.is_mutable and schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags,
             returns=len(schema.returns),
             count_flops=flop_registry.get(func.overloadpacket),
             is_convolution=func.overloadpacket in _CONVOLUTIONS,

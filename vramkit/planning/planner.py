@@ -60,7 +60,7 @@ class Planner:
         self._budget, self._device = budget, device
         self._model = type(target).__name__ if self.is_of_pipeline or isinstance(target, nn.Module) else "modules"
         self._machine, self._ranks = Machine.of(device).times(ranks), ranks
-        self._twins = Twins(target)
+        self._twins = Twins(target, ranks=ranks)
         self._ways, missing = ways_to_store(budget.allow)
         ties = tied_components(originals)
         self._may_be_narrow = self._twins.components.keys() - ties.keys() - set(ties.values())

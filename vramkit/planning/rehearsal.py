@@ -37,6 +37,9 @@ def rehearse(
 ) -> Rehearsal:
     """Run `call`, which uses `shadows`, as if they were on `device`.
 
+    A call that fails after something in it was not run a second time is run once more, and all that is in it: it may read
+    what its components do beside what they return, such as the attention that a processor keeps, or what a hook notes.
+
     Args:
         shadows: the twins by name.
         entry_points: the methods of each that run it.
@@ -44,10 +47,27 @@ def rehearse(
         device: where the computation will be.
         known: what calls of components did in rehearsals before, and gets what they do in this one.
     """
+    known = Known() if known is None else known
+    with contextlib.suppress(_NotRepeatable):
+        return _rehearsed(shadows, entry_points, call, device, known)
+    known.is_repeated = False
+    return _rehearsed(shadows, entry_points, call, device, known)
+
+
+class _NotRepeatable(Exception):  # noqa: N818 - no error, where all is run
+    """A call failed that had parts which were not run again."""
+
+
+def _rehearsed(
+    shadows: Mapping[str, nn.Module],
+    entry_points: Mapping[str, tuple[str, ...]],
+    call: Callable[[], object],
+    device: torch.device,
+    known: Known,
+) -> Rehearsal:
     # Kept until the end: a call may put others in their place, which would else be taken for them.
     held = [(tensor, name) for name, module in reversed(list(shadows.items())) for tensor in _held(module)]
     owners = {tensor.untyped_storage()._cdata: name for tensor, name in held}  # noqa: SLF001 (see Ledger)
-    known = Known() if known is None else known
     ledger = Ledger(owners, known.results, on_accelerator=device.type != "cpu")
     watch = Watch(ledger, known)
     with contextlib.ExitStack() as stack:
@@ -66,7 +86,12 @@ def rehearse(
         stack.enter_context(torch.no_grad())
         stack.enter_context(ledger)
         stack.enter_context(Device(device, ledger))
-        call()
+        try:
+            call()
+        except Exception as error:
+            if watch.has_repeated:
+                raise _NotRepeatable from error
+            raise
     return Rehearsal(ledger.segments, ledger.peak_bytes)
 
 

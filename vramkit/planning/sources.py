@@ -56,4 +56,4 @@ def plan(
     if planner.is_of_pipeline:
         return planner.plan(pipeline_call(model, call))
     examples = read_examples(model, planner.names, example, call)
-    return planner.plan(module_calls(examples) if examples else None)
+    return planner.plan(module_calls(examples, are_given=True) if examples else None)

@@ -29,13 +29,17 @@ _LESS = 0.98  # of the memory that simpler ways take: what saves less is not wor
 class Twins:
     """Modules without memory, and a pipeline around them if they are of one."""
 
-    def __init__(self, target: Any) -> None:
-        """Make twins of the modules of `target`, which is only read."""
+    def __init__(self, target: Any, *, ranks: int = 1) -> None:
+        """Make twins of the modules of `target`, which is only read; so many `ranks` share the decode of a pipeline."""
         originals = components_of(target)
         self.shadows: dict[str, nn.Module] = shadows_of({name: each.module for name, each in originals.items()})
         self.components = {
             name: Component(name, self.shadows[name], each.entry_points, each.phase) for name, each in originals.items()
         }
+        if ranks > 1 and is_pipeline(target):
+            from vramkit.distributed.rehearsed_tiles import RehearsedTiles  # noqa: PLC0415 - most processes are no ranks
+
+            RehearsedTiles.share(self.shadows.values(), ranks)
         self._entry_points = {name: component.entry_points for name, component in self.components.items()}
         self.callable = shadow_of(target, self.shadows) if is_pipeline(target) else self.shadows
         self.features = Features(self.callable, self.shadows)

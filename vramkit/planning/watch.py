@@ -36,6 +36,11 @@ class Watch:
         self._repeated: Counter[Any] = Counter()
         self._is_inside = False
 
+    @property
+    def has_repeated(self) -> bool:
+        """Whether calls were not run because others had done the same."""
+        return bool(self._repeated)
+
     def watching_component(self, name: str, module: nn.Module, method: str) -> AbstractContextManager[None]:
         """See calls of a component from outside."""
         inner = getattr(module, method)
@@ -87,7 +92,7 @@ class Watch:
         kept = call.kept()
         deeds = self._known.deeds.setdefault(key, [])
         deed = next((deed for deed in deeds if kept.begins_with(deed.taken)), None)
-        if deed is not None and deed.output is not None:
+        if deed is not None and deed.output is not None and self._known.is_repeated:
             return self._entered(key, deed, deed.output, call, kept)
         output, done = self._recorded(call, kept)
         self._seen.add(key)
