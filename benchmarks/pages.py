@@ -293,13 +293,14 @@ def _decodes() -> str:
 
 
 def _cards() -> str:
-    """Who finishes on which emulated card, from ``suite.json``: seconds, or a dash."""
+    """Who finishes on which emulated card, from ``suite.json``: seconds, or that there is no room; nothing if not tried."""
     rows = [row for row in _rows("suite") if row.get("case") == "cards"]
     machines = list(dict.fromkeys(row["machine"] for row in rows))
     lines = []
     for subject, way in dict.fromkeys((row["subject"], row["way"]) for row in rows):
         own = [_found("suite", case="cards", subject=subject, way=way, machine=machine) for machine in machines]
-        lines.append([f"{way}, {subject.split(' ')[1]}", *(_figure(row, "s", ".2f") or "-" for row in own)])
+        told = ["no room" if row.get("error") else _figure(row, "s", ".2f") for row in own]
+        lines.append([f"{way}, model of {subject.split(' ')[1]}", *told])
     return _table(("", *(machine.removeprefix("card ") for machine in machines)), lines)
 
 

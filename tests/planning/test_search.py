@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from profiles import BLOCK, BLOCKS, MACHINE, component, profile, work
@@ -126,6 +127,18 @@ def test_room_is_kept_for_holes_between_activations() -> None:
     assert found.floor_bytes == search(profile(), MACHINE, 4 * GIB).floor_bytes + 2 * GIB // 16
     scarce = search(spared, MACHINE, found.floor_bytes)
     assert scarce.component("vae").spare_bytes == 2 * GIB // 16
+
+
+def test_crowded_activations_are_told_with_the_budget_that_gives_them_room() -> None:
+    given = profile(flops=1e14)
+    works = [dataclasses.replace(each, holes=Room(128 * MIB, 512 * MIB)) for each in given.variants[0].works]
+    crowded = dataclasses.replace(given, variants=(dataclasses.replace(given.variants[0], works=tuple(works)),))
+    floor = search(crowded, MACHINE, 8 * GIB).floor_bytes
+    (note,) = search(crowded, MACHINE, floor).notes
+    assert "beside the activations of vae" in note
+    named = re.search(r"vram=([\d.]+) GiB", note)
+    assert named is not None
+    assert not search(crowded, MACHINE, int(float(named[1]) * GIB)).notes
 
 
 def test_the_margin_is_kept_free() -> None:

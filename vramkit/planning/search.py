@@ -88,8 +88,8 @@ def search(
         next_gib="",
         notes=profile.notes,
     )
-    next_gib = _next_gib(profile, machine, plan)
-    return dataclasses.replace(plan, next_gib=next_gib, notes=plan.notes + tuple(_notes(plan)))
+    notes = (*plan.notes, *_notes(plan), *_crowded(plan, variant.works))
+    return dataclasses.replace(plan, next_gib=_next_gib(profile, machine, plan), notes=notes)
 
 
 def estimate(profile: Profile, machine: Machine, vram_bytes: int) -> tuple[float, int]:
@@ -143,6 +143,19 @@ def _notes(plan: Plan) -> Iterator[str]:
     for each in plan.components:
         if each.wire_dtype in STORED:
             yield f"{each.name} is stored in {each.wire_dtype}: {STORED[each.wire_dtype].described()}"
+
+
+def _crowded(plan: Plan, works: Sequence[Work]) -> Iterator[str]:
+    """Say whose activations lie so close that the allocator has to make room between them."""
+    for each in plan.components:
+        ours = [work for work in works if work.component == each.name]
+        missing = max((work.ample_bytes for work in ours), default=0) - each.activation_bytes - each.spare_bytes
+        if missing > 0:
+            yield (
+                f"{format_bytes(each.spare_bytes)} are free beside the activations of {each.name}: torch's allocator gives "
+                f"memory back and takes it again where it finds no hole, which takes time; it need not with "
+                f"vram={_rounded_up(plan.vram_bytes + missing)}"
+            )
 
 
 def _next_gib(profile: Profile, machine: Machine, plan: Plan) -> str:
