@@ -42,8 +42,8 @@ def test_nothing_wants_no_room():
 
 
 def test_room_is_at_least_what_was_measured():
-    assert Room(1, 30).at_least(10) == Room(10, 30)
-    assert Room(20, 30).at_least(18) == Room(20, 36)
+    assert Room(1, 50).at_least(10) == Room(10, 50)
+    assert Room(20, 30).at_least(18) == Room(20, 72)
 
 
 def test_a_course_is_what_was_made_and_died_and_what_is_told_of_the_rest():

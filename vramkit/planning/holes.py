@@ -37,8 +37,8 @@ class Room:
     """With less than this, pages are unmapped and the device waits, now and then."""
 
     def at_least(self, size_bytes: int) -> Room:
-        """Return this, or so much where that is more, and twice as much where it is ample."""
-        return Room(max(self.needed_bytes, size_bytes), max(self.ample_bytes, 2 * size_bytes))
+        """Return this, or so much where that is more, and four times as much where it is ample."""
+        return Room(max(self.needed_bytes, size_bytes), max(self.ample_bytes, 4 * size_bytes))
 
 
 NO_ROOM = Room(0, 0)

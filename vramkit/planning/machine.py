@@ -23,7 +23,7 @@ _WORKSPACE_BYTES, _WORKSPACE_BYTES_SINCE_9 = 8 * MIB + 128 * 1024, 32 * MIB
 # What is only faster on the device leaves as much again: the allocator's holes grow with the number of weights that stay.
 _ACCELERATOR_SLACK_BYTES = 64 * MIB
 # Of activations: what lies unused between those that live, in segments that grow (docs/architecture.md).
-_ACCELERATOR_HOLES = 1 / 16
+_ACCELERATOR_HOLES = 1 / 32
 # Of the rate of large square products, what transformers reach: 0.48 to 0.66 on an H100 (docs/architecture.md).
 _REACHED = 0.6
 _PROBE_SIZE = 4096

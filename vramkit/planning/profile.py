@@ -125,7 +125,7 @@ class Variant:
         return dataclasses.replace(self, works=tuple(works))
 
     def spared(self, share: float) -> Variant:
-        """Return the same with at least so large a share of activations for holes, and twice that where it is ample."""
+        """Return the same with at least so large a share of activations for holes, and four times that where it is ample."""
         works = (
             dataclasses.replace(work, holes=work.holes.at_least(int(work.activation_bytes * share)))
             for work in self.works
