@@ -50,12 +50,8 @@ class ModuleHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Run before the forward; return replaced arguments, or None to leave them as they are."""
 
-    def post_forward(self, module: nn.Module) -> None:
-        """Run after the forward, whether it returned or raised."""
-
-    def output(self, module: nn.Module, output: Any) -> Any:
-        """Return what takes the place of the output."""
-        return output
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Run after the forward, whether it returned or raised; return what takes the place of the output, or None."""
 
 
 class Attachment:
@@ -99,8 +95,7 @@ def attach(module: nn.Module, hook: ModuleHook, record: list[Attachment] | None 
         return hook.pre_forward(mod, args, kwargs)
 
     def after(mod: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        hook.post_forward(mod)
-        return hook.output(mod, output)
+        return hook.post_forward(mod, output)
 
     pre, post = hidden_from_compiler(before), hidden_from_compiler(after)
     setattr(pre, _MARK, hook)
@@ -119,10 +114,10 @@ def _attach_to_forward(module: nn.Module, hook: ModuleHook, record: list[Attachm
         try:
             output = forward(*args, **kwargs)
         except Exception:
-            hook.post_forward(module)
+            hook.post_forward(module, None)
             raise
-        hook.post_forward(module)
-        return hook.output(module, output)
+        replaced = hook.post_forward(module, output)
+        return output if replaced is None else replaced
 
     setattr(around, _MARK, hook)
     return wrap_method(module, "forward", around, record)

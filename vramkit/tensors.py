@@ -250,6 +250,6 @@ def _rebuild(like: torch.Tensor, parts: Iterator[torch.Tensor]) -> torch.Tensor:
         return next(parts)
     names, context = _flatten(like)
     inner = {name: _rebuild(getattr(like, name), parts) for name in names}
-    unflatten = type(like).__tensor_unflatten__  # type: ignore[attr-defined]
+    unflatten = kind_of(like).__tensor_unflatten__  # type: ignore[attr-defined]
     tensor: torch.Tensor = unflatten(inner, context, like.size(), like.stride())
     return tensor

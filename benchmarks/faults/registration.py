@@ -21,6 +21,7 @@ from vramkit import tensors
 from vramkit.offload.assembly import assemble
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.resting import RestingPlace
+from vramkit.offload.ring import Pieces
 
 __all__ = ["COUNT", "run"]
 
@@ -72,7 +73,7 @@ def _try(draw: random.Random, folder: Path, driver: Any, paper: Any) -> str:
     with backend.judged():
         for group in assembly.groups:
             memory = backend.memory(group.size_bytes)
-            group.fill(memory)
+            group.fill(Pieces(memory))
             _compare(group, memory)
     place.close()
     assert not driver.locked, "memory stays locked"

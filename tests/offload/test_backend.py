@@ -6,9 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
-from vramkit.offload.backend import _StreamQueue
+from vramkit.offload import apply_group_offloading, engine
+from vramkit.offload.backend import AcceleratorBackend, _EventFence, _Events, _StreamQueue
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> None:
+    """In place of the one of all tests: a device of paper copies on the thread that computes, and reads what rests."""
 
 
 class Device:
@@ -18,13 +26,12 @@ class Device:
         self.log: list[str] = []
         self.streams: list[Stream] = []
         self.current = Stream("compute")
+        self.made = self.asked = 0
+        self.events = _Events(self._event, self._current)
 
     def Stream(self, device: torch.device) -> Stream:
         self.streams.append(Stream(f"stream {len(self.streams)}"))
         return self.streams[-1]
-
-    def Event(self) -> Event:
-        return Event(self.log)
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -32,8 +39,13 @@ class Device:
         yield
         self.current = before
 
-    def current_stream(self, index: int) -> Stream:
+    def _current(self) -> Stream:
+        self.asked += 1
         return self.current
+
+    def _event(self) -> Event:
+        self.made += 1
+        return Event(self.log)
 
     def job(self, name: str, *arrivals: Any) -> Callable[[], Sequence[Any]]:
         def run() -> Sequence[Any]:
@@ -63,6 +75,8 @@ class Event:
     def wait(self, stream: Stream) -> None:
         self._log.append(f"{stream.name} waits for {self._of}")
 
+    def synchronize(self) -> None: ...
+
 
 class Arrival:
     def __init__(self, device: Device) -> None:
@@ -74,7 +88,7 @@ class Arrival:
 
 def test_copies_go_on_while_what_others_send_arrives() -> None:
     device = Device()
-    queue = _StreamQueue(device, torch.device("meta"))
+    queue = _StreamQueue(device, torch.device("meta"), device.events)
     first = queue.submit(device.job("first", Arrival(device)), [])
     second = queue.submit(device.job("second"), [])
     first.wait()
@@ -91,7 +105,7 @@ def test_copies_go_on_while_what_others_send_arrives() -> None:
 
 def test_a_queue_without_other_ranks_has_one_stream() -> None:
     device = Device()
-    queue = _StreamQueue(device, torch.device("meta"))
+    queue = _StreamQueue(device, torch.device("meta"), device.events)
     queue.submit(device.job("only"), [queue.submit(device.job("before"), [])]).wait()
     queue.drain()
     assert len(device.streams) == 1
@@ -101,3 +115,41 @@ def test_a_queue_without_other_ranks_has_one_stream() -> None:
         "stream 0: only",
         "compute waits for stream 0",
     ]
+
+
+def test_events_are_made_for_the_fences_that_are_there_and_serve_later_ones() -> None:
+    device = Device()
+    queue = _StreamQueue(device, torch.device("meta"), device.events)
+    fences = [queue.submit(device.job("first"), ()), queue.submit(device.job("second"), ())]
+    assert device.made == 2
+    for _ in range(10):  # each is there until the next one has taken its place
+        fences = [*fences[1:], queue.submit(device.job("next"), (_EventFence(device.events, device.current),))]
+    assert device.made == 4
+    assert fences[0]._event is not fences[1]._event  # type: ignore[attr-defined]
+
+
+def test_a_group_takes_two_events_and_two_waits_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, blocks = Device(), 12
+    backend = AcceleratorBackend.__new__(AcceleratorBackend)
+    backend.device, backend._api, backend._events = torch.device("cpu"), device, device.events
+    monkeypatch.setattr(engine, "backend_for", lambda _: backend)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(blocks))).requires_grad_(False)
+    x = torch.randn(1, 64)
+    expected = model(x)
+    # Pageable stores have a thread, and another machine may lock memory: without one, as on a device with locked memory.
+    monkeypatch.setattr(backend, "queue", lambda *, threaded: _StreamQueue(device, backend.device, device.events))
+    offload = apply_group_offloading(model, "cpu", offload_type="leaf_level", unit_bytes=1)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        device.log.clear()
+        device.asked, made = 0, device.made
+        assert torch.equal(model(x), expected)
+    groups = offload.stats().groups
+    offload.remove()
+    assert groups == blocks
+    waits = [line for line in device.log if "waits" in line]
+    assert sorted(set(waits)) == ["compute waits for stream 0", "stream 0 waits for compute"]
+    assert len(waits) <= 2 * groups
+    assert device.asked <= 2 * groups + 2  # and where the pass ends
+    assert device.made == made

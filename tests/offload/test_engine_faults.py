@@ -62,12 +62,13 @@ def test_histories_that_were_broken_once(at: int, tmp_path: Path) -> None:
 def test_what_is_broken_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that finds nothing says little if it could not find anything."""
     from vramkit.offload.group import ModuleGroup
+    from vramkit.offload.ring import Pieces
 
     fill: Any = ModuleGroup.fill
 
-    def forgets(self: ModuleGroup, memory: torch.Tensor) -> Any:
-        arrivals = fill(self, memory)
-        memory[: memory.numel() // 2].zero_()
+    def forgets(self: ModuleGroup, pieces: Pieces) -> Any:
+        arrivals = fill(self, pieces)
+        pieces.memory[: pieces.memory.numel() // 2].zero_()
         return arrivals
 
     monkeypatch.setattr(ModuleGroup, "fill", forgets)

@@ -14,7 +14,7 @@ from vramkit.offload.assembly import streaming
 from vramkit.offload.backend import CpuBackend
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.partition import slot_bytes_for
-from vramkit.offload.ring import SlotRing
+from vramkit.offload.ring import Pieces, SlotRing
 from vramkit.offload.stats import Counters
 from vramkit.offload.streamer import Streamer
 
@@ -68,7 +68,7 @@ class Weight(Group):
         super().__init__("g", [], mib)
         self.clock = clock
 
-    def fill(self, memory: torch.Tensor) -> tuple[()]:
+    def fill(self, pieces: Pieces) -> tuple[()]:
         self.clock.filled_bytes = self.size_bytes * MIB
         return ()
 

@@ -32,6 +32,7 @@ from vramkit.offload.disk import span_of
 from vramkit.offload.memory_map import MemoryMap, range_of, written_pages
 from vramkit.offload.pinning import own_pages
 from vramkit.offload.resting import RestingPlace
+from vramkit.offload.ring import Pieces
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where bytes lie")
 WIDTH, BLOCKS = 512, 4  # 3 MiB in the largest weight: glibc may map it, or take it from the heap
@@ -183,7 +184,7 @@ def arrived(parts: Assembly, backend: Backend) -> State:
     found: State = {}
     for group in parts.groups:
         slot = backend.memory(group.size_bytes)
-        group.fill(slot)
+        group.fill(Pieces(slot))
         for binding in group._bindings:
             found |= {f"{id(module)}.{name}": binding.placed_in(slot) for module, name in binding.slot.owners}
     for resident in parts.residents:

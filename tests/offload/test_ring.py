@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vramkit.offload.backend import CpuBackend
-from vramkit.offload.ring import Region, SlotRing
+from vramkit.offload.ring import Pieces, Region, SlotRing
 
 
 def opened(*plan: Any) -> SlotRing:
@@ -70,11 +70,11 @@ def test_memory_is_written_only_after_its_last_reader() -> None:
     ring.give(region, mark)
     again = ring.take(2 * 4096)
     assert again is not None
-    assert again.free == (mark, mark)
+    assert again.free == [mark, mark]
     ring.give(again, None)  # nothing has read it: the reader before still counts
     once_more = ring.take(1)
     assert once_more is not None
-    assert once_more.free == (mark,)
+    assert once_more.free == [mark]
 
 
 def test_memory_outside_the_ring_is_not_given_back_to_it() -> None:
@@ -117,10 +117,26 @@ def test_a_closed_ring_has_no_memory_and_gives_nothing_until_it_is_opened() -> N
     waited: list[int] = []
     held, mark = None, Mark()
     mark.synchronize = lambda: waited.append(1)  # type: ignore[method-assign]
-    ring.give(Region(torch.empty(0), (), 0, 1), mark)
+    ring.give(Region(Pieces(torch.empty(0)), (), 0, 1), mark)
     ring.close()
     assert waited, "whoever gets the memory need not compute on the same stream"
     assert memory() is None
     assert ring.take(1) is None
     ring.open()
     assert places([ring.take(1), ring.take(1)]) == [0, 1]
+
+
+def test_a_slot_is_cut_once_into_the_pieces_of_groups_of_one_layout() -> None:
+    ring = opened(CpuBackend(), 1, 4096)
+    found = []
+    for _ in range(2):
+        region = ring.take(4000)
+        assert region is not None
+        assert region.pieces[0, 4000] is region.memory
+        found.append(region.pieces[1024, 512])
+        ring.give(region, Mark())
+    assert found[0] is found[1]
+    assert (found[0].numel(), found[0].data_ptr() - region.memory.data_ptr()) == (512, 1024)
+    wide = ring.take(4096)
+    assert wide is not None
+    assert wide.pieces[1024, 512] is not found[0]  # of other memory, by the count of who has it

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramkit.offload.backend import CpuBackend
-from vramkit.offload.ring import SlotRing
+from vramkit.offload.ring import Pieces, SlotRing
 from vramkit.offload.stats import Counters
 from vramkit.offload.streamer import Streamer
 
@@ -62,9 +62,9 @@ class Group:
     def reserve(self) -> None:
         self.log.append(f"reserve {self.name}") if self.is_joint else None
 
-    def fill(self, memory: torch.Tensor) -> Sequence[object]:
+    def fill(self, pieces: Pieces) -> Sequence[object]:
         self.log.append(f"load {self.name}")
-        memory.fill_(ord(self.name))
+        pieces.memory.fill_(ord(self.name))
         return ()
 
     def show_device(self, memory: torch.Tensor, *, remember: bool) -> None:

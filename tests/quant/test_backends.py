@@ -14,6 +14,7 @@ from torch import nn
 
 from vramkit.casting import apply_layerwise_casting
 from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
+from vramkit.offload import apply_group_offloading
 from vramkit.quant import (
     BitsAndBytes4bitConfig,
     BitsAndBytes8bitConfig,
@@ -256,3 +257,20 @@ def test_quantizing_twice_or_over_a_casting_is_refused() -> None:
     apply_layerwise_casting(net, torch.float8_e4m3fn, torch.float32)
     with pytest.raises(ConflictError, match="NarrowTensor already"):
         quantize(net, CONFIGS["nf4"])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layers_compute_with_weights_of_their_own_class_while_these_stream(kind: str) -> None:
+    """Not of the class of those at rest, which torch asks before every operation."""
+    net = nn.Sequential(*(layer(torch.float32) for _ in range(4))).requires_grad_(False)
+    quantize(net, CONFIGS[kind], skip_modules=())
+    own, seen = type(net[0].weight), []
+    offload = apply_group_offloading(net, "cpu", offload_type="leaf_level", unit_bytes=1, slots=1)
+    for each in net:
+        each.register_forward_pre_hook(lambda module, args: seen.append(type(module.weight)))
+    with torch.no_grad():
+        for each in net:
+            each(torch.randn(2, 256))
+    offload.remove()
+    assert len(seen) == 4
+    assert all(kind is own for kind in seen)

@@ -33,8 +33,11 @@ __all__ = [
 class Fence(Protocol):
     """A point in a queue of work."""
 
-    def wait(self) -> float:
-        """Let computation issued from now on start after this point. Returns the seconds that the host was held up."""
+    def wait(self, stream: Any = None) -> float:
+        """Let what is issued from now on to `stream` (None: to the one that computes) start after this point.
+
+        Returns the seconds that the host was held up.
+        """
 
     def synchronize(self) -> None:
         """Hold the host until this point is reached."""
@@ -108,7 +111,7 @@ def accelerator_for(device: torch.device) -> torch.device:
 class _Passed:
     """A fence that was passed long ago: computation on the CPU is done when it is issued."""
 
-    def wait(self) -> float:
+    def wait(self, stream: Any = None) -> float:
         return 0.0
 
     def synchronize(self) -> None:
@@ -121,12 +124,12 @@ class _JobFence:
     def __init__(self, job: Job[Fence]) -> None:
         self._job = job
 
-    def wait(self) -> float:
+    def wait(self, stream: Any = None) -> float:
         if self._job.is_done:
-            return self._job.result().wait()
+            return self._job.result().wait(stream)
         start = time.perf_counter()
         fence = self._job.result()
-        return time.perf_counter() - start + fence.wait()
+        return time.perf_counter() - start + fence.wait(stream)
 
     def synchronize(self) -> None:
         self._job.result().synchronize()
@@ -200,16 +203,45 @@ class CpuBackend:
         return list(moments)
 
 
+class _Events:
+    """Events of one device, by the calls of torch that take the host least: those of ``torch.cuda`` are Python.
+
+    The event of a fence that nobody has any more is recorded anew: what was told to wait for it waits for the old record.
+    """
+
+    def __init__(self, make: Callable[[], Any], current_stream: Callable[[], Any]) -> None:
+        self.current_stream = current_stream
+        self._make = make
+        self._spare: list[Any] = []
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Events:
+        # Devices go by their index: torch takes 15 us to look one up, as long as the copy of a group takes to issue.
+        current = partial(torch.accelerator.current_stream, device.index)
+        return cls(partial(torch.Event, device, enable_timing=False), current)
+
+    def take(self) -> Any:
+        try:
+            return self._spare.pop()  # one step: fences of other threads come and go, too
+        except IndexError:
+            return self._make()
+
+    def give(self, event: Any) -> None:
+        self._spare.append(event)
+
+
 class _EventFence:
-    # Devices go by their index: torch takes 15 us to look one up, as long as the copy of a group takes to issue.
-    def __init__(self, api: Any, stream: Any) -> None:
-        self._api = api
-        self._index = stream.device_index
-        self._event = api.Event()
+    def __init__(self, events: _Events, stream: Any) -> None:
+        self._events = events
+        self._event = events.take()
         self._event.record(stream)
 
-    def wait(self) -> float:
-        self._event.wait(self._api.current_stream(self._index))
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):
+            self._events.give(self._event)
+
+    def wait(self, stream: Any = None) -> float:
+        self._event.wait(self._events.current_stream() if stream is None else stream)
         return 0.0
 
     def synchronize(self) -> None:
@@ -222,26 +254,27 @@ class _StreamQueue:
     A second stream waits for what arrives from others, so that the link goes on with the next job.
     """
 
-    def __init__(self, api: Any, device: torch.device) -> None:
+    def __init__(self, api: Any, device: torch.device, events: _Events) -> None:
         self._api = api
         self._device = device
+        self._events = events
         self._stream = api.Stream(device=device)
         self._arrivals: Any = None  # a stream, where there are any
 
     def submit(self, job: Copying, after: Iterable[Fence]) -> Fence:
         with self._inside(self._stream):
             for fence in after:
-                fence.wait()  # "computation issued from now on" is what this stream does next
+                fence.wait(self._stream)
             arrivals = job()
-            issued = _EventFence(self._api, self._stream)
+            issued = _EventFence(self._events, self._stream)
         if not arrivals:
             return issued
         self._arrivals = self._arrivals or self._api.Stream(device=self._device)
         with self._inside(self._arrivals):
-            issued.wait()
+            issued.wait(self._arrivals)
             for arrival in arrivals:
                 arrival.wait()
-            return _EventFence(self._api, self._arrivals)
+            return _EventFence(self._events, self._arrivals)
 
     def _inside(self, stream: Any) -> AbstractContextManager[object]:
         """Enter a stream: by itself where torch lets that be done, which takes it 1 us instead of 10."""
@@ -263,6 +296,7 @@ class AcceleratorBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._api = getattr(torch, device.type)
+        self._events = _Events.of(device)
 
     def memory(self, size_bytes: int) -> torch.Tensor:
         """Return device memory from torch's caching allocator."""
@@ -275,12 +309,12 @@ class AcceleratorBackend:
 
     def queue(self, *, threaded: bool) -> CopyQueue:
         """Return a queue on a new stream, driven by a worker thread when asked for."""
-        queue = _StreamQueue(self._api, self.device)
+        queue = _StreamQueue(self._api, self.device, self._events)
         return _WorkerQueue(queue) if threaded else queue
 
     def fence(self) -> Fence:
         """Record an event on the stream that computes now."""
-        return _EventFence(self._api, self._api.current_stream(self.device.index))
+        return _EventFence(self._events, self._events.current_stream())
 
     def moment(self) -> Any:
         """Record an event that knows its time."""

@@ -53,12 +53,12 @@ class PassHook(hooks.ModuleHook):
         self.engine.begin("forward")
         return self.engine.moved(args, kwargs)
 
-    def post_forward(self, module: nn.Module) -> None:
-        """Close the pass."""
-        self.engine.end("forward")
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Close the pass.
 
-    def output(self, module: nn.Module, output: Any) -> Any:
-        """Give weights that are returned as they rest from the device, and run each step of a generator in a pass."""
+        Give weights that are returned as they rest from the device, and run each step of a generator in a pass.
+        """
+        self.engine.end("forward")
         return _given(output, self.engine, "forward")
 
 
@@ -68,17 +68,21 @@ class PartHook(hooks.ModuleHook):
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
         self._name = name
-        self._opened = 0
+        self._may_have_begun = False
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Outside a pass, open one and move the inputs."""
+        before, self._may_have_begun = self._may_have_begun, True  # also where it raises in the middle
         if not self._engine.begin_if_outside(self._name, is_whole=True):
+            self._may_have_begun = before
             return None
         return self._engine.moved(args, kwargs)
 
-    def post_forward(self, module: nn.Module) -> None:
+    def post_forward(self, module: nn.Module, output: Any) -> None:
         """Close the pass if this part opened it."""
-        self._engine.end(self._name)
+        if self._may_have_begun:
+            self._engine.end(self._name)
+            self._may_have_begun = False
 
 
 class GroupHook(hooks.ModuleHook):
@@ -95,6 +99,7 @@ class GroupHook(hooks.ModuleHook):
         self._last: nn.Module | None = group.entries[-1] if group.entries else None
         self._recent: nn.Module | None = None  # left since the group was acquired
         self._running = 0
+        self._has_begun = False  # a pass, because it was called by itself
 
     @property
     def is_running(self) -> bool:
@@ -107,7 +112,7 @@ class GroupHook(hooks.ModuleHook):
 
     def forget(self) -> None:
         """Forget a pass that was torn off."""
-        self._recent, self._running = None, 0
+        self._recent, self._running, self._has_begun = None, 0, False
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Have the group on the device."""
@@ -118,13 +123,16 @@ class GroupHook(hooks.ModuleHook):
                 f"an input of {self.group.name or type(module).__name__} asks for gradients, which would pass through "
                 "streamed weights that are overwritten by then; detach() it, use torch.no_grad(), or remove() the offloading"
             )
-        is_by_itself = self._engine.begin_if_outside(self._name, is_whole=False)
+        engine = self._engine
+        is_by_itself = engine.begin_if_outside(self._name, is_whole=False)
+        if is_by_itself:
+            self._has_begun = True
         if not _may_be_skipped(module):  # else the group is acquired when a weight of it is read
-            self._engine.enter(self, module)
+            engine.enter(self, module)
         self._running += 1
-        return self._engine.moved(args, kwargs) if is_by_itself else None
+        return engine.moved(args, kwargs) if is_by_itself else None
 
-    def post_forward(self, module: nn.Module) -> None:
+    def post_forward(self, module: nn.Module, output: Any) -> None:
         """Let the group go after its last module."""
         if module not in self.entries or not self._running:
             return
@@ -132,7 +140,9 @@ class GroupHook(hooks.ModuleHook):
         self._recent = module
         if not self._running:
             self._engine.leave(self, is_last=module is self._last)
-            self._engine.end(self._name)
+            if self._has_begun:
+                self._has_begun = False
+                self._engine.end(self._name)
 
 
 class EncoderHook(hooks.ModuleHook):

@@ -309,10 +309,9 @@ class Engine:
 
     def begin_if_outside(self, name: str, *, is_whole: bool) -> bool:
         """Have a pass open: the one that is, the method's that runs, or a new one by this name; tell if it is that."""
+        if self._calls.is_running_here():
+            return False
         self._refuse_other_threads()
-        for call in reversed(self._calls.open):  # not `are_running`: each group comes by here
-            if call.is_running():
-                return False
         armed = self._calls.armed()
         if armed is not None:
             self.begin(armed.name, frame=armed.frame)
@@ -324,7 +323,8 @@ class Engine:
 
     def enter(self, hook: GroupHook, module: nn.Module) -> None:
         """Acquire a group for `module`, one of its entries, after letting go of groups that nothing runs in."""
-        self._leave_lingering(hook.group)
+        if self._lingering:
+            self._leave_lingering(hook.group)
         self._acquire(hook.group, module)
 
     def leave(self, hook: GroupHook, *, is_last: bool) -> None:
@@ -389,8 +389,6 @@ class Engine:
         self._streamer.acquire(group)
 
     def _leave_lingering(self, wanted: ModuleGroup) -> None:
-        if not self._lingering:
-            return
         lingering, self._lingering = self._lingering, []
         for group in lingering:
             if group is wanted:

@@ -15,6 +15,7 @@ from vramkit.offload.backend import Arrival
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.layout import BufferLayout, LeafSpec
 from vramkit.offload.placement import Placement
+from vramkit.offload.ring import Pieces
 from vramkit.offload.stores import JointStore, Store
 from vramkit.offload.transforms import is_in_functional_call
 from vramkit.offload.watch import shown, stands_for
@@ -135,6 +136,15 @@ class ModuleGroup:
             _Binding(slot, [next(specs) if part is None else part for part in parts]) for slot, parts in bindings
         ]
         self._made = [binding for binding in self._bindings if binding.is_made]
+        owners = [
+            (owner, binding.slot, at) for at, binding in enumerate(self._bindings) for owner in binding.slot.owners
+        ]
+        # All owners are gone through four times a pass. So most are without a call, by the dictionaries of the modules:
+        # to ask a module for an attribute takes three times as long.
+        self._owned = [
+            (vars(module), name, slot.rest, at) for (module, name), slot, at in owners if _has_it(module, name)
+        ]
+        self._special = [(slot, at) for (module, name), slot, at in owners if not _has_it(module, name)]
         leaves = [leaf for slot, _ in bindings for leaf in tensors.leaves(slot.rest)]
         self._counted = [leaf for leaf in leaves if not tensors.is_inference_made(leaf)]
         staying = [
@@ -143,7 +153,9 @@ class ModuleGroup:
             for leaf, part in zip(tensors.leaves(slot.rest), parts, strict=True)
             if part is not None and part.data_ptr() != leaf.data_ptr()
         ]
-        self._staying = [(leaf, part, tensors.version(leaf)) for leaf, part in staying]  # at rest, and on the device
+        # At rest, on the device, and whether torch counts what is written to the former.
+        self._staying = [(leaf, part, not tensors.is_inference_made(leaf)) for leaf, part in staying]
+        self._copied = self._versions_of_staying()
         self._may_ask = any(asks_for_gradients(slot.rest) for slot, _ in bindings)
         self._placed: dict[int, Placement] = {}
         self._on_show: Placement | None = None
@@ -163,7 +175,10 @@ class ModuleGroup:
 
     def version(self) -> int:
         """Return a number that changes when any of the tensors at rest is written in place."""
-        return sum([leaf._version for leaf in self._counted])  # noqa: SLF001 (asked three times a pass)
+        total = 0
+        for leaf in self._counted:  # asked twice a pass: a comprehension takes longer than what it does
+            total += leaf._version  # noqa: SLF001
+        return total
 
     def owners(self) -> list[tuple[nn.Module, str]]:
         """Return all (module, attribute) pairs that are shown the group."""
@@ -180,11 +195,12 @@ class ModuleGroup:
 
     def refuse_replaced(self) -> None:
         """Raise ConflictError where an owner was given another tensor than ours: to show ours would hide it."""
-        for binding in self._bindings:
-            slot = binding.slot
+        if self._is_at_rest():
+            return
+        for slot in self.slots():
             if slot.replaced(slot.rest) is not None and slot.put_in_place_of(slot.rest) is not None:
                 raise ConflictError(
-                    f"{binding.slot.owner_name()} was given another tensor while its module is offloaded and its weights "
+                    f"{slot.owner_name()} was given another tensor while its module is offloaded and its weights "
                     "were at rest (an assignment in a forward, torch.func.functional_call); the weights of now would be "
                     "used instead. Read the weight before you replace it, or remove() the offloading first"
                 )
@@ -202,34 +218,38 @@ class ModuleGroup:
 
         Returns whether `fill` reads what was copied, so that it has to come after.
         """
-        is_any = False
-        for at, (leaf, part, version) in enumerate(self._staying):
-            now = tensors.version(leaf)
-            if all_of_it or now != version:
+        if not self._staying:
+            return False
+        now = self._versions_of_staying()
+        if now == self._copied and not all_of_it:
+            return False
+        for (leaf, part, _), version, before in zip(self._staying, now, self._copied, strict=True):
+            if all_of_it or version != before:
                 part.copy_(leaf)
-                self._staying[at] = leaf, part, now
-                is_any = True
-        return is_any and bool(self._made)
+        self._copied = now
+        return bool(self._made)
 
     def reserve(self) -> None:
         """Say that a fill comes next of all that this process does with other ranks."""
         for _, _, store in self._joint:
             store.reserve()
 
-    def fill(self, memory: torch.Tensor) -> Sequence[Arrival]:
-        """Put the bytes into `memory`, in order with the current stream, and make there what is made of them.
+    def fill(self, pieces: Pieces) -> Sequence[Arrival]:
+        """Put the bytes into the memory of a region, in order with the current stream, and make there what is made of them.
 
         Returns what others send there.
         """
         for offset, size_bytes, store in self._alone:
-            store.fill(_piece(memory, offset, size_bytes))
-        arrivals = [joint.begin(_piece(memory, offset, size_bytes)) for offset, size_bytes, joint in self._joint]
+            store.fill(pieces[offset, size_bytes])
+        if not self._joint and not self._made:
+            return ()
+        arrivals = [joint.begin(pieces[offset, size_bytes]) for offset, size_bytes, joint in self._joint]
         if not self._made:
             return arrivals
         for arrival in arrivals:
             arrival.wait()
         for binding in self._made:
-            binding.make_in(memory)
+            binding.make_in(pieces.memory)
         return ()
 
     def show_device(self, memory: torch.Tensor, *, remember: bool) -> None:
@@ -246,8 +266,12 @@ class ModuleGroup:
         if placement.asks is not asks:
             placement.ask([asks and asks_for_gradients(binding.slot.rest) for binding in self._bindings])
             placement.asks = asks
-        for binding, tensor in zip(self._bindings, placement.tensors, strict=True):
-            binding.slot.show(tensor)
+        shown = placement.tensors
+        for held, name, _, at in self._owned:
+            if name in (parameters := held["_parameters"]):
+                parameters[name] = shown[at]
+        for slot, at in self._special:
+            slot.show(shown[at])
 
     @property
     def is_on_show(self) -> bool:
@@ -264,8 +288,11 @@ class ModuleGroup:
     def show_rest(self) -> None:
         """Let owners have the tensors at rest, whatever they have now."""
         self._on_show = None
-        for binding in self._bindings:
-            binding.slot.show(binding.slot.rest)
+        for held, name, rest, _ in self._owned:
+            if name in (parameters := held["_parameters"]):
+                parameters[name] = rest
+        for slot, _ in self._special:
+            slot.show(slot.rest)
 
     def put_away(self) -> bool:
         """Let owners have the tensors at rest, with what a forward wrote to them; tell if somebody else has them still.
@@ -275,10 +302,35 @@ class ModuleGroup:
         placement, self._on_show = self._on_show, None
         if placement is None:
             return False
-        new = [
-            binding.slot.put_in_place_of(tensor)
-            for binding, tensor in zip(self._bindings, placement.tensors, strict=True)
-        ]
+        new = None if self._is_shown(placement.tensors) else self._given_instead(placement)
+        written = placement.written()
+        if written or placement.is_replaced:
+            self._keep_writes(placement, written, new or [None] * len(placement.tensors))
+        del new  # it may refer to them
+        self.show_rest()
+        if not placement.is_held_by_others():
+            return False
+        self._placed[placement.address] = placement
+        return True
+
+    def _is_shown(self, shown: Sequence[torch.Tensor]) -> bool:
+        """Tell whether all owners still have what they were shown; False where that takes a closer look."""
+        for held, name, _, at in self._owned:
+            if held["_parameters"].get(name) is not shown[at]:
+                return False
+        return not self._special
+
+    def _is_at_rest(self) -> bool:
+        """Tell whether all owners have their tensors at rest; False where that takes a closer look."""
+        for held, name, rest, _ in self._owned:
+            if held["_parameters"].get(name) is not rest:
+                return False
+        return not self._special
+
+    def _given_instead(self, placement: Placement) -> list[torch.Tensor | None]:
+        """Return what owners were given in the place of tensors on show."""
+        pairs = zip(self._bindings, placement.tensors, strict=True)
+        new = [binding.slot.put_in_place_of(tensor) for binding, tensor in pairs]
         is_replaced = any(value is not None for value in new)
         if is_replaced and is_in_functional_call():
             self.show_rest()
@@ -287,16 +339,8 @@ class ModuleGroup:
                 "that puts other tensors in the place of weights for a while, which would be taken for a change of them. "
                 "Call it so before it is offloaded, or inside `with offload_of(module).edit():`"
             )
-        written = placement.written()
         placement.is_replaced |= is_replaced
-        if written or placement.is_replaced:
-            self._keep_writes(placement, written, new)
-        del new  # it may refer to them
-        self.show_rest()
-        if not placement.is_held_by_others():
-            return False
-        self._placed[placement.address] = placement
-        return True
+        return new
 
     def keep_late_writes(self, memory: torch.Tensor) -> None:
         """Keep what was written through views of `memory` after the group was put away."""
@@ -352,6 +396,9 @@ class ModuleGroup:
         self._kept = before, self.version()
         self._find_stores(changed)
 
+    def _versions_of_staying(self) -> list[int]:
+        return [leaf._version if counts else 0 for leaf, _, counts in self._staying]  # noqa: SLF001
+
     def _find_stores(self, changed: Sequence[torch.Tensor]) -> None:
         self.stores = tuple(self._home.stores(changed))
         self._joint = [(at, size, store) for at, size, store in self.stores if isinstance(store, JointStore)]
@@ -360,6 +407,6 @@ class ModuleGroup:
         self._version_in_files = self.version()
 
 
-def _piece(memory: torch.Tensor, offset: int, size_bytes: int) -> torch.Tensor:
-    """Return so many bytes of `memory`: itself for all of them, because a slice takes as long as a copy to issue."""
-    return memory if size_bytes == memory.numel() else memory[offset : offset + size_bytes]
+def _has_it(module: nn.Module, name: str) -> bool:
+    """Tell whether a module has a parameter in its table and nowhere else: recurrent layers keep a list of theirs."""
+    return name in module._parameters and not isinstance(module, nn.RNNBase)  # noqa: SLF001

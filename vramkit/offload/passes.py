@@ -16,7 +16,7 @@ __all__ = ["Calls", "OpenCall", "frame_of_module_call"]
 _MODULE_CALL = ("inner", "_call_impl")  # functions of torch.nn.Module that run hooks and forward
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class OpenCall:
     """A call of the module, of a part of it, or of an entry point."""
 
@@ -25,16 +25,26 @@ class OpenCall:
     """What runs it; None where that is unknown: it counts as running."""
     is_whole: bool = True
     """Whether its order of groups is worth learning: not where a single unit was called by itself."""
+    _depth: int = dataclasses.field(default=1, init=False)
+    """How far up the stack the frame was when it was found last: mostly by the neighbour of whoever asks now."""
 
     def is_running(self) -> bool:
         """Tell whether the frame is on the stack of the calling thread."""
-        if self.frame is None:
+        sought = self.frame
+        if sought is None:
             return True
-        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (the stack has no other reader that is quick enough)
-        while frame is not None:
-            if frame is self.frame:
+        try:
+            if sys._getframe(self._depth) is sought:  # noqa: SLF001 (one step; each step of a walk makes an object)
                 return True
-            frame = frame.f_back
+        except ValueError:  # the stack is not that deep
+            pass
+        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (the stack has no other reader that is quick enough)
+        depth = 1
+        while frame is not None:
+            if frame is sought:
+                self._depth = depth
+                return True
+            depth, frame = depth + 1, frame.f_back
         return False
 
 
@@ -63,6 +73,14 @@ class Calls:
     def are_elsewhere(self) -> bool:
         """Whether they run in another thread than the calling one."""
         return self.thread is not None and self.thread != threading.get_ident()
+
+    def is_running_here(self) -> bool:
+        """Tell whether the calling thread is in one. Each group comes by here."""
+        if self.thread == threading.get_ident():
+            for call in reversed(self.open):
+                if call.is_running():
+                    return True
+        return False
 
     def is_inside(self) -> bool:
         """Tell whether the calling thread is in one, or in a method that is one as soon as it needs weights."""

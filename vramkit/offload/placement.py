@@ -26,16 +26,17 @@ class Placement:
         """Take `placed`, views of `memory`, and count who refers to them: nobody."""
         self.tensors = list(placed)
         self.address = memory.data_ptr()
-        # What torch counts writes to: of a tensor with inner ones, those.
-        self._counted = [
-            [leaf for leaf in _leaves(tensor) if not tensors.is_inference_made(leaf)] for tensor in self.tensors
-        ]
+        # What torch counts writes to (of a tensor with inner ones, those), and whose it is.
+        self._counted: list[torch.Tensor] = []
+        self._places: list[int] = []
+        self._find_counted()
         self._addresses = self._find()
-        self._are_simple = all(len(leaves) == 1 for leaves in self._counted)
         self._versions = self._count_writes()
-        self._references = _references(self.tensors)
+        self._writes = sum(self._versions)
+        self._references = _references(self.tensors)  # no local variable may refer to one now
         self._memory: torch.Tensor | None = None
         self._is_held = False
+        self._may_have_data = True  # handed out
         self.is_replaced = False
         """Whether the module was given other tensors for some of these, so that they are what others have and no more."""
         self.asks = False
@@ -54,8 +55,10 @@ class Placement:
         """
         if self._is_held:
             return
-        for tensor in with_data(self.tensors):
-            forget_data(tensor)
+        if self._may_have_data:
+            for tensor in with_data(self.tensors):
+                forget_data(tensor)
+        self._may_have_data = True
         if memory is not self._memory:  # mostly it is, and to ask takes a microsecond
             self._storage = memory.untyped_storage()._cdata  # noqa: SLF001 (how torch names a storage to its counter)
             self._memory = memory  # last: a Ctrl-C may come before
@@ -64,30 +67,48 @@ class Placement:
     def is_held_by_others(self) -> bool:
         """Tell whether somebody refers to a tensor, or to a view of one. Ask when no module has them any more."""
         views: int = torch._C._storage_Use_Count(self._storage)  # noqa: SLF001
-        references = _references(self.tensors)  # before anything here refers to them too
+        is_referred_to = self._are_referred_to()  # before anything here refers to them too
         noted = with_data(self.tensors)
+        self._may_have_data = bool(noted)
         # What was given other memory is noted, and neither it nor its ``.data`` is here any more.
         gone = 0 if not noted or self.is_whole() else sum(map(operator.ne, self._find(), self._addresses))
         self._is_held = (
             views > self._views + len(noted) - 2 * gone
-            or (references != self._references and any(map(operator.gt, references, self._references)))
+            or is_referred_to
             or bool(noted and _is_referred_to([data_of(tensor) for tensor in noted]))
         )
         return self._is_held
 
     def written(self) -> list[int]:
         """Return the places of tensors that were written to since this was asked last, in any way."""
-        now, before = self._count_writes(), self._versions
-        through_data = {id(tensor) for tensor in with_data(self.tensors) if written_through_data(tensor)}
-        if now == before and not through_data:
+        writes = 0
+        for leaf in self._counted:  # none of these numbers ever falls
+            writes += leaf._version  # noqa: SLF001 (a fifth of what `version` takes)
+        noted = with_data(self.tensors)
+        if writes == self._writes and not noted:
             return []
-        self._versions = now
-        return [at for at in range(len(now)) if now[at] != before[at] or id(self.tensors[at]) in through_data]
+        now, before = self._count_writes(), self._versions
+        self._versions, self._writes = now, sum(now)
+        written = {at for at, new, old in zip(self._places, now, before, strict=True) if new != old}
+        through_data = {id(tensor) for tensor in noted if written_through_data(tensor)}
+        return [at for at, tensor in enumerate(self.tensors) if at in written or id(tensor) in through_data]
+
+    def _find_counted(self) -> None:
+        for at, tensor in enumerate(self.tensors):
+            leaves = [leaf for leaf in _leaves(tensor) if not tensors.is_inference_made(leaf)]
+            self._counted += leaves
+            self._places += [at] * len(leaves)
 
     def _count_writes(self) -> list[int]:
-        if self._are_simple:
-            return [leaf._version for (leaf,) in self._counted]  # noqa: SLF001 (a fifth of what `version` takes)
-        return [sum([leaf._version for leaf in leaves]) for leaves in self._counted]  # noqa: SLF001
+        return [leaf._version for leaf in self._counted]  # noqa: SLF001
+
+    def _are_referred_to(self) -> bool:
+        at = 0
+        for tensor in self.tensors:  # with as many references of its own as `_references`: `enumerate` has one, too
+            if sys.getrefcount(tensor) > self._references[at]:
+                return True
+            at += 1  # noqa: SIM113
+        return False
 
     def is_whole(self) -> bool:
         """Tell whether all tensors are still where they were: not where one was given other memory (``.data``, ``set_``)."""
@@ -107,4 +128,7 @@ def _is_referred_to(handed_out: list[torch.Tensor]) -> bool:
 
 
 def _references(placed: Sequence[object]) -> list[int]:
-    return [sys.getrefcount(tensor) for tensor in placed]
+    counts = []
+    for tensor in placed:
+        counts.append(sys.getrefcount(tensor))  # noqa: PERF401 (a comprehension may count otherwise than a loop)
+    return counts

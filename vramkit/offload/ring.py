@@ -11,7 +11,24 @@ from torch.utils.dlpack import from_dlpack
 
 from vramkit.offload.backend import Backend, Fence
 
-__all__ = ["Region", "SlotRing"]
+__all__ = ["Pieces", "Region", "SlotRing"]
+
+
+class Pieces(dict[tuple[int, int], torch.Tensor]):
+    """Parts of the memory of a region, by offset and bytes, cut when they are first asked for.
+
+    To cut one takes the host as long as to issue a copy to it.
+    """
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        super().__init__({(0, memory.numel()): memory})
+        self.memory = memory
+
+    def __missing__(self, key: tuple[int, int]) -> torch.Tensor:
+        offset, size_bytes = key
+        with torch.inference_mode(False):  # it outlives the pass
+            piece = self[key] = self.memory[offset : offset + size_bytes]
+        return piece
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -21,12 +38,15 @@ class Region:
     A region outside the ring (`count` 0) exists only for a group that nothing could be reserved for.
     """
 
-    memory: torch.Tensor
-    free: tuple[Fence, ...]
+    pieces: Pieces
+    free: Sequence[Fence]
     first: int = 0
     count: int = 0
-    is_given_up: bool = False
-    """Whether nobody wants any more what would be copied there: a copy that has not begun need not."""
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of it."""
+        return self.pieces.memory
 
 
 class SlotRing:
@@ -47,7 +67,7 @@ class SlotRing:
         self._allocate = memory or backend.memory
         self._memory: torch.Tensor | None = None
         self._views: dict[tuple[int, int], torch.Tensor] = {}  # by first slot and count
-        self._pieces: dict[tuple[int, int], torch.Tensor] = {}  # the beginnings of those, by first slot and bytes
+        self._pieces: dict[tuple[int, int], Pieces] = {}  # of the beginnings of those, by first slot and bytes
         self._fences: list[Fence] = []
         self._taken = [False] * self.slots
         self._next = 0
@@ -71,25 +91,38 @@ class SlotRing:
     @property
     def is_full(self) -> bool:
         """Whether nothing can be had from it now, however small."""
-        return not self.is_open or all(self._taken)
+        return not self.is_open or False not in self._taken
 
     def take(self, size_bytes: int) -> Region | None:
         """Reserve adjacent free slots for `size_bytes`, or return None where there are none."""
         if self.is_full:
             return None
-        count = max(1, -(-size_bytes // self.slot_bytes))
+        count = -(-size_bytes // self.slot_bytes) or 1
+        first = self._first_of(count)
+        if first is None:
+            return None
+        stop = first + count
+        self._taken[first:stop] = [True] * count
+        self._next = stop % self.slots
+        pieces = self._pieces.get((first, size_bytes))
+        if pieces is None:  # one and the same for all groups of that size
+            pieces = self._pieces[first, size_bytes] = Pieces(self._slots(first, count)[:size_bytes])
+        return Region(pieces, self._fences[first:stop], first, count)
+
+    def _first_of(self, count: int) -> int | None:
+        """Find so many adjacent free slots, at best those that come next; return the first one."""
+        if count == 1 and not self._taken[self._next]:
+            return self._next
         for step in range(self.slots):
             first = (self._next + step) % self.slots
             stop = first + count
             if stop <= self.slots and True not in self._taken[first:stop]:
-                self._taken[first:stop] = [True] * count
-                self._next = stop % self.slots
-                return Region(self._piece(first, count, size_bytes), tuple(self._fences[first:stop]), first, count)
+                return first
         return None
 
     def make(self, size_bytes: int) -> Region:
         """Allocate a region outside the ring. Whoever used that memory before did so on the computing stream."""
-        return Region(self._backend.memory(size_bytes), (self._backend.fence(),))
+        return Region(Pieces(self._backend.memory(size_bytes)), (self._backend.fence(),))
 
     def give(self, region: Region, free: Fence | None) -> None:
         """Take a region back; `free` says when its last reader is done (None: nothing has read it)."""
@@ -97,13 +130,6 @@ class SlotRing:
             self._taken[slot] = False
             if free is not None and self.is_open:
                 self._fences[slot] = free
-
-    def _piece(self, first: int, count: int, size_bytes: int) -> torch.Tensor:
-        """Return the beginning of adjacent slots, one and the same for all groups of that size."""
-        piece = self._pieces.get((first, size_bytes))
-        if piece is None:
-            piece = self._pieces[first, size_bytes] = self._slots(first, count)[:size_bytes]
-        return piece
 
     def _slots(self, first: int, count: int) -> torch.Tensor:
         """Return adjacent slots as a tensor with a storage of its own, by which it is told who refers to their bytes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +21,14 @@ from vramkit.offload.group import ModuleGroup
 from vramkit.offload.orders import Orders
 from vramkit.offload.ring import Region, SlotRing
 from vramkit.offload.stats import Counters
-from vramkit.offload.transforms import outside_transforms
+from vramkit.offload.transforms import innermost_transform, outside_transforms
 
 if TYPE_CHECKING:
     from vramkit.tracing.recorder import Track
 
 __all__ = ["Streamer"]
 
-_NO_SPAN = nullcontext()
+_is_profiled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # noqa: SLF001 (torch has no public reader)
 _OUTDATED = -1  # the version of a load of what is no longer at rest
 
 
@@ -38,8 +38,16 @@ class _Load:
 
     group: ModuleGroup
     region: Region
-    ready: Fence
     version: int
+    ready: Fence = dataclasses.field(init=False)
+    is_given_up: bool = False
+    """Whether nobody wants any more what would be copied: a copy that has not begun need not."""
+
+    def fill(self) -> Sequence[Arrival]:
+        """Copy, on the queue."""
+        if self.is_given_up and not self.group.is_joint:  # other ranks, who may have begun it, would wait
+            return ()
+        return self.group.fill(self.region.pieces)
 
 
 class Streamer:
@@ -93,9 +101,11 @@ class Streamer:
         self._prefetch()
         self._midway = False
 
-    @outside_transforms
     def acquire(self, group: ModuleGroup) -> None:
         """Make `group` ready for computation issued from now on, then load what comes next."""
+        if innermost_transform() is not None:
+            self._acquire_outside(group)
+            return
         held = self._held.get(group)
         if held is not None:
             if held.version == group.version():
@@ -105,34 +115,37 @@ class Streamer:
             self.release(group)  # written to while it was kept on the device: load it again
         group.refuse_replaced()
         self._begin_step()
-        with _span("acquire", group):
-            load = self._still_there(group)
-            if held is None and load is None and not self._orders.use(group):
-                self._keep_expected(group)
-            load = load or self._take(group)
-            self._wait_for(load)
-            self._held[group] = load  # before it is shown: where that fails, what was shown is put away
-            group.show_device(load.region.memory, remember=load.region.count > 0)
-        self._prefetch()
+        if _is_profiled():
+            with _span("acquire", group):
+                self._show(group, is_used_anew=held is None)
+        else:
+            self._show(group, is_used_anew=held is None)
+        if not self._ring.is_full:
+            self._prefetch()
         self._midway = False
 
-    @outside_transforms
+    _acquire_outside = outside_transforms(acquire)
+
     def release(self, group: ModuleGroup) -> None:
         """Let the memory of `group` be reused after the computation issued so far. Not held: nothing to do."""
         if group not in self._held:
+            return
+        if innermost_transform() is not None:
+            self._release_outside(group)
             return
         self._begin_step()
         load = self._held.pop(group)
         if self._began and self.track is not None and group in self._began:
             self.track.note("compute", group.name, self._began.pop(group), self._backend.moment())
-        with _span("release", group):
-            if self._put_away(load):
-                self._escaped.append(load)
-            elif group not in self._settled:
-                self._give(load)
-            self._give_escaped()
+        if _is_profiled():
+            with _span("release", group):
+                self._let_go(load)
+        else:
+            self._let_go(load)
         self._prefetch()
         self._midway = False
+
+    _release_outside = outside_transforms(release)
 
     def release_all(self) -> None:
         """Release whatever is still held."""
@@ -187,10 +200,7 @@ class Streamer:
             self._drop(load)
         for group in list(self._held):
             load = self._held.pop(group)
-            if self._put_away(load):
-                self._escaped.append(load)
-            elif group not in self._settled:
-                self._give(load)
+            self._let_go(load)
         self._settle()
         self._queue.drain()  # nothing may be written any more when the memory goes
         for group in self._groups:
@@ -251,6 +261,25 @@ class Streamer:
         self._is_torn |= self._midway
         self._midway = True
 
+    def _show(self, group: ModuleGroup, *, is_used_anew: bool) -> None:
+        """Find the load of `group`, or load it, and let owners have it when it is there."""
+        load = self._still_there(group) if self._settled or self._escaped else None
+        if is_used_anew and load is None and not self._orders.use(group):
+            self._keep_expected(group)
+        load = load or self._take(group)
+        self._wait_for(load)
+        self._held[group] = load  # before it is shown: where that fails, what was shown is put away
+        group.show_device(load.region.memory, remember=load.region.count > 0)
+
+    def _let_go(self, load: _Load) -> None:
+        """Put a load away that is no longer held, and have its memory back unless somebody has a view of it."""
+        if self._put_away(load):
+            self._escaped.append(load)
+        elif load.group not in self._settled:
+            self._give(load)
+        if self._escaped:
+            self._give_escaped()
+
     def _wait_for(self, load: _Load) -> None:
         if self.track is None:
             self._counters.stall_s += load.ready.wait()
@@ -268,8 +297,6 @@ class Streamer:
 
     def _give_escaped(self) -> None:
         """Take back what nobody has a view of any more."""
-        if not self._escaped:
-            return
         escaped, self._escaped = self._escaped, []
         for load in escaped:
             self._keep_late_writes(load)
@@ -294,9 +321,7 @@ class Streamer:
 
     def _still_there(self, group: ModuleGroup) -> _Load | None:
         """Return the load of a group that was let go of and never left the device, if it is what rests now."""
-        if not self._settled and not self._escaped:
-            return None
-        load = self._settled.get(group) or next((load for load in self._escaped if load.group is group), None)
+        load = self._settled.get(group) or _of(group, self._escaped)
         if load is None:
             return None
         self._keep_late_writes(load)
@@ -328,10 +353,10 @@ class Streamer:
 
     def _take(self, group: ModuleGroup) -> _Load:
         """Find `group` among what is on its way, or load it."""
-        at = next((at for at, load in enumerate(self._ahead) if load.group is group), None)
-        if at is None:
+        load = _of(group, self._ahead)
+        if load is None:
             return self._load_now(group)
-        load = self._ahead.pop(at)
+        self._ahead.remove(load)
         if load.version != group.version():
             self._ring.give(load.region, self._backend.fence())
             return self._load_now(group)
@@ -356,30 +381,36 @@ class Streamer:
 
     def _prefetch(self) -> None:
         """Fill free slots with what is expected next."""
-        if self._ring.is_full:
+        ring, ahead = self._ring, self._ahead
+        if ring.is_full:
             return
-        for at, group in enumerate(self._orders.ahead(self._ring.slots)):
-            if at < len(self._ahead) and self._ahead[at].group is group:
+        for at, group in enumerate(self._orders.ahead(ring.slots)):
+            if at < len(ahead) and ahead[at].group is group:
                 continue
-            if group in self._held or any(load.group is group for load in self._ahead):
+            if group in self._held or _of(group, ahead) is not None:
                 return
-            region = self._ring.take(group.size_bytes)
+            region = ring.take(group.size_bytes)
             if region is None:
                 return
-            self._ahead.insert(at, self._load(group, region))
+            ahead.insert(at, self._load(group, region))
 
     def _load(self, group: ModuleGroup, region: Region) -> _Load:
+        if not _is_profiled():
+            return self._issue(group, region)
         with _span("load", group):
-            after = (*region.free, self._backend.fence()) if group.refresh() else region.free
-            version = group.version()
-            group.reserve()
-            fill = _filling(group, region)
-            if self.track is not None:
-                fill = self.track.copying(group.name, group.size_bytes, region.first if region.count else None, fill)
-            ready = self._queue.submit(fill, after)
+            return self._issue(group, region)
+
+    def _issue(self, group: ModuleGroup, region: Region) -> _Load:
+        after = (*region.free, self._backend.fence()) if group.refresh() else region.free
+        load = _Load(group, region, group.version())
+        group.reserve()
+        fill: Copying = load.fill
+        if self.track is not None:
+            fill = self.track.copying(group.name, group.size_bytes, region.first if region.count else None, fill)
+        load.ready = self._queue.submit(fill, after)
         self._counters.loads += 1
         self._counters.loaded_bytes += group.size_bytes
-        return _Load(group, region, ready, version)
+        return load
 
     def _drop(self, load: _Load) -> None:
         """Give a load back unused. Its copy ends before later ones begin: the queue is in order.
@@ -387,22 +418,18 @@ class Streamer:
         What others send is not: a load of several ranks frees its slot when it is all there.
         """
         self._ahead.remove(load)
-        load.region.is_given_up = True
+        load.is_given_up = True
         self._ring.give(load.region, load.ready if load.group.is_joint else None)
         self._counters.dropped_loads += 1
 
 
+def _of(group: ModuleGroup, loads: Sequence[_Load]) -> _Load | None:
+    for load in loads:
+        if load.group is group:
+            return load
+    return None
+
+
 def _span(step: str, group: ModuleGroup) -> AbstractContextManager[object]:
-    """Name a step for a profiler, if one runs: otherwise the name would cost as much host time as the step."""
-    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # noqa: SLF001 (torch has no public reader)
-        return _NO_SPAN
+    """Name a step for a profiler. Not where none runs: there the name would cost as much host time as the step."""
     return record_function(f"vramkit::{step} {group.name}")
-
-
-def _filling(group: ModuleGroup, region: Region) -> Copying:
-    def fill() -> Sequence[Arrival]:
-        if region.is_given_up and not group.is_joint:  # other ranks, who may have begun it, would wait
-            return ()
-        return group.fill(region.memory)
-
-    return fill

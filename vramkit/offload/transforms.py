@@ -12,8 +12,10 @@ import torch
 from torch._functorch import pyfunctorch
 from torch.nn.utils import stateless
 
-__all__ = ["is_in_functional_call", "outside_transforms"]
+__all__ = ["innermost_transform", "is_in_functional_call", "outside_transforms"]
 
+innermost_transform = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001 (torch has no public reader)
+"""Returns what runs of ``torch.func``, or None."""
 _Self = TypeVar("_Self")
 _Args = ParamSpec("_Args")
 
@@ -23,7 +25,7 @@ def outside_transforms(step: Callable[Concatenate[_Self, _Args], None]) -> Calla
 
     @functools.wraps(step)
     def run(self: _Self, *args: _Args.args, **kwargs: _Args.kwargs) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # noqa: SLF001 (torch has no public reader)
+        if innermost_transform() is None:
             step(self, *args, **kwargs)
             return
         with pyfunctorch.temporarily_clear_interpreter_stack():
