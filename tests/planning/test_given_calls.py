@@ -80,7 +80,6 @@ def test_a_name_that_is_nearly_an_argument_is_refused_by_calls_that_take_all(pip
     ("given", "reason"),
     [
         ({"height": 63, "width": 64}, "height=63, width=64, and fails: ValueError: .* divisible by 8"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0, and fails: ZeroDivisionError"),
         ({"prompt": 5}, "prompt=5, and fails: ValueError"),
     ],
 )

@@ -42,7 +42,7 @@ _FREE = frozenset({
 _STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
 _NOTHING = Extent.of(None)
 _PROSE = ("prompt", "text", "lyrics", "caption")  # in the names of arguments that are read, not chosen from
-_MISTAKES = (TypeError, AttributeError, LookupError, ValueError, AssertionError, ArithmeticError)  # of arguments
+_MISTAKES = (TypeError, AttributeError, LookupError, ValueError, AssertionError)  # of arguments
 _DRAWN = ("generator", "callback_on_step_end", "callback")
 
 
