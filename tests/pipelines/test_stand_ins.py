@@ -59,6 +59,13 @@ def test_formats_under_names_of_one_another(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.safetensors")
 
 
+def test_a_cut_file_is_not_told_to_take_the_name_that_it_has(tmp_path: Path) -> None:
+    vramkit.offload.checkpoint.write_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"no safetensors header \(40 bytes in all\); it is truncated"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
 class TestLoaders:
     @pytest.fixture
     def folder(self, stock: Stock, tmp_path: Path) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import http.server
 import re
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from vramkit.errors import CheckpointError, ConfigError, StoreError
-from vramkit.pipelines.calling.video import export_to_video, load_image, load_video, postprocess_video
+from vramkit.pipelines.calling.video import check_video, export_to_video, load_image, load_video, postprocess_video
 
 HEIGHT, WIDTH, COUNT = 32, 48, 7
 
@@ -189,6 +190,21 @@ class TestExport:
         (tmp_path / "folder.mp4").mkdir()
         with pytest.raises(ConfigError, match=message):
             export_to_video(clip, tmp_path / name, **options)
+
+    def test_a_folder_that_takes_no_file_is_found_before_there_is_a_video(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        assert check_video(tmp_path / "clip.mp4") == tmp_path / "clip.mp4"
+        assert list(tmp_path.iterdir()) == []
+
+        def refuse(*_args: Any, **_options: Any) -> None:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+        monkeypatch.setattr("vramkit.pipelines.calling.video.tempfile.TemporaryFile", refuse)
+        with pytest.raises(
+            ConfigError, match=r"cannot be written to \(Disk quota exceeded\): write the video elsewhere"
+        ):
+            check_video(tmp_path / "clip.mp4")
 
     def test_interrupted_write_keeps_the_old_file_and_leaves_nothing(self, clip: np.ndarray, tmp_path: Path) -> None:
         target = tmp_path / "clip.mp4"

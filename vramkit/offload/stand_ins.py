@@ -45,7 +45,8 @@ def stand_in(path: Path, *, is_text: bool = False) -> str | None:
             "the repository, or download it with `hf download`"
         )
     for pattern, what in _STARTS:
-        if re.match(pattern, start, re.DOTALL):
+        is_own = what.endswith(f" {path.suffix}")  # a damaged file of the format that its name says
+        if re.match(pattern, start, re.DOTALL) and not is_own:
             return f"is {what}"
     line = start.splitlines()[0].strip()
     if len(line) > 7 and not is_text and all(32 <= byte < 127 for byte in line):

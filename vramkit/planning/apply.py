@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from vramkit.errors import StoreError
 from vramkit.offload import Offload, apply_group_offloading, offload_of
 from vramkit.offload.stores import Sharing
 from vramkit.offload.turns import Turns
@@ -86,6 +87,23 @@ class Applied:
             options["pin_budget"] = component.pinned_bytes
         if component.store == "disk":
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="vramkit-", dir=disk_folder))
+                self._folder = _new_folder(disk_folder)
             options["offload_to_disk_path"] = self._folder / component.name
         return options
+
+
+def _new_folder(parent: Path | None) -> Path:
+    """Make a folder in `parent`, which is made when it is missing, or in that for temporary files.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    try:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="vramkit-", dir=parent))
+    except OSError as error:
+        raise StoreError(
+            f"disk_folder={str(parent or tempfile.gettempdir())!r} takes no weights: {error.strerror or error}; give a "
+            "folder that can be written"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import pickle
@@ -40,6 +41,8 @@ _FREE = frozenset({
 })  # fmt: skip
 _STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
 _NOTHING = Extent.of(None)
+_PROSE = ("prompt", "text", "lyrics", "caption")  # in the names of arguments that are read, not chosen from
+_MISTAKES = (TypeError, AttributeError, LookupError, ValueError, AssertionError)  # of arguments
 _DRAWN = ("generator", "callback_on_step_end", "callback")
 
 
@@ -71,6 +74,8 @@ class PlannedCall:
         if (self.arguments.get("latents") is None) is not (other.arguments.get("latents") is None):
             return False  # many pipelines take the size of the clip from them, whatever else is said
         names = (self.extents.keys() | other.extents.keys()) - _FREE
+        if any(_chosen(name, self.arguments.get(name)) != _chosen(name, other.arguments.get(name)) for name in names):
+            return False
         return all(other.extents.get(name, _NOTHING).is_within(self.extents.get(name, _NOTHING)) for name in names)
 
     def beside(self, part: PlannedCall, *, is_first: bool) -> PlannedCall:
@@ -86,11 +91,19 @@ class PlannedCall:
         return dataclasses.replace(self, make=make)
 
 
-def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
+def _chosen(name: str, value: Any) -> object:
+    """Return what a text chooses by being that and no other, as a mode does; None where it only asks for its length."""
+    if not isinstance(value, str) or any(part in name for part in _PROSE):
+        return None
+    return value == "latent" if name == "output_type" else value  # every other output is decoded in the same way
+
+
+def pipeline_call(pipeline: Any, given: Mapping[str, Any], *, are_given: bool = False) -> PlannedCall:
     """Say how `pipeline` is called with the arguments `given`, and what it takes itself for those that are not.
 
     ``batch`` stands for as many clips or pictures per prompt. Without a prompt a long one is taken; without a picture that
-    is asked for, a black one.
+    is asked for, a black one. Of arguments that `are_given` before there is a call, those with which it fails are a
+    ConfigError when it is made; a call that comes fails as it would by itself.
 
     Raises:
         ConfigError: an argument that the pipeline does not take.
@@ -103,18 +116,40 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any]) -> PlannedCall:
         if per_prompt is not None:
             given[per_prompt] = given.pop("batch")
     unknown = sorted(given.keys() - set(known))
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if takes_all:  # and passes over most of it
+        unknown = [name for name in unknown if are_given and difflib.get_close_matches(name, known, cutoff=0.8)]
+    if unknown:
         raise ConfigError(
             f"{type(pipeline).__name__} takes no {unknown[0]!r}; the call that is planned may have {', '.join(known)}"
         )
+    make = functools.partial(_call_given, dict(given)) if are_given else _call
     given = _completed(parameters, given)
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     rehearsed = {name: value for name, value in given.items() if name not in _DRAWN}
     steps = given.get("num_inference_steps", defaults.get("num_inference_steps"))
     if isinstance(steps, int) and steps > _STEPS and "timesteps" not in given and "sigmas" not in given:
         rehearsed["num_inference_steps"] = _STEPS
-        return PlannedCall({**defaults, **given}, functools.partial(_call, rehearsed), steps / _STEPS)
-    return PlannedCall({**defaults, **given}, functools.partial(_call, rehearsed))
+        return PlannedCall({**defaults, **given}, functools.partial(make, rehearsed), steps / _STEPS)
+    return PlannedCall({**defaults, **given}, functools.partial(make, rehearsed))
+
+
+def _call_given(given: Mapping[str, Any], rehearsed: dict[str, Any], twin: Any) -> None:
+    """Call a twin, and say of an error which arguments `given` it comes of.
+
+    Raises:
+        ConfigError: the call failed, and not because of what has no memory.
+    """
+    try:
+        _call(rehearsed, twin)
+    except VramkitError:
+        raise
+    except _MISTAKES as error:
+        told = ", ".join(f"{key}={_shown(value)}" for key, value in given.items()) or "nothing"
+        raise ConfigError(
+            f"the call of {type(twin).__name__} that is planned for is given {told}, and fails: "
+            f"{type(error).__name__}: {error}; say what the call will be by its arguments (height=, prompt=, image= ...)"
+        ) from error
 
 
 def _call(given: dict[str, Any], twin: Any) -> None:
@@ -196,7 +231,7 @@ def _explained(name: str, forward: Callable[..., Any], example: Arguments) -> It
         yield
     except VramkitError:
         raise
-    except (TypeError, AttributeError, LookupError, ValueError, AssertionError) as error:
+    except _MISTAKES as error:
         args, kwargs = example
         given = [*map(_shown, args), *(f"{key}={_shown(value)}" for key, value in kwargs.items())]
         parameters = inspect.signature(forward).parameters.values()

@@ -95,7 +95,7 @@ def fit(
             raise ConfigError(
                 f"example= is for modules; say what the call of {type(target).__name__} is by its arguments"
             )
-        planned: PlannedCall | None = pipeline_call(target, call)
+        planned: PlannedCall | None = pipeline_call(target, call, are_given=True)
     else:
         examples = read_examples(target, planner.names, example, call)
         planned = module_calls(examples, are_given=True) if examples else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +19,8 @@ from vramkit.planning.ledger import Ledger, Segment
 from vramkit.planning.watch import Watch
 
 __all__ = ["Rehearsal", "rehearse"]
+
+_LOGGING = ("diffusers", "transformers")  # by handlers of their own
 
 
 @dataclasses.dataclass(slots=True)
@@ -82,6 +86,7 @@ def _rehearsed(
                 stack.enter_context(watch.watching_layer(name, layer))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what there is to say is said when the call is made
+        stack.enter_context(_unlogged())
         stack.enter_context(torch.random.fork_rng(devices=()))  # the call that follows draws what it would have drawn
         stack.enter_context(torch.no_grad())
         stack.enter_context(ledger)
@@ -93,6 +98,24 @@ def _rehearsed(
                 raise _NotRepeatable from error
             raise
     return Rehearsal(ledger.segments, ledger.peak_bytes)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep to itself what libraries log in this thread, such as that a prompt is cut which stands for any."""
+    here = threading.get_ident()
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.thread != here or record.levelno >= logging.ERROR
+
+    handlers = [handler for name in _LOGGING for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_shown)
 
 
 def _held(module: nn.Module) -> Iterator[torch.Tensor]:

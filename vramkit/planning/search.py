@@ -60,7 +60,7 @@ def search(
     if not found:
         raise PlanInfeasible(
             f"no plan of {profile.model} fits vram={format_bytes(vram_bytes)}: {binds}. The nearest budget that fits is "
-            f"{_rounded_up(floor_bytes)}; a smaller picture or fewer frames need less",
+            f"{_rounded_up(floor_bytes)}; a smaller call (picture, frames, tokens, batch) needs less",
             nearest_bytes=floor_bytes,
             binds=binds,
         )

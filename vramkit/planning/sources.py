@@ -54,6 +54,6 @@ def plan(
         model = skeleton_of(model, dtype=dtype, with_image=call.get("image") is not None)
     planner = Planner(model, budget, where)
     if planner.is_of_pipeline:
-        return planner.plan(pipeline_call(model, call))
+        return planner.plan(pipeline_call(model, call, are_given=True))
     examples = read_examples(model, planner.names, example, call)
     return planner.plan(module_calls(examples, are_given=True) if examples else None)

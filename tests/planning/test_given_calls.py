@@ -1,0 +1,108 @@
+"""What a call will be, said before there is one: what is refused, and what other calls it stands for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_pipelines import PIPELINES
+from torch import nn
+
+from vramkit import fit, plan
+from vramkit.errors import ConfigError, StoreError
+from vramkit.memory import GIB
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+NAME = "StableDiffusionPipeline"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, mode: str = "thin") -> torch.Tensor:
+        found: torch.Tensor = self.inner(x.repeat(16, 1) if mode == "wide" else x)
+        return found
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return PIPELINES[NAME].make(NAME)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What diffusers and transformers log by handlers as theirs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def test_a_plan_without_a_decode_is_not_for_a_call_with_one(pipe: Any) -> None:
+    call = {"num_inference_steps": 2, **PIPELINES[NAME].inputs()}
+    with fit(pipe, GIB, device="cpu", **call, output_type="latent") as fitted:
+        assert all(phase.name != "decode" for phase in fitted.plan.phases)
+        pipe(**call, output_type="np")
+        planned = fitted.plan
+        assert any(phase.name == "decode" for phase in planned.phases)
+        pipe(**call, output_type="pt")  # decodes in the same way
+        assert fitted.plan is planned
+
+
+def test_a_mode_of_as_many_letters_is_planned_for() -> None:
+    net, x = Net().eval(), torch.randn(32, 64)
+    with fit(net, GIB, device="cpu", example={"x": x, "mode": "thin"}) as fitted, torch.no_grad():
+        thin_bytes = fitted.plan.component("Net").activation_bytes
+        net(x=x, mode="wide")
+        assert fitted.plan.component("Net").activation_bytes > 4 * thin_bytes
+
+
+def test_a_name_that_is_nearly_an_argument_is_refused_by_calls_that_take_all(pipe: Any) -> None:
+    for entry in (fit, plan):
+        with pytest.raises(ConfigError, match=r"takes no 'hieght'; the call that is planned may have .*height"):
+            entry(pipe, GIB, device="cpu", hieght=64)
+    fit(pipe, GIB, device="cpu", **PIPELINES[NAME].inputs(), callback_steps=1).remove()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"height": 63, "width": 64}, "height=63, width=64, and fails: ValueError: .* divisible by 8"),
+        ({"prompt": 5}, "prompt=5, and fails: ValueError"),
+    ],
+)
+def test_a_call_that_would_fail_is_refused_by_what_was_given(given: dict[str, Any], reason: str, pipe: Any) -> None:
+    call = {name: value for name, value in PIPELINES[NAME].inputs().items() if "prompt" not in given}
+    with pytest.raises(ConfigError, match=reason):
+        fit(pipe, GIB, device="cpu", **{**call, **given})
+    fit(pipe, GIB, device="cpu", **PIPELINES[NAME].inputs()).remove()
+
+
+def test_nothing_is_logged_of_a_prompt_that_stands_for_any(pipe: Any, told: list[str]) -> None:
+    with fit(pipe, GIB, device="cpu", height=16, width=16):
+        assert not told
+        pipe("a cat on a log " * 20, height=16, width=16, num_inference_steps=1, output_type="latent")
+    assert any("truncated" in line for line in told)  # that of the caller is told of
+
+
+def test_the_folder_for_weights_on_the_disk(tmp_path: Path) -> None:
+    net, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))).eval(), torch.randn(2, 64)
+    options: dict[str, Any] = {"ram": "1KiB", "device": "cpu", "example": x}
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"disk_folder='.*file' takes no weights: .*; give a folder"):
+        fit(net, "80KiB", **options, disk_folder=tmp_path / "file")
+    with fit(net, "80KiB", **options, disk_folder=tmp_path / "new"):
+        assert list((tmp_path / "new").iterdir())
+    assert not list((tmp_path / "new").iterdir())
