@@ -295,13 +295,26 @@ def _decodes() -> str:
 def _cards() -> str:
     """Who finishes on which emulated card, from ``suite.json``: seconds, or that there is no room; nothing if not tried."""
     rows = [row for row in _rows("suite") if row.get("case") == "cards"]
-    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    machines = sorted({row["machine"] for row in rows}, key=lambda name: -float(name.split(" ")[1]))
     lines = []
     for subject, way in dict.fromkeys((row["subject"], row["way"]) for row in rows):
         own = [_found("suite", case="cards", subject=subject, way=way, machine=machine) for machine in machines]
         told = ["no room" if row.get("error") else _figure(row, "s", ".2f") for row in own]
         lines.append([f"{way}, model of {subject.split(' ')[1]}", *told])
     return _table(("", *(machine.removeprefix("card ") for machine in machines)), lines)
+
+
+def _links() -> str:
+    """A pass over emulated links, from ``suite.json``, and what the emulation gave where the link alone was asked."""
+    lines = []
+    for row in _rows("suite"):
+        if row.get("case") != "links" or row["subject"] == "check":
+            continue
+        check = _found("suite", case="links", subject="check", machine=row["machine"])
+        name = row["machine"].removeprefix("link ")
+        asked, given = (_figure(check, key, ".1f") for key in ("asked_gbps", "gbps"))
+        lines.append([name, f"{asked}, {given}", row["way"], _seconds(row), _YES[row.get("same_bytes")]])
+    return _table(("link", "GB/s asked, given", "", "s (of its floor)", "same bytes"), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -313,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": _peers,
     "budgets": _budgets,
     "cards": _cards,
+    "links": _links,
     "fits": _fits,
     "decodes": _decodes,
 }
