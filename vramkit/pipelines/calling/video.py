@@ -225,11 +225,8 @@ def check_video(path: str | os.PathLike[str], *, fps: float = 16, quality: float
         raise ConfigError(f"{target} is a folder: give the name of the file to write.")
     if not target.parent.is_dir():
         raise ConfigError(f"The folder {target.parent} does not exist: create it or write the video elsewhere.")
-    try:
-        with tempfile.TemporaryFile(
-            dir=target.parent
-        ):  # what is allowed is not all: it may be a full or read-only disk
-            pass
+    try:  # permissions do not tell: the disk may be full or read-only
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise ConfigError(
             f"The folder {target.parent} cannot be written to ({error.strerror or error}): write the video elsewhere."
