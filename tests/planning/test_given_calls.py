@@ -90,6 +90,12 @@ def test_a_call_that_would_fail_is_refused_by_what_was_given(given: dict[str, An
     fit(pipe, GIB, device="cpu", **PIPELINES[NAME].inputs()).remove()
 
 
+@pytest.mark.parametrize(("name", "size"), [("height", -64), ("width", 0), ("num_images_per_prompt", 0), ("batch", -1)])
+def test_a_size_below_one_is_refused(name: str, size: int, pipe: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"={size} was given .*; expected at least 1"):
+        fit(pipe, GIB, device="cpu", **{name: size})
+
+
 def test_nothing_is_logged_of_a_prompt_that_stands_for_any(pipe: Any, told: list[str]) -> None:
     with fit(pipe, GIB, device="cpu", height=16, width=16):
         assert not told

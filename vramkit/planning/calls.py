@@ -42,6 +42,7 @@ _FREE = frozenset({
 _STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
 _NOTHING = Extent.of(None)
 _PROSE = ("prompt", "text", "lyrics", "caption")  # in the names of arguments that are read, not chosen from
+_SIZES = ("height", "width", "frames", "per_prompt")  # names of arguments that end so are counts from 1 on
 _MISTAKES = (TypeError, AttributeError, LookupError, ValueError, AssertionError)  # of arguments
 _DRAWN = ("generator", "callback_on_step_end", "callback")
 
@@ -106,7 +107,7 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any], *, are_given: bool = 
     ConfigError when it is made; a call that comes fails as it would by itself.
 
     Raises:
-        ConfigError: an argument that the pipeline does not take.
+        ConfigError: an argument that the pipeline does not take, or a size below 1.
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     known = list(parameters)[1:]
@@ -123,6 +124,8 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any], *, are_given: bool = 
         raise ConfigError(
             f"{type(pipeline).__name__} takes no {unknown[0]!r}; the call that is planned may have {', '.join(known)}"
         )
+    if are_given:
+        _refuse_nothing(given)
     make = functools.partial(_call_given, dict(given)) if are_given else _call
     given = _completed(parameters, given)
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
@@ -132,6 +135,13 @@ def pipeline_call(pipeline: Any, given: Mapping[str, Any], *, are_given: bool = 
         rehearsed["num_inference_steps"] = _STEPS
         return PlannedCall({**defaults, **given}, functools.partial(make, rehearsed), steps / _STEPS)
     return PlannedCall({**defaults, **given}, functools.partial(make, rehearsed))
+
+
+def _refuse_nothing(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a size is none."""
+    for name, value in given.items():
+        if name.endswith(_SIZES) and isinstance(value, int) and value < 1:
+            raise ConfigError(f"{name}={value} was given for the call that is planned; expected at least 1")
 
 
 def _call_given(given: Mapping[str, Any], rehearsed: dict[str, Any], twin: Any) -> None:
