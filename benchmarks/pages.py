@@ -299,9 +299,16 @@ def _cards() -> str:
     lines = []
     for subject, way in dict.fromkeys((row["subject"], row["way"]) for row in rows):
         own = [_found("suite", case="cards", subject=subject, way=way, machine=machine) for machine in machines]
-        told = ["no room" if row.get("error") else _figure(row, "s", ".2f") for row in own]
-        lines.append([f"{way}, model of {subject.split(' ')[1]}", *told])
+        lines.append([f"{way}, model of {subject.split(' ')[1]}", *map(_finished, own)])
     return _table(("", *(machine.removeprefix("card ") for machine in machines)), lines)
+
+
+def _finished(row: Row) -> str:
+    """Tell the seconds on a card, or that it has no room, or that something else went wrong."""
+    error = row.get("error", "")
+    if any(name in error for name in ("OutOfMemory", "out of memory", "PlanInfeasible")):
+        return "no room"
+    return "failed" if error else _figure(row, "s", ".2f")
 
 
 def _links() -> str:
