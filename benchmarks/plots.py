@@ -83,16 +83,10 @@ def _against(axes: Any, rows: Sequence[Row], x: Callable[[Row], float], label: s
     axes.set(xlabel=label, ylabel="seconds")
 
 
-def _from_zero(axes: Any) -> None:
-    """Let heights be to one another as what they stand for."""
-    axes.set_ylim(bottom=0)
-
-
 def _cards(axes: Any, rows: Sequence[Row]) -> None:
     chosen = _largest(rows)
     _against(axes, chosen, lambda row: float(row["options"]["card_bytes"]) / _GIB, "memory of the card, GiB")
-    axes.set(xscale="log", title=chosen[0]["subject"])
-    _from_zero(axes)
+    axes.set(xscale="log", title=chosen[0]["subject"], ylim=(0, None))
 
 
 def _budgets(axes: Any, rows: Sequence[Row]) -> None:
@@ -102,8 +96,7 @@ def _budgets(axes: Any, rows: Sequence[Row]) -> None:
             points = sorted((row["resident_bytes"] / _GIB, row["s"]) for row in own)
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"{subject}, {level}")
-    axes.set(xlabel="weights that stay, GiB", ylabel="seconds")
-    _from_zero(axes)
+    axes.set(xlabel="weights that stay, GiB", ylabel="seconds", ylim=(0, None))
 
 
 def _growth(axes: Any, rows: Sequence[Row]) -> None:

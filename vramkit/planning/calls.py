@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -44,6 +44,11 @@ _NOTHING = Extent.of(None)
 _PROSE = ("prompt", "text", "lyrics", "caption")  # in the names of arguments that are read, not chosen from
 _SIZES = ("height", "width", "frames", "per_prompt")  # names of arguments that end so are counts from 1 on
 _MISTAKES = (TypeError, AttributeError, LookupError, ValueError, AssertionError)  # of arguments
+_SAY = "say what the call will be by its arguments (height=, prompt=, image= ...)"
+_GIVE = (
+    "give a tuple of arguments, a mapping of keyword arguments by their names, or one argument alone (one that is itself a "
+    "tuple or a mapping stands in a tuple)"
+)
 _DRAWN = ("generator", "callback_on_step_end", "callback")
 
 
@@ -150,16 +155,8 @@ def _call_given(given: Mapping[str, Any], rehearsed: dict[str, Any], twin: Any) 
     Raises:
         ConfigError: the call failed, and not because of what has no memory.
     """
-    try:
+    with _explained(functools.partial(_asked_of, twin, given), _SAY):
         _call(rehearsed, twin)
-    except VramkitError:
-        raise
-    except _MISTAKES as error:
-        told = ", ".join(f"{key}={_shown(value)}" for key, value in given.items()) or "nothing"
-        raise ConfigError(
-            f"the call of {type(twin).__name__} that is planned for is given {told}, and fails: "
-            f"{type(error).__name__}: {error}; say what the call will be by its arguments (height=, prompt=, image= ...)"
-        ) from error
 
 
 def _call(given: dict[str, Any], twin: Any) -> None:
@@ -214,7 +211,8 @@ def module_calls(examples: Mapping[str, Example], *, are_given: bool = False) ->
                 example.make(twins[name])
                 continue
             args, kwargs = _copied(example)
-            with _explained(key, twins[key].forward, example) if are_given else contextlib.nullcontext():
+            told = functools.partial(_taken_by, key, twins, example)
+            with _explained(told, _GIVE) if are_given else contextlib.nullcontext():
                 (getattr(twins[name], method) if is_method else twins[key])(*args, **kwargs)
 
     return PlannedCall(
@@ -230,27 +228,35 @@ def _named(example: Example) -> dict[str, Any]:
     return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
 
 
+def _asked_of(twin: Any, given: Mapping[str, Any]) -> str:
+    """Say what the call of a pipeline is given."""
+    return f"the call of {type(twin).__name__} that is planned for is given {_listed((), given) or 'nothing'}, and"
+
+
+def _taken_by(name: str, twins: Mapping[str, Any], example: Arguments) -> str:
+    """Say what an example gives, and what the forward of the module takes."""
+    parameters = inspect.signature(twins[name].forward).parameters.values()
+    taken = inspect.Signature([each.replace(annotation=each.empty) for each in parameters])
+    return f"example= gives {name} ({_listed(*example)}), its forward takes {taken}, and the call"
+
+
 @contextlib.contextmanager
-def _explained(name: str, forward: Callable[..., Any], example: Arguments) -> Iterator[None]:
-    """Say of an error what example it comes of, and what would be right.
+def _explained(given: Callable[[], str], advice: str) -> Iterator[None]:
+    """Say of an error what was `given`, and what would be right.
 
     Raises:
-        ConfigError: `forward` of the module `name` failed, and not because of sizes or of what has no memory.
+        ConfigError: what runs failed, and not because of sizes or of what has no memory.
     """
     try:
         yield
     except VramkitError:
         raise
     except _MISTAKES as error:
-        args, kwargs = example
-        given = [*map(_shown, args), *(f"{key}={_shown(value)}" for key, value in kwargs.items())]
-        parameters = inspect.signature(forward).parameters.values()
-        taken = inspect.Signature([each.replace(annotation=each.empty) for each in parameters])
-        raise ConfigError(
-            f"example= gives {name} ({', '.join(given)}), its forward takes {taken}, and the call fails: "
-            f"{type(error).__name__}: {error}; give a tuple of arguments, a mapping of keyword arguments by their names, or "
-            "one argument alone (one that is itself a tuple or a mapping stands in a tuple)"
-        ) from error
+        raise ConfigError(f"{given()} fails: {type(error).__name__}: {error}; {advice}") from error
+
+
+def _listed(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    return ", ".join([*map(_shown, args), *(f"{key}={_shown(value)}" for key, value in kwargs.items())])
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from vramkit.planning.machine import Machine
 from vramkit.planning.profile import ComponentProfile, Cut, Variant, Work
 
-__all__ = ["Choice", "Dealer", "fit_together", "least_bytes", "most_room", "seconds_of", "simplest"]
+__all__ = ["Choice", "Dealer", "ample_room", "fit_together", "least_bytes", "most_room", "seconds_of", "simplest"]
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class Dealer:
         return choices
 
     def _ample(self, name: str) -> int:
-        return max((work.ample_bytes for work in self._works if work.component == name), default=0)
+        return ample_room([work for work in self._works if work.component == name])
 
     def _by_value(self) -> list[str]:
         """Return the components, those first whose weights are used most often."""
@@ -188,3 +188,8 @@ def fit_together(choices: Mapping[str, Choice], works: Sequence[Work], budget_by
 def most_room(works: Sequence[Work]) -> int:
     """Return what weights leave to any of `works`, at the least."""
     return max((work.room_bytes for work in works), default=0)
+
+
+def ample_room(works: Sequence[Work]) -> int:
+    """Return what weights that could as well travel leave to any of `works`, at the least."""
+    return max((work.ample_bytes for work in works), default=0)

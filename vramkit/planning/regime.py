@@ -132,7 +132,7 @@ class Regime:
 def _weights_of(components: Mapping[str, Component]) -> dict[str, tuple[int, int, int]]:
     """Return what tells whether a plan is for these modules, or for others or with other weights.
 
-    Asked before each call, so as plainly as torch can be asked: half a millisecond for a thousand modules.
+    Asked before each call, so as plainly as torch can be asked: less than a millisecond for a thousand modules.
     """
     found = {}
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (torch's extension point)
@@ -143,7 +143,7 @@ def _weights_of(components: Mapping[str, Component]) -> dict[str, tuple[int, int
 
 
 def _parameters_of(module: nn.Module) -> list[nn.Parameter | None]:
-    """Return what ``module.modules()`` hold, which makes up the name of each on the way and takes five times as long."""
+    """Return what ``module.modules()`` hold, which makes up the name of each on the way and takes twice as long."""
     seen: set[nn.Module] = set()
     found: list[nn.Parameter | None] = []
     waiting: list[nn.Module | None] = [module]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from vramkit.errors import ConfigError, PlanInfeasible
 from vramkit.memory import GIB, format_bytes
 from vramkit.planning.components import PHASES
-from vramkit.planning.dealing import Choice, Dealer, fit_together, most_room, seconds_of, simplest
+from vramkit.planning.dealing import Choice, Dealer, ample_room, fit_together, most_room, seconds_of, simplest
 from vramkit.planning.holding import Holding, phase_peaks, room_before
 from vramkit.planning.machine import Machine
 from vramkit.planning.narrowing import STORED
@@ -149,7 +149,7 @@ def _crowded(plan: Plan, works: Sequence[Work]) -> Iterator[str]:
     """Say whose activations lie so close that the allocator has to make room between them."""
     for each in plan.components:
         ours = [work for work in works if work.component == each.name]
-        missing = max((work.ample_bytes for work in ours), default=0) - each.activation_bytes - each.spare_bytes
+        missing = ample_room(ours) - each.activation_bytes - each.spare_bytes
         if missing > 0:
             yield (
                 f"{format_bytes(each.spare_bytes)} are free beside the activations of {each.name}: torch's allocator gives "
@@ -266,7 +266,7 @@ def _spare(plan: ComponentPlan, ours: Sequence[Work], budget_bytes: int) -> int:
 
     `budget_bytes` are what other components leave that need not make room.
     """
-    ample = max((work.ample_bytes for work in ours), default=0) - plan.activation_bytes
+    ample = ample_room(ours) - plan.activation_bytes
     needed = most_room(ours) - plan.activation_bytes
     return max(needed, min(ample, budget_bytes - plan.device_bytes - plan.activation_bytes))
 
