@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_tests                                 # all of them
     python -m benchmarks.gpu_tests --memcheck compute-sanitizer    # few, with every access to memory checked
 
-Many processes share the card, but for the tests that read how much of it is free. Under NVIDIA's compute-sanitizer it is one
-process, without torch's cache of memory: each tensor is an allocation of its own then, and an access beside it or after its
-end an error. Counts and the machine that they hold for go into results/gpu_tests.json, each kind of run into its row. Exits
+Many processes share the card, but for the tests that read how much of it is free. Under NVIDIA's compute-sanitizer they work
+without torch's cache of memory: each tensor is an allocation of its own then, and an access beside it or after its end an
+error. Counts and the machine that they hold for go into results/gpu_tests.json, each kind of run into its row. Exits
 with 1 if a test failed or an error was found.
 """
 
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -106,8 +107,8 @@ def whole(processes: int) -> Row:
         return summary(reports, time.monotonic() - start)
 
 
-def memchecked(sanitizer: str) -> Row:
-    """Run few tests in one process under compute-sanitizer's memcheck.
+def memchecked(sanitizer: str, processes: int) -> Row:
+    """Run few tests under compute-sanitizer's memcheck, in a few processes that share them.
 
     Raises:
         RuntimeError: it did not come to counting. OSError: it cannot be started.
@@ -115,16 +116,23 @@ def memchecked(sanitizer: str) -> Row:
     listed = subprocess.run([*_PYTEST, "--collect-only", *_CHECKED], check=True, stdout=subprocess.PIPE, text=True)
     names = few(line for line in listed.stdout.splitlines() if "::" in line)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report, log = Path(folder) / "report.xml", Path(folder) / "log"
-        command = [sanitizer, *_MEMCHECK, "--error-exitcode", "9", "--log-file", str(log)]
-        command += [*_PYTEST, "--timeout", "0", f"--junitxml={report}", *names]
-        subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        text = log.read_text(errors="replace") if log.exists() else ""
-        errors = errors_in(text)
-        if errors:
-            print(text)
-        return summary([report], time.monotonic() - start) | {"errors": errors}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+        shares = [names[at::processes] for at in range(min(processes, len(names)))]
+        reports = [Path(folder) / f"{at}.xml" for at in range(len(shares))]
+        errors = sum(pool.map(_memchecked, [sanitizer] * len(shares), shares, reports))
+        return summary(reports, time.monotonic() - start) | {"errors": errors}
+
+
+def _memchecked(sanitizer: str, names: list[str], report: Path) -> int:
+    log = report.with_suffix(".log")
+    command = [sanitizer, *_MEMCHECK, "--error-exitcode", "9", "--log-file", str(log)]
+    command += [*_PYTEST, "--timeout", "0", f"--junitxml={report}", *names]
+    subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    text = log.read_text(errors="replace") if log.exists() else ""
+    errors = errors_in(text)
+    if errors:
+        print(text)
+    return errors
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.measure import environment
 
     kind = "memcheck" if args.memcheck else "whole"
-    found = {"run_of": kind} | (memchecked(args.memcheck) if args.memcheck else whole(args.processes))
+    found = {"run_of": kind} | (memchecked(args.memcheck, args.processes) if args.memcheck else whole(args.processes))
     results = Results.read(args.out) if args.out.exists() else Results(title="gpu_tests")
     results.rows = [row for row in results.rows if row.get("run_of", "whole") != kind]
     results.add([found], environment())
