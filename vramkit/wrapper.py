@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
 from vramkit.errors import UnsupportedTensorError
 
-__all__ = ["WrapperTensor"]
+__all__ = ["WrapperTensor", "widened_once"]
 
 _aten = torch.ops.aten
 _COPYING = {_aten.detach.default, _aten.clone.default, _aten.alias.default}
@@ -49,6 +51,16 @@ class WrapperTensor(torch.Tensor):
     def dequantize(self) -> torch.Tensor:
         """Return the values as an ordinary tensor of the compute dtype."""
         raise UnsupportedTensorError(f"{type(self).__name__} does not say how it is dequantized")
+
+    def values_once(self) -> torch.Tensor:
+        """Return `dequantize()`, or what it returned to this thread before within `widened_once`."""
+        kept = _kept.values
+        if kept is None:
+            return self.dequantize()
+        if self not in kept:
+            kept[self] = self.dequantize()
+        values: torch.Tensor = kept[self]
+        return values
 
     def parts(self) -> dict[str, torch.Tensor]:
         """Return the inner tensors by name."""
@@ -115,6 +127,32 @@ class WrapperTensor(torch.Tensor):
         return _run_on_values(func, args, kwargs)
 
 
+class _Kept(threading.local):
+    values: WeakIdKeyDictionary | None = None  # of stored weights that were multiplied by, as long as these exist
+
+
+_kept = _Kept()
+
+
+def widened_once(uses: int) -> AbstractContextManager[None]:
+    """Within, what multiplies by a stored weight several times dequantizes it once: for loops over chunks of tokens.
+
+    All values that a loop uses live until its end, so it is entered where there are two `uses` and more. A weight that is
+    put in the place of another is another tensor; writing to one in the loop is not seen by it. Compilers order such work
+    themselves.
+    """
+    return nullcontext() if uses < 2 or torch.compiler.is_compiling() else _keeping()
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    before, _kept.values = _kept.values, WeakIdKeyDictionary()
+    try:
+        yield
+    finally:
+        _kept.values = before
+
+
 def _each(
     tensor: WrapperTensor, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
 ) -> WrapperTensor:
@@ -170,5 +208,5 @@ def _run_on_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 def _values(value: Any) -> Any:  # torch's own tree functions take longer than the rest of a small operation
     if isinstance(value, WrapperTensor):
-        return value.dequantize()
+        return value.values_once()
     return [_values(each) for each in value] if isinstance(value, list | tuple) else value

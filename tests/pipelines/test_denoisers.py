@@ -12,6 +12,7 @@ from families import relative_error
 from live_bytes import peak_bytes
 from torch.utils._pytree import tree_map_only
 
+from vramkit.casting import NarrowTensor
 from vramkit.errors import ConfigError
 from vramkit.pipelines.networks.layers import FeedForward
 
@@ -190,6 +191,27 @@ def test_streamed_weights_give_the_same_bytes(
     assert all(torch.equal(model(**given).sample, expected) for _ in range(2))
     offload.remove()
     assert torch.equal(model(**given).sample, expected)
+
+
+def test_a_stored_weight_is_widened_once_for_all_chunks(
+    pair: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = pair
+    model.enable_layerwise_casting()
+    widened, dequantize = [], NarrowTensor.dequantize
+    monkeypatch.setattr(NarrowTensor, "dequantize", lambda weight: widened.append(weight) or dequantize(weight))
+    counts = []
+    for chunk in (8192, 10):
+        widened.clear()
+        model.set_chunk_size(chunk)
+        in_chunks = model(**given).sample
+        counts.append(len(widened))
+    assert 0 < counts[1] <= counts[0]
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, NarrowTensor):
+                setattr(module, name, torch.nn.Parameter(dequantize(weight), requires_grad=False))
+    assert torch.equal(in_chunks, model(**given).sample)
 
 
 @pytest.mark.parametrize("texts", [1, 3])

@@ -28,6 +28,7 @@ from vramkit.distributed.traced import exchanged, gathered
 from vramkit.distributed.uncopied import Uncopied
 from vramkit.pipelines.networks.attention import Stream, attention
 from vramkit.pipelines.networks.layers import TokenOps, write
+from vramkit.wrapper import widened_once
 
 __all__ = ["SequenceRanks", "SequenceShare", "split"]
 
@@ -78,25 +79,28 @@ class SequenceShare:
         heads = _HeadRanks(self._number, self._rank, self._counts, streams)
         chunks = heads.chunks(ops)
         keys, values = heads.boxes(), heads.boxes()
-        for stream, part, rows in chunks:
-            normed = stream.norm(stream.tokens[part])
-            keys.put(stream, rows, stream.projections.key(normed, stream.positions(part), ops))
-            values.put(stream, rows, stream.projections.value(normed))
-            del normed
+        with widened_once(len(chunks)):
+            for stream, part, rows in chunks:
+                normed = stream.norm(stream.tokens[part])
+                keys.put(stream, rows, stream.projections.key(normed, stream.positions(part), ops))
+                values.put(stream, rows, stream.projections.value(normed))
+                del normed
         key, value = keys.exchanged(), values.exchanged()  # [G + W, h, D] each
         queries = heads.boxes()
-        for stream, part, rows in chunks:
-            normed = stream.norm(stream.tokens[part])
-            queries.put(stream, rows, stream.projections.query(normed, stream.positions(part), ops))
-            del normed
+        with widened_once(len(chunks)):
+            for stream, part, rows in chunks:
+                normed = stream.norm(stream.tokens[part])
+                queries.put(stream, rows, stream.projections.query(normed, stream.positions(part), ops))
+                del normed
         query = queries.exchanged()
         attended = heads.attended(query, key, value, heads.hidden(mask), ops)
         del query, key, value
         own, everywhere = heads.returned(attended)  # [U, s, h, D] and [U, W, h, D]
         del attended
-        for stream, part, rows in chunks:
-            box = everywhere if stream.is_everywhere else own
-            stream.add(stream.tokens[part], box[:, rows].transpose(0, 1).flatten(1))
+        with widened_once(len(chunks)):
+            for stream, part, rows in chunks:
+                box = everywhere if stream.is_everywhere else own
+                stream.add(stream.tokens[part], box[:, rows].transpose(0, 1).flatten(1))
 
 
 class _HeadRanks:

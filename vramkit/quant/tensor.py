@@ -70,7 +70,7 @@ class QuantizedTensor(WrapperTensor):
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply inputs [..., in] by this weight: [..., out] in the dtype of `inputs`."""
-        return F.linear(inputs, self.dequantize(), bias)
+        return F.linear(inputs, self.values_once(), bias)
 
     def parts(self) -> dict[str, torch.Tensor]:
         """Return the inner tensors by name."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.pipelines.networks.layers import TokenOps, write
+from vramkit.wrapper import widened_once
 
 __all__ = ["AttentionLayers", "Projections", "Stream", "attention", "cross_attention_", "self_attention_"]
 
@@ -96,20 +97,22 @@ def self_attention_(streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | 
     chunks = [(stream, part) for stream in streams for part in ops.chunks(stream.tokens)]
     start = 0
     normed = None
-    for stream, part in chunks:
-        normed = None  # frees the last chunk before the next is made; so do the other lines of this kind
-        normed = stream.norm(stream.tokens[part])
-        rows = slice(start, start + normed.shape[0])
-        stream.projections.key(normed, stream.positions(part), ops, out=keys[rows])
-        stream.projections.value(normed, out=values[rows])
-        start = rows.stop
-    for stream, part in reversed(chunks):  # the last chunk first: it is normed already
-        if normed is None:
+    with widened_once(len(chunks)):
+        for stream, part in chunks:
+            normed = None  # frees the last chunk before the next is made; so do the other lines of this kind
             normed = stream.norm(stream.tokens[part])
-        query = stream.projections.query(normed, stream.positions(part), ops)
-        normed = None
-        stream.add(stream.tokens[part], attention(query, keys, values, mask))
-        del query
+            rows = slice(start, start + normed.shape[0])
+            stream.projections.key(normed, stream.positions(part), ops, out=keys[rows])
+            stream.projections.value(normed, out=values[rows])
+            start = rows.stop
+    with widened_once(len(chunks)):
+        for stream, part in reversed(chunks):  # the last chunk first: it is normed already
+            if normed is None:
+                normed = stream.norm(stream.tokens[part])
+            query = stream.projections.query(normed, stream.positions(part), ops)
+            normed = None
+            stream.add(stream.tokens[part], attention(query, keys, values, mask))
+            del query
 
 
 def cross_attention_(
@@ -126,15 +129,17 @@ def cross_attention_(
     """
     keys = stream.projections.key(text, None, ops)
     values = stream.projections.value(text)
-    for part in ops.chunks(stream.tokens):
-        normed = stream.norm(stream.tokens[part])
-        query = stream.projections.query(normed, stream.positions(part), ops)
-        del normed
-        attended = attention(query, keys, values, mask)
-        if beside is not None:
-            attended = attended + attention(query, *beside)
-        stream.add(stream.tokens[part], attended)
-        del query, attended
+    chunks = ops.chunks(stream.tokens)
+    with widened_once(len(chunks)):
+        for part in chunks:
+            normed = stream.norm(stream.tokens[part])
+            query = stream.projections.query(normed, stream.positions(part), ops)
+            del normed
+            attended = attention(query, keys, values, mask)
+            if beside is not None:
+                attended = attended + attention(query, *beside)
+            stream.add(stream.tokens[part], attended)
+            del query, attended
 
 
 class AttentionLayers(nn.Module):

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vramkit.wrapper import widened_once
+
 __all__ = [
     "FeedForward",
     "Modulated",
@@ -386,8 +388,10 @@ class FeedForward(nn.Module):
 
     def forward(self, *streams: Modulated, ops: TokenOps) -> tuple[Tensor, ...]:
         """Update the tokens of each stream in place and return them."""
-        for run in (run for stream in streams for runs in stream.runs() for run in runs):
-            for part in ops.chunks(run.tokens):
+        runs = [run for stream in streams for runs in stream.runs() for run in runs]
+        chunks = [(run, part) for run in runs for part in ops.chunks(run.tokens)]
+        with widened_once(len(chunks)):
+            for run, part in chunks:
                 tokens = run.tokens[part]
                 ops.gated_add(tokens, self.net[2](self.net[0](run.norm(tokens))), run.gate)
         return tuple(stream.tokens for stream in streams)

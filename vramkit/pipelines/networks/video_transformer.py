@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vramkit.errors import ConfigError
 from vramkit.pipelines.loading.modeling import Model
 from vramkit.pipelines.networks.layers import TokenOps, TokenShare, rotary_grid, token_spans
+from vramkit.wrapper import widened_once
 
 __all__ = ["TokenRanks", "TransformerOutput", "VideoTransformer"]
 
@@ -177,11 +178,12 @@ class VideoTransformer(Model):
         patches = x.new_empty(*x.shape[:2], proj.out_features)
         spans = token_spans(lengths)
         scale, shift = (each.view(each.shape[0], len(spans), -1) for each in (scale, shift))
-        for b in range(x.shape[0]):
-            for r, span in enumerate(spans):
-                tokens, out = x[b, span], patches[b, span]
-                for part in ops.chunks(tokens):
-                    out[part] = proj(norm(tokens[part], weight=1 + scale[b, r], bias=shift[b, r]))
+        runs = [(b, r, span) for b in range(x.shape[0]) for r, span in enumerate(spans)]
+        chunks = [(b, r, span, part) for b, r, span in runs for part in ops.chunks(x[b, span])]
+        with widened_once(len(chunks)):
+            for b, r, span, part in chunks:
+                tokens = x[b, span][part]
+                patches[b, span][part] = proj(norm(tokens, weight=1 + scale[b, r], bias=shift[b, r]))
         return patches if ops.share is None else ops.share.gather(patches)
 
     @staticmethod
