@@ -74,7 +74,9 @@ def test_checked_runs_have_a_row_beside_the_whole(
             assert env["PYTORCH_NO_CUDA_MEMORY_CACHING"]
             Path(command[command.index("--log-file") + 1]).write_text(f"it says\n= ERROR SUMMARY: {errors} errors\n")
             checked.append(command)
-        return SimpleNamespace(stdout="tests/gpu/a.py::test[1]\ntests/gpu/a.py::test[2]\n2 tests collected\n")
+        return SimpleNamespace(
+            stdout="tests/gpu/a.py::test[1]\ntests/gpu/a.py::test[2]\ntests/gpu/a.py::test[quanto_int8]\n3 tests collected\n"
+        )
 
     monkeypatch.setattr(gpu_tests.subprocess, "run", run)
     out = tmp_path / "out.json"
