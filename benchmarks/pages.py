@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.rows import Results, Row, compared, floor_s
+from benchmarks.page_cells import figure, gib, row_of, rows_of, seconds, table_of
+from benchmarks.page_runs import families, loaders, quant14b, wan14b
+from benchmarks.rows import KEY, Row, floor_s
 
 __all__ = ["PAGES", "TABLES", "rendered"]
 
 PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "docs/figures.md"))
-_RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_GIB = 2**30
+_AGAIN = {"suite-h200": "again-h200"}  # files of results, and of those rows that were measured again
 _YES = {True: "yes", False: "no", None: ""}
 
 
@@ -27,187 +28,82 @@ def rendered(text: str) -> str:
     return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
-def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    first, *rest = ["|" + "|".join(f" {text} " if text else " " for text in line) + "|" for line in (heads, *lines)]
-    return "\n".join([first, "|" + "---|" * len(heads), *rest])
-
-
-@functools.cache
-def _rows(name: str) -> tuple[Row, ...]:
-    return tuple(compared(Results.read(_RESULTS / f"{name}.json")))
-
-
-def _found(name: str, **wanted: object) -> Row:
-    """Return the one row of a file with these values, or an empty one."""
-    found = [row for row in _rows(name) if all(row.get(key) == value for key, value in wanted.items())]
-    return found[0] if found else {}
-
-
-def _figure(row: Row, name: str, form: str) -> str:
-    if row.get(name) is None:
-        return ""
-    text = format(row[name], form)
-    return text.lstrip("-") if float(text) == 0 else text
-
-
-def _gib(row: Row, name: str) -> str:
-    """A size of a row in GiB."""
-    return f"{row[name] / _GIB:.2f}" if row.get(name) else ""
-
-
-def _seconds(row: Row, form: str = ".3f", ratio: str = ".2f", name: str = "s") -> str:
-    """Seconds, and how often their floor they are."""
-    times = f" ({row['ratio']:{ratio}})" if row.get("ratio") else ""
-    return _figure(row, name, form) + times
-
-
-def _wan14b() -> str:
+def _quantized() -> str:
+    """Kinds of weights at 81 frames, from ``suite-h200.json``: resident beside bf16, streamed beside resident."""
     names = {
-        "diffusers, resident": "resident diffusers",
-        "diffusers, block + stream": "diffusers block + stream",
-        "diffusers, leaf + stream": "diffusers leaf + stream",
-        "vramkit, block, diffusers' module": "block, diffusers' module",
-        "vramkit, leaf, diffusers' module": "leaf, diffusers' module",
-        "vramkit, leaf, vramkit's module": "leaf, our module",
-        "the same, blocks compiled, block level": "block, our module compiled",
-        "the same, fp8 storage, block level": "block, our module in fp8",
+        "bf16": "vramkit bf16",
+        "fp8 storage": "vramkit fp8",
+        "fp8 products": "vramkit fp8-mm",
+        "nf4": "vramkit nf4",
+        "bf16, model of diffusers": "diffusers bf16",
+        "fp8 casting of diffusers": "diffusers fp8",
     }
+    own = functools.partial(row_of, "suite-h200", case="quantized")
     lines = []
-    for label, case in names.items():
-        at = {frames: _found("wan14b", case=case, shape=f"480p f{frames}") for frames in (5, 33, 81)}
-        ready = _figure(at[81], "ready_s", ".1f")
-        lines.append(
-            [label, *map(_seconds, at.values()), _figure(at[81], "reserved_gib", "#.3g"), f"{ready} s" if ready else ""]
-        )
-    heads = (
-        "", "5 frames, s (of its floor)", "33 frames", "81 frames", "reserved at 81 frames, GiB", "ready after",
-    )  # fmt: skip
-    return _table(heads, lines)
-
-
-def _quant14b() -> str:
-    names = {
-        "diffusers, nf4, leaf + stream": "diffusers-nf4",
-        "vramkit, nf4, leaf": "ours-nf4",
-        "diffusers, fp8 casting, resident": "diffusers-fp8",
-        "vramkit, fp8 storage, leaf": "ours-fp8",
-        "vramkit, fp8 products, leaf": "ours-fp8-mm",
-    }
-    lines = []
-    for label, case in names.items():
-        resident = {frames: _found("quant14b", case=f"{case} resident", frames=frames) for frames in (5, 81)}
-        streamed = {frames: _found("quant14b", case=f"{case} leaf level", frames=frames) for frames in (5, 81)}
-        reserved = [_figure(row, "reserved_gib", "#.3g") for row in (resident[81], streamed[81])]
+    for label, kind in names.items():
+        subject = f"wan-14b {kind} 832x480x81"
+        plain = own(subject=f"wan-14b {kind.split(' ')[0]} bf16 832x480x81", way="resident")
+        resident = own(subject=subject, way="resident")
+        streamed = [own(subject=subject, way=way) for way in ("vramkit block", "vramkit leaf", "diffusers leaf stream")]
+        beside = f" ({resident['s'] / plain['s']:.2f})" if plain is not resident else ""
+        peaks = [gib(row, "allocated_bytes") for row in (resident, *streamed)]
         lines.append(
             [
                 label,
-                _seconds(resident[5]),
-                _seconds(streamed[5]),
-                _seconds(resident[81]),
-                _seconds(streamed[81]),
-                ", ".join(filter(None, reserved)),
-                _figure(resident[81], "forward_db", ".0f"),
+                figure(resident, "s", ".3f") + beside,
+                *map(seconds, (row if row.get("s") else {} for row in streamed)),
+                ", ".join(filter(None, peaks)),
+                figure(resident, "db", ".0f"),
             ]
         )
     heads = (
-        "", "resident, 5 frames", "streamed, s (of its floor)", "resident, 81 frames", "streamed, s (of its floor)",
-        "reserved, resident and streamed", "dB",
+        "", "resident, s (of bf16)", "vramkit block, s (of its floor)", "vramkit leaf", "diffusers leaf + stream",
+        "peaks, GiB", "dB",
     )  # fmt: skip
-    return _table(heads, lines)
-
-
-def _families() -> str:
-    names = {
-        "HunyuanVideo, 1280x720, 129 frames": "hunyuan",
-        "CogVideoX-5B, 720x480, 49 frames": "cogvideox-5b",
-        "CogVideoX-2B, 720x480, 49 frames": "cogvideox-2b",
-        "LTX-Video, 768x512, 161 frames": "ltx",
-    }
-    lines = []
-    for label, family in names.items():
-        resident = _found("families", family=family, case="transformer resident")
-        row = _found("families", family=family, case="streamed, tiled decode")
-        weights = _figure(resident, "weights_gib", ".1f")
-        lines.append(
-            [
-                f"{label} ({weights} GiB of weights)" if weights else label,
-                _seconds(row, ".4g", ".3f", "step_s"),
-                _figure(row, "step_gib", ".2f"),
-                _figure(row, "decode_s", ".1f"),
-                _figure(row, "decode_gib", ".2f"),
-                f"{_figure(row, 'cap_gib', '.0f')} GiB",
-            ]
-        )
-    heads = (
-        "", "step, s (of its floor)", "peak of steps, GiB", "decode, s", "peak of decode, GiB", "ran under a cap of",
-    )  # fmt: skip
-    return _table(heads, lines)
+    return table_of(heads, lines)
 
 
 def _guide() -> str:
     names = {"everything on the device": "resident", "diffusers": "diffusers guide", "vramkit": "vramkit guide"}
     lines = []
     for label, way in names.items():
-        row = _found("suite", case="guide", way=way)
-        peaks = [_gib(row, f"{phase}_allocated_bytes") for phase in ("encode", "steps", "decode")]
-        reserved = [_gib(row, f"{phase}_reserved_bytes") for phase in ("encode", "steps", "decode")]
+        row = row_of("suite", case="guide", way=way)
+        peaks = [gib(row, f"{phase}_allocated_bytes") for phase in ("encode", "steps", "decode")]
+        reserved = [gib(row, f"{phase}_reserved_bytes") for phase in ("encode", "steps", "decode")]
         lines.append(
             [
                 label,
-                _figure(row, "setup_s", ".1f"),
-                _figure(row, "encode_s", ".2f"),
-                _figure(row, "s", ".2f"),
-                _figure(row, "decode_s", ".2f"),
+                figure(row, "setup_s", ".1f"),
+                figure(row, "encode_s", ".2f"),
+                figure(row, "s", ".2f"),
+                figure(row, "decode_s", ".2f"),
                 ", ".join(filter(None, peaks)),
                 ", ".join(filter(None, reserved)),
-                _gib(row, "ram_taken_bytes"),
+                gib(row, "ram_taken_bytes"),
             ]
         )
     heads = (
         "", "set-up, s", "encode, s", "step, s", "decode, s", "peak of encode, steps, decode, GiB", "reserved, GiB",
         "RAM taken, GiB",
     )  # fmt: skip
-    return _table(heads, lines)
-
-
-def _loaders() -> str:
-    names = {
-        "diffusers' `from_pretrained`": "from_pretrained",
-        "`safetensors.torch.load_file`, assigned": "load_file_assigned",
-        "`torch.load(mmap=True)`, assigned": "torch_load_mapped",
-        "`load_mapped`": "mapped",
-        "constructed in memory": "constructed",
-    }
-    lines = []
-    for label, loader in names.items():
-        row = _found("loaders", loader=loader)
-        lines.append(
-            [
-                label,
-                _figure(row, "ready_s", ".1f"),
-                _figure(row, "grown_gib", ".1f"),
-                ", ".join(row.get("stores", {})),
-                _figure(row, "steady_s", ".3f"),
-            ]
-        )
-    return _table(("loaded by", "ready after, s", "memory it took, GiB", "rests", "forward, s"), lines)
+    return table_of(heads, lines)
 
 
 def _peers() -> str:
     """Every way on the transformer of diffusers, from ``suite.json``: seconds, memory, set-up; errors as they are."""
     shapes = [f"wan-14b diffusers bf16 832x480x{frames}" for frames in (5, 81)]
-    rows = [row for row in _rows("suite") if row.get("case") == "forward" and row.get("subject") in shapes]
+    rows = [row for row in rows_of("suite") if row.get("case") == "forward" and row.get("subject") in shapes]
     lines = []
     for way in dict.fromkeys(row["way"] for row in rows):
-        short, long = (_found("suite", case="forward", subject=subject, way=way) for subject in shapes)
+        short, long = (row_of("suite", case="forward", subject=subject, way=way) for subject in shapes)
         told = long if long.get("s") else short
         setup = sum(told.get(name) or 0 for name in ("load_s", "setup_s", "first_s"))
         lines.append(
             [
                 way,
-                *(text for row in (short, long) for text in (_outcome(row), _gib(row, "reserved_bytes"))),
+                *(text for row in (short, long) for text in (_outcome(row), gib(row, "reserved_bytes"))),
                 f"{setup:.1f}" if setup else "",
-                _gib(told, "rss_bytes"),
+                gib(told, "rss_bytes"),
                 _YES[told.get("same_bytes")],
             ]
         )
@@ -215,56 +111,60 @@ def _peers() -> str:
         "", "5 frames, s (of its floor)", "reserved, GiB", "81 frames", "reserved, GiB", "load to first result, s",
         "RAM, GiB", "same bytes",
     )  # fmt: skip
-    return _table(heads, lines)
+    return table_of(heads, lines)
 
 
 def _outcome(row: Row) -> str:
     """Tell the seconds, or why there are none."""
     error = row.get("error")
-    return error[:80].replace("|", "/") if error else _seconds(row)
+    return error[:80].replace("|", "/") if error else seconds(row)
 
 
-def _budgets() -> str:
-    """A pass of Wan 14B by what stays on the device, from ``suite.json``.
+def _budgets(name: str = "suite", frames: int = 5) -> str:
+    """A pass of Wan 14B by what stays on the device.
 
-    The floor is the longer of the pass of the same sweep with all of it there, and of the bytes on the link.
+    The floor is the longer of the pass of the same sweep with the most of it there, and of the bytes on the link.
     """
-    rows = [row for row in _rows("suite") if row.get("case") == "budgets" and row["subject"].endswith("x5")]
+    rows = [row for row in rows_of(name) if row.get("case") == "budgets" and row["subject"].endswith(f"x{frames}")]
     sweeps: dict[str, dict[str, Row]] = {}
     for row in rows:
         level, share = row["way"].removesuffix(" resident").rsplit(" ", 1)
         sweeps.setdefault(level, {})[share] = row
     lines = []
-    for share in next(iter(sweeps.values()), {}):
+    for share in dict.fromkeys(share for sweep in sweeps.values() for share in sweep):
         lines.append([share])
         for sweep in sweeps.values():
-            row = sweep[share]
-            lines[-1] += [
-                _gib(row, "allocated_bytes"),
-                _gib(row, "moved_bytes"),
-                f"{row['s']:.3f} ({row['s'] / floor_s(row, sweep['100%']):.2f})",
-            ]
+            lines[-1] += _stayed(sweep.get(share), list(sweep.values())[-1])
     heads = [
         f"{level.removeprefix('vramkit ')}: {what}" for level in sweeps for what in ("peak, GiB", "moved, GiB", "s")
     ]
-    return _table(("weights that stay", *heads), lines)
+    return table_of(("weights that stay", *heads), lines)
+
+
+def _stayed(row: Row | None, most: Row) -> list[str]:
+    """Peak, bytes moved and seconds of a row of a sweep, beside the row of it with the most that stays."""
+    if row is None:
+        return ["", "", ""]
+    beside = row["s"] / floor_s(row, most)
+    return [gib(row, "allocated_bytes"), gib(row, "moved_bytes"), f"{row['s']:.3f} ({beside:.2f})"]
 
 
 def _fits() -> str:
     """Clips and pictures in a budget that the allocator is held to, from ``suite.json``, beside what plans predicted."""
+    own = [("", row) for row in rows_of("suite")] + [(", H200", row) for row in rows_of("suite-h200")]
     lines = []
-    for row in _rows("suite"):
+    for card, row in own:
         if row.get("case") not in ("clip", "foreign") or row.get("way") != "vramkit fit":
             continue
         lines.append(
             [
-                row["subject"],
+                row["subject"] + card,
                 row["machine"].removeprefix("card "),
-                _seconds(row, ".3f", ".3f"),
-                f"{_gib(row, 'predicted_denoise_bytes')}, {_gib(row, 'allocated_bytes')}",
+                seconds(row, ".3f", ".3f"),
+                f"{gib(row, 'predicted_denoise_bytes')}, {gib(row, 'allocated_bytes')}",
                 row.get("decoded") or "",
-                _figure(row, "decode_s", ".1f"),
-                f"{_gib(row, 'predicted_decode_bytes')}, {_gib(row, 'decode_allocated_bytes')}",
+                figure(row, "decode_s", ".1f"),
+                f"{gib(row, 'predicted_decode_bytes')}, {gib(row, 'decode_allocated_bytes')}",
                 _YES[row.get("same_bytes")],
             ]
         )
@@ -272,35 +172,52 @@ def _fits() -> str:
         "", "budget", "step, s (of its floor)", "peak of steps predicted, measured, GiB", "decode", "s",
         "peak of decode predicted, measured, GiB", "latents of the resident run",
     )  # fmt: skip
-    return _table(heads, lines)
+    return table_of(heads, lines)
 
 
-def _decodes() -> str:
-    """Ways to decode a clip, from ``suite.json``: seconds as a share of the whole decode, and the peak."""
+def _decodes(name: str = "suite") -> str:
+    """Ways to decode a clip: seconds as a share of the whole decode, and the peak."""
     lines = [
         [
             row["subject"],
             row["way"],
-            _seconds(row, ".2f", ".3f"),
-            _gib(row, "allocated_bytes"),
-            _figure(row, "relative", ".1g"),
+            seconds(row, ".2f", ".3f"),
+            gib(row, "allocated_bytes"),
+            figure(row, "relative", ".1g"),
         ]
-        for row in _rows("suite")
+        for row in rows_of(name)
         if row.get("case") == "decode"
     ]
     heads = ("", "", "s (of the whole decode)", "peak, GiB", "distance to the whole decode")
-    return _table(heads, lines)
+    return table_of(heads, lines)
+
+
+def _ways(case: str, subject: str) -> str:
+    """Ways to run one model, from ``suite-h200.json``."""
+    lines = [
+        [
+            row["way"],
+            _outcome(row),
+            gib(row, "allocated_bytes"),
+            figure(row, "setup_s", ".1f"),
+            gib(row, "rss_bytes"),
+            _YES[row.get("same_bytes")],
+        ]
+        for row in rows_of("suite-h200")
+        if row.get("case") == case and row.get("subject") == subject
+    ]
+    return table_of(("", "s (of its floor)", "peak, GiB", "set-up, s", "RAM, GiB", "same bytes"), lines)
 
 
 def _cards() -> str:
     """Who finishes on which emulated card, from ``suite.json``: seconds, or that there is no room; nothing if not tried."""
-    rows = [row for row in _rows("suite") if row.get("case") == "cards"]
+    rows = [row for row in rows_of("suite") if row.get("case") == "cards"]
     machines = sorted({row["machine"] for row in rows}, key=lambda name: -float(name.split(" ")[1]))
     lines = []
     for subject, way in dict.fromkeys((row["subject"], row["way"]) for row in rows):
-        own = [_found("suite", case="cards", subject=subject, way=way, machine=machine) for machine in machines]
+        own = [row_of("suite", case="cards", subject=subject, way=way, machine=machine) for machine in machines]
         lines.append([f"{way}, model of {subject.split(' ')[1]}", *map(_finished, own)])
-    return _table(("", *(machine.removeprefix("card ") for machine in machines)), lines)
+    return table_of(("", *(machine.removeprefix("card ") for machine in machines)), lines)
 
 
 def _finished(row: Row) -> str:
@@ -308,32 +225,56 @@ def _finished(row: Row) -> str:
     error = row.get("error", "")
     if any(name in error for name in ("OutOfMemory", "out of memory", "PlanInfeasible")):
         return "no room"
-    return "failed" if error else _figure(row, "s", ".2f")
+    return "failed" if error else figure(row, "s", ".2f")
 
 
 def _links() -> str:
     """A pass over emulated links, from ``suite.json``, and what the emulation gave where the link alone was asked."""
     lines = []
-    for row in _rows("suite"):
+    for row in rows_of("suite"):
         if row.get("case") != "links" or row["subject"] == "check":
             continue
-        check = _found("suite", case="links", subject="check", machine=row["machine"])
+        check = row_of("suite", case="links", subject="check", machine=row["machine"])
         name = row["machine"].removeprefix("link ")
-        asked, given = (_figure(check, key, ".1f") for key in ("asked_gbps", "gbps"))
-        lines.append([name, f"{asked}, {given}", row["way"], _seconds(row), _YES[row.get("same_bytes")]])
-    return _table(("link", "GB/s asked, given", "", "s (of its floor)", "same bytes"), lines)
+        asked, given = (figure(check, key, ".1f") for key in ("asked_gbps", "gbps"))
+        lines.append([name, f"{asked}, {given}", row["way"], seconds(row), _YES[row.get("same_bytes")]])
+    return table_of(("link", "GB/s asked, given", "", "s (of its floor)", "same bytes"), lines)
+
+
+def _again() -> str:
+    """Rows that were measured a second time, on another machine of the kind: seconds, and what is claimed of them."""
+    lines = []
+    for name, again in _AGAIN.items():
+        for row in rows_of(again):
+            first = row_of(name, **{key: row[key] for key in KEY})
+            lines.append(
+                [
+                    " ".join(filter(None, (row[key] for key in KEY))),
+                    f"{first['s']:.3f}, {row['s']:.3f}",
+                    f"{row['s'] / first['s'] - 1:+.1%}",
+                    ", ".join(f"{each['ratio']:.3f}" for each in (first, row) if each.get("ratio")),
+                    _YES[first.get("digest") == row.get("digest")],
+                ]
+            )
+    return table_of(("", "s, first and again", "differs by", "of its floor", "same bytes"), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "wan14b": _wan14b,
-    "quant14b": _quant14b,
-    "families": _families,
+    "wan14b": wan14b,
+    "quant14b": quant14b,
+    "quantized": _quantized,
+    "families": families,
     "guide": _guide,
-    "loaders": _loaders,
+    "loaders": loaders,
     "peers": _peers,
     "budgets": _budgets,
+    "budgets-33": functools.partial(_budgets, "suite-h200", 33),
+    "ways": functools.partial(_ways, "forward", "wan-14b diffusers bf16 832x480x5"),
+    "encodes": functools.partial(_ways, "encode", "umt5-xxl transformers bf16 512 tokens"),
     "cards": _cards,
     "links": _links,
     "fits": _fits,
+    "again": _again,
     "decodes": _decodes,
+    "decodes-h200": functools.partial(_decodes, "suite-h200"),
 }

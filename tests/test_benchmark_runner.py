@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no part of the installed package
 
 from benchmarks import __main__ as command
-from benchmarks import checkpoints, emulation, pages, plots, runner
+from benchmarks import checkpoints, emulation, page_cells, pages, plots, runner
 from benchmarks.__main__ import main
 from benchmarks.bench import Bench
 from benchmarks.cases.host import overhead, stack_of
@@ -176,7 +176,20 @@ def test_pages_and_reports_say_what_the_committed_files_say() -> None:
     marks = [set(re.findall(r"<!-- results: ([\w-]+) -->", page.read_text(encoding="utf-8"))) for page in PAGES]
     assert marks == [
         {"wan14b", "guide"},
-        {"wan14b", "quant14b", "families", "fits", "decodes", "budgets", "peers", "cards", "links", "guide", "loaders"},
+        {
+            *(
+                "wan14b",
+                "quant14b",
+                "quantized",
+                "families",
+                "fits",
+                "decodes",
+                "decodes-h200",
+                "budgets",
+                "budgets-33",
+            ),
+            *("peers", "ways", "encodes", "cards", "links", "guide", "loaders", "again"),
+        },
     ]
     assert rendered("<!-- results: wan14b -->\nold\n<!-- end -->").count("0.527 (1.02)") == 1
 
@@ -199,8 +212,9 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
         {"device": "A"},
     )
     results.write(tmp_path / "suite.json")
-    monkeypatch.setattr(pages, "_RESULTS", tmp_path)
-    monkeypatch.setattr(pages, "_rows", pages._rows.__wrapped__)
+    monkeypatch.setattr(page_cells, "_RESULTS", tmp_path)
+    for each in (page_cells, pages):
+        monkeypatch.setattr(each, "rows_of", page_cells.rows_of.__wrapped__)
     peers, cards = TABLES["peers"]().splitlines(), TABLES["cards"]().splitlines()
     assert peers[3] == "| vramkit leaf | | | 3.300 (1.10) | 2.00 | 4.5 | | yes |"
     assert peers[4] == "| mmgp pinned | | | RuntimeError: a / b | | | | |"
