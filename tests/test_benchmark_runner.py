@@ -213,8 +213,9 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
     )
     results.write(tmp_path / "suite.json")
     monkeypatch.setattr(page_cells, "_RESULTS", tmp_path)
+    plain = page_cells.rows_of.__wrapped__
     for each in (page_cells, pages):
-        monkeypatch.setattr(each, "rows_of", page_cells.rows_of.__wrapped__)
+        monkeypatch.setattr(each, "rows_of", plain)
     peers, cards = TABLES["peers"]().splitlines(), TABLES["cards"]().splitlines()
     assert peers[3] == "| vramkit leaf | | | 3.300 (1.10) | 2.00 | 4.5 | | yes |"
     assert peers[4] == "| mmgp pinned | | | RuntimeError: a / b | | | | |"
