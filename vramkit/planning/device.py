@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ class Device(TorchFunctionMode):
         super().__init__()
         self._device = device
         self._ledger = ledger
+        self._kernels: Mapping[Any, Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self._attention,
+            F.rms_norm: self._rms_norm,
+            torch.rms_norm: self._rms_norm,
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what has no answer on the meta device; run everything else."""
@@ -37,8 +42,9 @@ class Device(TorchFunctionMode):
             if asked is _IS_CUDA:
                 return self._device.type == "cuda"
             return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
+        kernel = self._kernels.get(func)
+        if kernel is not None:
+            return kernel(*args, **kwargs)
         if name in _VALUES and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             return _VALUES[name](args[0])
         is_remote = self._device.type != "cpu"
@@ -85,6 +91,26 @@ class Device(TorchFunctionMode):
         query.new_empty(*batch, heads, tokens, dtype=torch.float32)
         self._ledger.add_flops(2 * query.numel() * key.shape[-2] + 2 * result.numel() * key.shape[-2])
         return result
+
+    def _rms_norm(
+        self,
+        input: torch.Tensor,  # noqa: A002 (torch's name for it)
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        """Make what a fused kernel makes, a result and a number per row; without memory torch takes its steps one by one."""
+        is_mixed = weight is not None and weight.dtype != input.dtype  # for which there is no such kernel
+        if not input.is_meta or is_mixed or self._device.type != "cuda" or not _is_fused():
+            return F.rms_norm(input, list(normalized_shape), weight, eps)
+        input.new_empty(input.shape[: input.ndim - len(normalized_shape)], dtype=torch.float32)
+        return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _is_fused() -> bool:
+    """Whether this torch normalizes by the root mean square in one kernel on CUDA: then that returns two tensors."""
+    fused = getattr(torch.ops.aten, "_fused_rms_norm", None)
+    return fused is not None and len(fused.default._schema.returns) == 2  # noqa: SLF001 (torch has no public reader)
 
 
 _PLACES = (torch.device, str)
