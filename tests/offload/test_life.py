@@ -486,6 +486,30 @@ def test_parameter_replaced_outside_edit_is_an_error_that_names_it(level: str, t
     offload.remove()
 
 
+@pytest.mark.parametrize("options", [{}, {"resident": 2**14}], ids=["streamed", "resident"])
+@pytest.mark.parametrize("way", ["edit", "remove", "rest"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_parameters_replaced_outside_edit_are_never_lost(level: str, way: str, options: dict[str, Any]) -> None:
+    module, new = BlockNet().eval(), BlockNet().eval()
+    offload = apply_group_offloading(module, "cpu", offload_type=level, store="pageable", **options)
+    with torch.no_grad():
+        module(tokens(8))
+    module.load_state_dict(new.state_dict(), assign=True)
+    module.blocks[1].down.bias = new.blocks[1].down.bias = None
+    if way == "rest":
+        offload.rest()
+        with torch.no_grad(), pytest.raises(ConflictError, match=r"was replaced.*edit\(\)"):
+            module(tokens(8))
+    if way == "remove":
+        offload.remove()
+    else:
+        with offload.edit():
+            pass
+    assert_equal(module, new)
+    offload.remove()
+    assert_equal(module, new)
+
+
 # --- two models, one folder
 
 

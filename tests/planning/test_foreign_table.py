@@ -95,6 +95,30 @@ def test_another_pipeline_of_the_same_parts() -> None:
     assert same(pictured(of_pictures), expected_of_second)
 
 
+CACHES = {
+    "first block": lambda: diffusers.FirstBlockCacheConfig(threshold=0.5),
+    "Taylor": lambda: diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
+    "broadcast": lambda: diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 2000),
+        current_timestep_callback=lambda: 500,
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_between_steps(cache: str) -> None:
+    pipe, reference = (ROWS["FluxPipeline"].make("FluxPipeline") for _ in range(2))
+    for each in (pipe, reference):
+        each.transformer.enable_cache(CACHES[cache]())
+    floor_bytes = plan(pipe, GIB, device="cpu", **given("FluxPipeline")).floor_bytes
+    with fit(pipe, int(floor_bytes * 1.1), device="cpu", **given("FluxPipeline")) as fitted:
+        assert not any("cannot be rehearsed" in note for note in fitted.plan.notes)
+        for _ in range(2):
+            assert same(called("FluxPipeline", pipe), called("FluxPipeline", reference))
+        assert sum(each.loaded_bytes for each in fitted.stats().values()) > 0
+
+
 def test_latents_say_how_large_a_clip_is() -> None:
     pipe, call = ROWS["WanPipeline"].make("WanPipeline"), given("WanPipeline")
     small, large = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 4, 5, 32, 32)

@@ -92,6 +92,21 @@ def test_what_was_not_said_is_planned_for_when_it_comes() -> None:
         assert fitted.plan.call["LlamaForCausalLM.generate.length"] == 82
 
 
+def test_the_first_token_of_a_decoder_may_be_said_by_the_call_alone() -> None:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=300, eos_token_id=None
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.generation_config.decoder_start_token_id = model.generation_config.bos_token_id = None
+    expected = generated(model, 20, decoder_start_token_id=7)
+    for example in (None, IDS):
+        said = {} if example is None else {"example": example, "max_new_tokens": 20}
+        with fit(model, 4 * MIB, device="cpu", **said) as fitted:
+            assert torch.equal(generated(model, 20, decoder_start_token_id=7), expected)
+            assert not any("cannot be rehearsed" in note for note in fitted.plan.notes)
+    assert model.generation_config.decoder_start_token_id is None
+
+
 def test_lengths_alone_are_enough() -> None:
     model = MODELS["llama"]()
     found = plan(model, GIB, device="cpu", batch=2, max_length=232, max_new_tokens=200)

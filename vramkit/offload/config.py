@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,8 +79,12 @@ class OffloadConfig:
             )
         named = {"block_modules": block_modules, "exclude_kwargs": exclude_kwargs, "entry_points": entry_points}
         for option, names in named.items():
-            if isinstance(names, str):
-                raise ConfigError(f"{option}={names!r}; expected a list of names such as [{names!r}]")
+            _refuse_no_names(option, names)
+        for option, switch in {"use_stream": use_stream, "direct_io": direct_io}.items():
+            if not isinstance(switch, bool | None):
+                raise ConfigError(f"{option}={switch!r}; expected True or False")
+        if mesh is not None and not hasattr(mesh, "prepare"):
+            raise ConfigError(f"mesh={mesh!r}; expected what vramkit.distributed.connect() returns, or None")
         if offload_to_disk_path is not None and store not in (None, "disk"):
             raise ConfigError(f"offload_to_disk_path goes with store='disk', not {store!r}; leave one of them out")
         if offload_type == "leaf_level" and num_blocks_per_group is not None:
@@ -98,12 +102,12 @@ class OffloadConfig:
             ),
             block_names=None if block_modules is None else _submodules(module, block_modules),
             slots=_at_least_one("slots", _default_slots(offload_type, use_stream) if slots is None else slots),
-            unit_bytes=None if unit_bytes is None else _at_least_one("unit_bytes", parse_bytes(unit_bytes)),
-            resident_bytes=parse_bytes(resident),
+            unit_bytes=None if unit_bytes is None else _at_least_one("unit_bytes", _size("unit_bytes", unit_bytes)),
+            resident_bytes=_size("resident", resident),
             store=None if store is None else _choice("store", store, get_args(StoreKind)),
             disk_folder=None if offload_to_disk_path is None else _folder(offload_to_disk_path),
             direct_io=direct_io,
-            pin_budget=pin_budget if isinstance(pin_budget, PinBudget | None) else parse_bytes(pin_budget),
+            pin_budget=pin_budget if isinstance(pin_budget, PinBudget | None) else _size("pin_budget", pin_budget),
             entry_points=_methods(module, entry_points),
             unmoved_kwargs=frozenset(exclude_kwargs or ()),
             mesh=mesh,
@@ -119,7 +123,7 @@ class OffloadConfig:
         return dataclasses.replace(
             self,
             slots=self.slots if slots is None else _at_least_one("slots", slots),
-            resident_bytes=self.resident_bytes if resident is None else parse_bytes(resident),
+            resident_bytes=self.resident_bytes if resident is None else _size("resident", resident),
         )
 
     def compared(self) -> dict[str, Any]:
@@ -221,6 +225,20 @@ def _at_least_one(option: str, given: int) -> int:
     return given
 
 
+def _size(option: str, given: int | str) -> int:
+    try:
+        return parse_bytes(given)
+    except ConfigError as error:
+        raise ConfigError(f"{option}={given!r}: {error}") from None
+
+
+def _refuse_no_names(option: str, given: Sequence[str] | None) -> None:
+    if isinstance(given, str):
+        raise ConfigError(f"{option}={given!r}; expected a list of names such as [{given!r}]")
+    if given is not None and not (isinstance(given, Collection) and all(isinstance(name, str) for name in given)):
+        raise ConfigError(f"{option}={given!r}; expected a list of names, or None")
+
+
 def _submodules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     known = {name for name, _ in module.named_modules()}
     for name in names:
@@ -233,6 +251,10 @@ def _submodules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ConfigError(
+            f"offload_to_disk_path={path!r}; expected the path of a folder (it is made when it is missing)"
+        )
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(

@@ -474,6 +474,6 @@ class Engine:
         holders += [] if self._holds_on else self.assembly.groups
         for replaced in filter(None, (holder.replaced() for holder in holders)):
             raise ConflictError(
-                f"{replaced} was replaced while its module is offloaded, so the new weights would never be used; "
-                "change weights inside `with offload_of(module).edit():`"
+                f"{replaced} was replaced while its module is offloaded, which goes on reading the old one. The new one is "
+                "there: `with offload_of(module).edit(): pass` takes it in; replace others inside such a block"
             )

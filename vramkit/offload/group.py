@@ -58,15 +58,21 @@ class TensorSlot:
                 return held
         return None
 
-    def show(self, tensor: torch.Tensor) -> None:
-        """Let every owner have `tensor` under its name."""
+    def show(self, tensor: torch.Tensor, *, instead_of: torch.Tensor | None = None) -> None:
+        """Let every owner have `tensor` under its name; or only those that have `instead_of`, or another one of ours."""
         for module, name in self.owners:
+            held = module._parameters.get(name)  # noqa: SLF001
+            if instead_of is not None and held is not instead_of and not self._is_ours(held):
+                continue
             if isinstance(module, nn.RNNBase):
                 nn.RNNBase.__setattr__(module, name, tensor)  # keeps a list of them for its kernels
             elif name in module._parameters:  # noqa: SLF001 (a class may refuse setattr, which is slow, too)
                 module._parameters[name] = tensor  # type: ignore[assignment]  # noqa: SLF001
             elif name in module._buffers:  # noqa: SLF001 (a forward may have deleted it)
                 module._buffers[name] = tensor  # noqa: SLF001
+
+    def _is_ours(self, held: torch.Tensor | None) -> bool:
+        return held is self.rest or (held is not None and stands_for(held, self.rest))
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -293,6 +299,12 @@ class ModuleGroup:
                 parameters[name] = rest
         for slot, _ in self._special:
             slot.show(slot.rest)
+
+    def restore(self) -> None:
+        """Let owners have the tensors at rest that have some of ours: what they were given between calls stays theirs."""
+        self._on_show = None
+        for slot in self.slots():
+            slot.show(slot.rest, instead_of=slot.rest)
 
     def put_away(self) -> bool:
         """Let owners have the tensors at rest, with what a forward wrote to them; tell if somebody else has them still.

@@ -67,7 +67,7 @@ class Resident:
     def load_again(self, place: RestingPlace) -> None:
         """Have it and show it, after it rested: what was written to it meanwhile is no longer what a file holds."""
         if self.on_device is not self.slot.rest:  # letting go was cut short
-            self.slot.show(self.on_device)
+            self._show(self.on_device)
             return
         if not tensors.sparse_parts(self.slot.rest):
             place.forget([leaf for leaf in tensors.leaves(self.slot.rest) if place.is_changed(leaf)])
@@ -82,7 +82,7 @@ class Resident:
 
     def show(self) -> None:
         """Let owners have the tensor on the device."""
-        self.slot.show(self.on_device)
+        self._show(self.on_device)
         self.version = tensors.version(self.on_device)
         self._at_rest = [] if self.is_buffer else tensors.leaves(self.slot.rest)
         self._rest_version = sum(map(tensors.version, self._at_rest))
@@ -111,9 +111,9 @@ class Resident:
             returned = self.keep_writes()
         except StoreError:  # the file of what rests is lost, so there is no place to copy to, also later
             self.version = tensors.version(self.on_device)
-            self.slot.show(self.slot.rest)
+            self._show(self.slot.rest)
             raise
-        self.slot.show(self.slot.rest)
+        self._show(self.slot.rest)
         return returned
 
     def keep_writes(self) -> int:
@@ -124,6 +124,10 @@ class Resident:
         self.version = tensors.version(self.on_device)
         self._rest_version = sum(map(tensors.version, self._at_rest))
         return returned
+
+    def _show(self, tensor: torch.Tensor) -> None:
+        """Let owners have `tensor`; a parameter that one was given between calls stays: the next call refuses it by name."""
+        self.slot.show(tensor, instead_of=None if self.is_buffer else self.on_device)
 
     def _is_written(self) -> bool:
         is_replaced = not stands_for(self.on_device, self.slot.rest)  # by ``torch.utils.swap_tensors``

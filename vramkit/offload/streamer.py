@@ -222,7 +222,7 @@ class Streamer:
 
     def _forget(self) -> None:
         for group in self._groups:
-            group.show_rest()  # all, because a step that was cut short may have shown half of any
+            group.restore()  # all, because a step that was cut short may have shown half of any
         self._counters.dropped_loads += len(self._ahead)
         self._ahead.clear()
         self._held.clear()

@@ -104,6 +104,10 @@ class Generation:
         config = twin.generation_config
         twin.generation_config = copy.copy(config)
         twin.generation_config.eos_token_id = None  # no token has a value that could be compared with it
+        if twin.generation_config.decoder_start_token_id is None:
+            twin.generation_config.decoder_start_token_id = (
+                0  # the call may say it; decoders without an encoder need none
+            )
         try:
             return twin.generate(
                 torch.ones(self.batch, tokens, dtype=torch.int64),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +35,12 @@ def shadows_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                     memo[id(held)] = _without_memory(held)
     kept = list(memo)  # deepcopy puts more into the memo, and keeps what it has copied alive there
     shared = {key: memo[key] for key in kept}
-    return {name: copy.deepcopy(module, shared).requires_grad_(requires_grad=False) for name, module in modules.items()}
+    twins = {
+        name: copy.deepcopy(module, shared).requires_grad_(requires_grad=False) for name, module in modules.items()
+    }
+    for part in {part: None for twin in twins.values() for part in twin.modules()}:
+        vars(part).update({name: _of_twins(held, shared) for name, held in vars(part).items() if callable(held)})
+    return twins
 
 
 def shadow_of(pipeline: Any, shadows: Mapping[str, nn.Module]) -> Any:
@@ -49,6 +57,35 @@ def shadow_of(pipeline: Any, shadows: Mapping[str, nn.Module]) -> Any:
     if hasattr(twin, "set_progress_bar_config"):
         twin._progress_bar_config = {}  # noqa: SLF001 - both kinds of pipelines keep it under this name
         twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def _of_twins(held: Any, memo: dict[int, Any]) -> Any:
+    """Return `held`, or where it is a function that was put on a module, one with twins for the originals in its closure.
+
+    Copying leaves functions as they are: what hooks put in the place of a forward would run that of the original.
+    """
+    if id(held) in memo:
+        return memo[id(held)]
+    if isinstance(held, types.MethodType):
+        return types.MethodType(held.__func__, memo.get(id(held.__self__), held.__self__))
+    if isinstance(held, functools.partial):
+        keywords = {name: _of_twins(value, memo) for name, value in held.keywords.items()}
+        bound = functools.partial(
+            _of_twins(held.func, memo), *(_of_twins(value, memo) for value in held.args), **keywords
+        )
+        vars(bound).update(vars(held))
+        return bound
+    if not isinstance(held, types.FunctionType) or held.__closure__ is None:
+        return held
+    cells = tuple(types.CellType() for _ in held.__closure__)
+    twin = types.FunctionType(held.__code__, held.__globals__, held.__name__, held.__defaults__, cells)
+    memo[id(held)] = twin  # a function may be in its own closure
+    twin.__kwdefaults__ = held.__kwdefaults__
+    vars(twin).update(vars(held))
+    for cell, original in zip(cells, held.__closure__, strict=True):
+        with contextlib.suppress(ValueError):  # the cell is empty
+            cell.cell_contents = _of_twins(original.cell_contents, memo)
     return twin
 
 
