@@ -60,9 +60,13 @@ def outcomes(report: Path) -> Iterator[tuple[str, str]]:
         yield f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}", end
 
 
-def summary(reports: list[Path], seconds: float) -> Row:
-    """Count what the reports hold, and name the tests that failed."""
-    found = [each for report in reports for each in outcomes(report)]
+def summary(reports: list[Path], seconds: float, names: Iterable[str] = ()) -> Row:
+    """Count what the reports hold, and name the tests that failed; those of `names` that no report has failed too.
+
+    The process of a test that hangs ends, and with it the report of all that it was to run.
+    """
+    found = [each for report in reports if report.exists() for each in outcomes(report)]
+    found += [(name, "failed") for name in sorted({*names} - {name for name, _ in found})]
     counts = collections.Counter(end for _, end in found)
     return {
         "tests": len(found),
@@ -121,13 +125,13 @@ def memchecked(sanitizer: str, processes: int) -> Row:
         shares = [names[at::processes] for at in range(min(processes, len(names)))]
         reports = [Path(folder) / f"{at}.xml" for at in range(len(shares))]
         errors = sum(pool.map(_memchecked, [sanitizer] * len(shares), shares, reports))
-        return summary(reports, time.monotonic() - start) | {"errors": errors}
+        return summary(reports, time.monotonic() - start, names) | {"errors": errors}
 
 
 def _memchecked(sanitizer: str, names: list[str], report: Path) -> int:
     log = report.with_suffix(".log")
     command = [sanitizer, *_MEMCHECK, "--error-exitcode", "9", "--log-file", str(log)]
-    command += [*_PYTEST, "--verbose", "--timeout", "0", f"--junitxml={report}", *names]
+    command += [*_PYTEST, "-v", "--timeout", "120", "--timeout-method", "thread", f"--junitxml={report}", *names]
     subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     text = log.read_text(errors="replace") if log.exists() else ""
     errors = errors_in(text)

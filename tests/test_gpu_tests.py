@@ -37,6 +37,11 @@ def test_counts_and_names(tmp_path: Path) -> None:
         "failures": "tests/gpu/test_engine.py::test_bad, tests/gpu/test_engine.py::test_bad_at_its_end",
     }
     assert summary(reports, 1.0)["tests"] == 8
+    ended = summary(
+        [*reports[:1], tmp_path / "none.xml"], 1.0, ["tests/gpu/test_engine.py::test_bad", "a.py::test_hung"]
+    )
+    assert (ended["tests"], ended["failed"]) == (5, 3)
+    assert ended["failures"].startswith("a.py::test_hung, ")
 
 
 def test_few_cases_have_every_value_of_every_parameter() -> None:
@@ -62,13 +67,14 @@ def test_errors_are_those_that_were_counted() -> None:
 def test_checked_runs_have_a_row_beside_the_whole(
     errors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    passed = '<testsuites><testsuite><testcase classname="a" name="test"/></testsuite></testsuites>'
     checked: list[list[str]] = []
 
     def run(command: list[str], *, env: Row | None = None, **_options: Any) -> SimpleNamespace:
         option = next((word for word in command if word.startswith("--junitxml=")), None)
         if option is not None:
-            Path(option.partition("=")[2]).write_text(passed)
+            name = command[-1].partition("::")[2] if command[0] == "sanitizer" else "test"
+            passed = f'<testcase classname="tests.gpu.a" name="{name}"/>'
+            Path(option.partition("=")[2]).write_text(f"<testsuites><testsuite>{passed}</testsuite></testsuites>")
         if command[0] == "sanitizer":
             assert env is not None
             assert env["PYTORCH_NO_CUDA_MEMORY_CACHING"]
