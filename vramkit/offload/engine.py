@@ -323,18 +323,19 @@ class Engine:
 
     def enter(self, hook: GroupHook, module: nn.Module) -> None:
         """Acquire a group for `module`, one of its entries, after letting go of groups that nothing runs in."""
-        if self._lingering:
+        if self._lingering and self._lingering != [hook.group]:
             self._leave_lingering(hook.group)
         self._acquire(hook.group, module)
 
     def leave(self, hook: GroupHook, *, is_last: bool) -> None:
         """Release a group after the last of its modules; after others, when the next group is entered."""
-        if self._lingering:
-            self._lingering = [group for group in self._lingering if group is not hook.group]
+        group, lingering = hook.group, self._lingering
         if is_last:
-            self._streamer.release(hook.group)
-        else:
-            self._lingering.append(hook.group)
+            if group in lingering:
+                lingering.remove(group)
+            self._streamer.release(group)
+        elif group not in lingering:
+            lingering.append(group)
 
     def read(self, group: ModuleGroup, owner: nn.Module) -> None:
         """Acquire a group because a weight of `owner` is read where it rests; it stays until another one is needed."""

@@ -159,7 +159,8 @@ class ModuleGroup:
         self._may_ask = any(asks_for_gradients(slot.rest) for slot, _ in bindings)
         self._placed: dict[int, Placement] = {}
         self._on_show: Placement | None = None
-        self._kept: tuple[int, int] | None = None
+        self.kept_writes: tuple[int, int] | None = None
+        """The versions before and after writes that were kept; whoever takes note of them puts None here."""
         self._home = home
         self._find_stores([])
 
@@ -167,11 +168,6 @@ class ModuleGroup:
     def needs_thread(self) -> bool:
         """Whether filling a slot touches bytes on the host."""
         return any(store.needs_thread for _, _, store in self.stores)
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether other ranks wait for each fill."""
-        return bool(self._joint)
 
     def version(self) -> int:
         """Return a number that changes when any of the tensors at rest is written in place."""
@@ -190,6 +186,8 @@ class ModuleGroup:
 
     def replaced(self) -> str | None:
         """Return the name of an owner that does not hold its tensor at rest, or None."""
+        if self._is_at_rest():
+            return None
         found = (binding.slot.replaced(binding.slot.rest) for binding in self._bindings)
         return next((name for name in found if name is not None), None)
 
@@ -349,11 +347,6 @@ class ModuleGroup:
         if placement is not None and written:
             self._keep_writes(placement, written, [None] * len(placement.tensors))
 
-    def take_kept_writes(self) -> tuple[int, int] | None:
-        """Return the versions before and after writes that were kept since this was asked last; None: there were none."""
-        kept, self._kept = self._kept, None
-        return kept
-
     def is_replaced(self, memory: torch.Tensor) -> bool:
         """Tell whether what is in `memory` belongs to others alone, and the group has other tensors."""
         placement = self._placed.get(memory.data_ptr())
@@ -393,7 +386,7 @@ class ModuleGroup:
         placement.is_replaced |= not placement.is_whole()
         if placement.is_replaced:
             self._placed.pop(placement.address, None)
-        self._kept = before, self.version()
+        self.kept_writes = before, self.version()
         self._find_stores(changed)
 
     def _versions_of_staying(self) -> list[int]:
@@ -402,6 +395,8 @@ class ModuleGroup:
     def _find_stores(self, changed: Sequence[torch.Tensor]) -> None:
         self.stores = tuple(self._home.stores(changed))
         self._joint = [(at, size, store) for at, size, store in self.stores if isinstance(store, JointStore)]
+        self.is_joint = bool(self._joint)
+        """Whether other ranks wait for each fill."""
         self._alone = [each for each in self.stores if not isinstance(each[2], JointStore)]
         self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
         self._version_in_files = self.version()

@@ -76,18 +76,13 @@ class Streamer:
         self.track: Track | None = None
         """Where a trace notes what happens."""
         self._began: dict[ModuleGroup, Any] = {}  # when the computation of groups that are held did
-        self._is_torn = False  # a step before was cut short by an exception, and steps came after it
-        self._midway = False  # inside acquire, release or prefetch: true elsewhere only after a KeyboardInterrupt
+        self.was_cut_short = False
+        """Whether an interrupt or an error came in the middle of a step, which only `reset` mends: true inside of one."""
 
     @property
     def is_clean(self) -> bool:
         """Whether no group is held and no step was cut short."""
         return not self._held and not self.was_cut_short
-
-    @property
-    def was_cut_short(self) -> bool:
-        """Whether an interrupt or an error came in the middle of a step, which only `reset` mends."""
-        return self._midway or self._is_torn
 
     @outside_transforms
     def begin_pass(self, entry_point: str) -> None:
@@ -95,11 +90,11 @@ class Streamer:
 
         What is acquired outside a pass (a part of the module called by itself) is followed, but not learned.
         """
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         self._orders.begin(entry_point)
         self._keep_expected()
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     def acquire(self, group: ModuleGroup) -> None:
         """Make `group` ready for computation issued from now on, then load what comes next."""
@@ -114,7 +109,7 @@ class Streamer:
                 return
             self.release(group)  # written to while it was kept on the device: load it again
         group.refuse_replaced()
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         if _is_profiled():
             with _span("acquire", group):
                 self._show(group, is_used_anew=held is None)
@@ -122,7 +117,7 @@ class Streamer:
             self._show(group, is_used_anew=held is None)
         if not self._ring.is_full:
             self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     _acquire_outside = outside_transforms(acquire)
 
@@ -133,7 +128,7 @@ class Streamer:
         if innermost_transform() is not None:
             self._release_outside(group)
             return
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         load = self._held.pop(group)
         if self._began and self.track is not None and group in self._began:
             self.track.note("compute", group.name, self._began.pop(group), self._backend.moment())
@@ -143,7 +138,7 @@ class Streamer:
         else:
             self._let_go(load)
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     _release_outside = outside_transforms(release)
 
@@ -178,7 +173,7 @@ class Streamer:
     @outside_transforms
     def end_pass(self) -> None:
         """Learn the shape of the pass that ends, and load what the next one starts with."""
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         self._counters.passes += self._orders.is_midway
         self.keep_late_writes()
         lost = self._settle()
@@ -187,7 +182,7 @@ class Streamer:
         self._orders.end()
         self._keep_expected()
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     @outside_transforms
     def rest(self) -> None:
@@ -195,7 +190,7 @@ class Streamer:
 
         What somebody has a view of stays theirs. The next pass goes on as if it were the first, with what was learned.
         """
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         for load in list(self._ahead):
             self._drop(load)
         for group in list(self._held):
@@ -206,14 +201,14 @@ class Streamer:
         for group in self._groups:
             group.close(but=self._settled[group].region.memory if group in self._settled else None)
         self._ring.close()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     def reset(self) -> None:
         """Forget what is on its way and held; owners hold their tensors at rest afterwards, with what was written to them.
 
         Orders stay known.
         """
-        self._begin_step()
+        self.was_cut_short = True
         self._queue.drain()  # nothing may be written any more when regions are given up
         try:
             self.show_rest()
@@ -230,13 +225,13 @@ class Streamer:
         self._escaped.clear()
         self._orders.reset()
         self._ring.reset()
-        self._midway = self._is_torn = False
+        self.was_cut_short = False
 
     def prefill(self) -> None:
         """Load what the next pass starts with."""
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     @property
     def kept_bytes(self) -> int:
@@ -257,17 +252,16 @@ class Streamer:
         finally:
             self._queue.close()
 
-    def _begin_step(self) -> None:
-        self._is_torn |= self._midway
-        self._midway = True
-
     def _show(self, group: ModuleGroup, *, is_used_anew: bool) -> None:
         """Find the load of `group`, or load it, and let owners have it when it is there."""
         load = self._still_there(group) if self._settled or self._escaped else None
         if is_used_anew and load is None and not self._orders.use(group):
             self._keep_expected(group)
         load = load or self._take(group)
-        self._wait_for(load)
+        if self.track is None:
+            self._counters.stall_s += load.ready.wait()
+        else:
+            self._wait_traced(load, self.track)
         self._held[group] = load  # before it is shown: where that fails, what was shown is put away
         group.show_device(load.region.memory, remember=load.region.count > 0)
 
@@ -280,14 +274,11 @@ class Streamer:
         if self._escaped:
             self._give_escaped()
 
-    def _wait_for(self, load: _Load) -> None:
-        if self.track is None:
-            self._counters.stall_s += load.ready.wait()
-            return
+    def _wait_traced(self, load: _Load, track: Track) -> None:
         asked = self._backend.moment()
         self._counters.stall_s += load.ready.wait()
         self._began[load.group] = began = self._backend.moment()
-        self.track.note("stall", load.group.name, asked, began)
+        track.note("stall", load.group.name, asked, began)
 
     def _give(self, load: _Load) -> None:
         """Let the memory of a load be reused after the computation issued so far."""
@@ -338,7 +329,8 @@ class Streamer:
     def _put_away(self, load: _Load) -> bool:
         """Let owners have their tensors at rest; tell if somebody else has still what is in the memory of the load."""
         is_held = load.group.put_away()
-        self._note_writes(load)
+        if load.group.kept_writes is not None:
+            self._note_writes(load)
         return is_held
 
     def _keep_late_writes(self, load: _Load) -> None:
@@ -347,14 +339,16 @@ class Streamer:
 
     def _note_writes(self, load: _Load) -> None:
         """Where what rests was given the values of the load, let the load be of it."""
-        kept = load.group.take_kept_writes()
+        kept, load.group.kept_writes = load.group.kept_writes, None
         if kept is not None:
             load.version = kept[1] if load.version == kept[0] else _OUTDATED
 
     def _take(self, group: ModuleGroup) -> _Load:
         """Find `group` among what is on its way, or load it."""
-        load = _of(group, self._ahead)
-        if load is None:
+        for load in self._ahead:  # mostly the first one
+            if load.group is group:
+                break
+        else:
             return self._load_now(group)
         self._ahead.remove(load)
         if load.version != group.version():
@@ -382,8 +376,6 @@ class Streamer:
     def _prefetch(self) -> None:
         """Fill free slots with what is expected next."""
         ring, ahead = self._ring, self._ahead
-        if ring.is_full:
-            return
         for at, group in enumerate(self._orders.ahead(ring.slots)):
             if at < len(ahead) and ahead[at].group is group:
                 continue
@@ -403,7 +395,8 @@ class Streamer:
     def _issue(self, group: ModuleGroup, region: Region) -> _Load:
         after = (*region.free, self._backend.fence()) if group.refresh() else region.free
         load = _Load(group, region, group.version())
-        group.reserve()
+        if group.is_joint:
+            group.reserve()
         fill: Copying = load.fill
         if self.track is not None:
             fill = self.track.copying(group.name, group.size_bytes, region.first if region.count else None, fill)
