@@ -402,9 +402,8 @@ class Engine:
     def _let_go(self, call: OpenCall, *, is_outermost: bool) -> None:
         self._lingering.clear()
         if is_outermost:
-            for hook in self._group_hooks:  # a KeyboardInterrupt skips the hooks of the modules it went through
-                hook.learn_last()
-                hook.forget()
+            for hook in self._group_hooks:
+                hook.end_pass()
         if not self._holds_on and (is_outermost or not self._is_whole):
             self._streamer.release_all()
         if is_outermost:
@@ -473,8 +472,10 @@ class Engine:
         if self.assembly.residents.are_loaded:
             holders += [resident for resident in self.assembly.residents if not resident.is_buffer]
         holders += [] if self._holds_on else self.assembly.groups
-        for replaced in filter(None, (holder.replaced() for holder in holders)):
-            raise ConflictError(
-                f"{replaced} was replaced while its module is offloaded, so the new weights would never be used; "
-                "change weights inside `with offload_of(module).edit():`"
-            )
+        for holder in holders:
+            replaced = holder.replaced()
+            if replaced is not None:
+                raise ConflictError(
+                    f"{replaced} was replaced while its module is offloaded, so the new weights would never be used; "
+                    "change weights inside `with offload_of(module).edit():`"
+                )

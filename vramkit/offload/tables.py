@@ -48,7 +48,7 @@ class TableHook(hooks.ModuleHook):
         """Show what stands for the table on the device."""
         self.table.slot.show(self.table.on_device)
 
-    def post_forward(self, module: nn.Module, output: Any) -> None:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Show the table at rest again."""
         self.forget()
 
