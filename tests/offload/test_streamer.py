@@ -84,8 +84,8 @@ class Group:
     def refresh(self, *, all_of_it: bool = False) -> None:
         pass
 
-    def refuse_replaced(self) -> None:
-        pass
+    def is_at_rest(self) -> bool:
+        return self.shown is None
 
 
 class Rig:

@@ -216,7 +216,8 @@ class _Events:
     @classmethod
     def of(cls, device: torch.device) -> _Events:
         # Devices go by their index: torch takes 15 us to look one up, as long as the copy of a group takes to issue.
-        current = partial(torch.accelerator.current_stream, device.index)
+        # What `torch.accelerator.current_stream` ends with, of which a group needs two.
+        current = partial(torch._C._accelerator_getStream, device.index)  # noqa: SLF001
         return cls(partial(torch.Event, device, enable_timing=False), current)
 
 

@@ -111,7 +111,7 @@ class GroupHook(hooks.ModuleHook):
         self._last, self._recent = self._recent or self._last, None
 
     def end_pass(self) -> None:
-        """Take the module that was left last for that, and count none as running: a KeyboardInterrupt skips `post_forward`."""
+        """Learn the last one, and forget those that seem to run: a KeyboardInterrupt skipped what follows their forward."""
         self._last = self._recent or self._last
         self._recent, self._running, self._has_begun = None, 0, False
 
@@ -133,7 +133,7 @@ class GroupHook(hooks.ModuleHook):
         if is_by_itself:
             self._has_begun = True
         if not _may_be_skipped(module):  # else the group is acquired when a weight of it is read
-            engine.enter(self, module)
+            engine.enter(self.group, module)
         self._running += 1
         return engine.moved(args, kwargs) if is_by_itself else None
 
@@ -144,7 +144,7 @@ class GroupHook(hooks.ModuleHook):
         self._running -= 1
         self._recent = module
         if not self._running:
-            self._engine.leave(self, is_last=module is self._last)
+            self._engine.leave(self.group, is_last=module is self._last)
             if self._has_begun:
                 self._has_begun = False
                 self._engine.end(self._name)

@@ -321,15 +321,17 @@ class Engine:
 
     # --- groups
 
-    def enter(self, hook: GroupHook, module: nn.Module) -> None:
-        """Acquire a group for `module`, one of its entries, after letting go of groups that nothing runs in."""
-        if self._lingering and self._lingering != [hook.group]:
-            self._leave_lingering(hook.group)
-        self._acquire(hook.group, module)
+    def enter(self, group: ModuleGroup, module: nn.Module) -> None:
+        """Acquire a group for `module`, after letting go of groups that nothing runs in."""
+        if self._lingering and self._lingering != [group]:
+            self._leave_lingering(group)
+        if self._calls.open[0].is_whole:
+            self._uses.note(module, group)
+        self._streamer.acquire(group)
 
-    def leave(self, hook: GroupHook, *, is_last: bool) -> None:
+    def leave(self, group: ModuleGroup, *, is_last: bool) -> None:
         """Release a group after the last of its modules; after others, when the next group is entered."""
-        group, lingering = hook.group, self._lingering
+        lingering = self._lingering
         if is_last:
             if group in lingering:
                 lingering.remove(group)
@@ -340,8 +342,7 @@ class Engine:
     def read(self, group: ModuleGroup, owner: nn.Module) -> None:
         """Acquire a group because a weight of `owner` is read where it rests; it stays until another one is needed."""
         self.begin_if_outside(group.name, is_whole=False)
-        self._leave_lingering(group)
-        self._acquire(group, owner)
+        self.enter(group, owner)
         hook = self._hook_of.get(group)
         if (hook is None or not hook.is_running) and group not in self._lingering and not self._is_whole:
             self._lingering.append(group)
@@ -383,11 +384,6 @@ class Engine:
         Facade(self).attach(record)
         # Last, because hooks are put before those that are there: on the root itself the pass begins before its group.
         hooks.attach(self.module, PassHook(self), record)
-
-    def _acquire(self, group: ModuleGroup, user: nn.Module) -> None:
-        if self._calls.open[0].is_whole:
-            self._uses.note(user, group)
-        self._streamer.acquire(group)
 
     def _leave_lingering(self, wanted: ModuleGroup) -> None:
         lingering, self._lingering = self._lingering, []

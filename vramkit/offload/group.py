@@ -184,17 +184,22 @@ class ModuleGroup:
         """Return the tensors with their owners."""
         return [binding.slot for binding in self._bindings]
 
+    def is_at_rest(self) -> bool:
+        """Tell whether all owners have their tensors at rest; False where that takes a closer look."""
+        for held, name, rest, _ in self._owned:
+            if held["_parameters"].get(name) is not rest:
+                return False
+        return not self._special
+
     def replaced(self) -> str | None:
         """Return the name of an owner that does not hold its tensor at rest, or None."""
-        if self._is_at_rest():
+        if self.is_at_rest():
             return None
         found = (binding.slot.replaced(binding.slot.rest) for binding in self._bindings)
         return next((name for name in found if name is not None), None)
 
     def refuse_replaced(self) -> None:
         """Raise ConflictError where an owner was given another tensor than ours: to show ours would hide it."""
-        if self._is_at_rest():
-            return
         for slot in self.slots():
             if slot.replaced(slot.rest) is not None and slot.put_in_place_of(slot.rest) is not None:
                 raise ConflictError(
@@ -315,13 +320,6 @@ class ModuleGroup:
         """Tell whether all owners still have what they were shown; False where that takes a closer look."""
         for held, name, _, at in self._owned:
             if held["_parameters"].get(name) is not shown[at]:
-                return False
-        return not self._special
-
-    def _is_at_rest(self) -> bool:
-        """Tell whether all owners have their tensors at rest; False where that takes a closer look."""
-        for held, name, rest, _ in self._owned:
-            if held["_parameters"].get(name) is not rest:
                 return False
         return not self._special
 

@@ -67,7 +67,10 @@ class Placement:
     def is_held_by_others(self) -> bool:
         """Tell whether somebody refers to a tensor, or to a view of one. Ask when no module has them any more."""
         views: int = torch._C._storage_Use_Count(self._storage)  # noqa: SLF001
-        is_referred_to = self._are_referred_to()  # before anything here refers to them too
+        is_referred_to, at = False, 0  # before anything else here refers to them
+        for tensor in self.tensors:  # with as many references of its own as `_references`: `enumerate` has one, too
+            is_referred_to |= sys.getrefcount(tensor) > self._references[at]
+            at += 1  # noqa: SIM113
         noted = with_data(self.tensors)
         self._may_have_data = bool(noted)
         # What was given other memory is noted, and neither it nor its ``.data`` is here any more.
@@ -101,14 +104,6 @@ class Placement:
 
     def _count_writes(self) -> list[int]:
         return [leaf._version for leaf in self._counted]  # noqa: SLF001
-
-    def _are_referred_to(self) -> bool:
-        at = 0
-        for tensor in self.tensors:  # with as many references of its own as `_references`: `enumerate` has one, too
-            if sys.getrefcount(tensor) > self._references[at]:
-                return True
-            at += 1  # noqa: SIM113
-        return False
 
     def is_whole(self) -> bool:
         """Tell whether all tensors are still where they were: not where one was given other memory (``.data``, ``set_``)."""

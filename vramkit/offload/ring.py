@@ -98,7 +98,7 @@ class SlotRing:
         if self.is_full:
             return None
         count = -(-size_bytes // self.slot_bytes) or 1
-        first = self._first_of(count)
+        first = self._next if count == 1 and not self._taken[self._next] else self._first_of(count)
         if first is None:
             return None
         stop = first + count
@@ -113,8 +113,6 @@ class SlotRing:
 
     def _first_of(self, count: int) -> int | None:
         """Find so many adjacent free slots, at best those that come next; return the first one."""
-        if count == 1 and not self._taken[self._next]:
-            return self._next
         for step in range(self.slots):
             first = (self._next + step) % self.slots
             stop = first + count

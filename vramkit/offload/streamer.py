@@ -108,7 +108,8 @@ class Streamer:
                     group.show_device(held.region.memory, remember=held.region.count > 0)
                 return
             self.release(group)  # written to while it was kept on the device: load it again
-        group.refuse_replaced()
+        if not group.is_at_rest():
+            group.refuse_replaced()
         was_cut_short, self.was_cut_short = self.was_cut_short, True
         if _is_profiled():
             with _span("acquire", group):
@@ -161,7 +162,8 @@ class Streamer:
     def show_rest(self) -> None:
         """Let the owners of groups that are held have their tensors at rest, with what was written to them."""
         for load in self._held.values():
-            self._put_away(load)
+            load.group.put_away()
+            self._note_writes(load)
         self.keep_late_writes()
 
     def keep_late_writes(self) -> None:
@@ -267,7 +269,10 @@ class Streamer:
 
     def _let_go(self, load: _Load) -> None:
         """Put a load away that is no longer held, and have its memory back unless somebody has a view of it."""
-        if self._put_away(load):
+        is_held = load.group.put_away()
+        if load.group.kept_writes is not None:
+            self._note_writes(load)
+        if is_held:
             self._escaped.append(load)
         elif load.group not in self._settled:
             self._give(load)
@@ -325,13 +330,6 @@ class Streamer:
             new = self._load(group, load.region)
             load.ready, load.version = new.ready, new.version
         return load
-
-    def _put_away(self, load: _Load) -> bool:
-        """Let owners have their tensors at rest; tell if somebody else has still what is in the memory of the load."""
-        is_held = load.group.put_away()
-        if load.group.kept_writes is not None:
-            self._note_writes(load)
-        return is_held
 
     def _keep_late_writes(self, load: _Load) -> None:
         load.group.keep_late_writes(load.region.memory)
