@@ -69,7 +69,7 @@ class Streamer:
         self._groups = (*groups, *unordered)
         self._queue = backend.queue(threaded=any(group.needs_thread for group in self._groups))
         self._orders = Orders(groups)
-        self._ahead: list[_Load] = []  # loading or loaded, not yet used; in the order in which they are expected
+        self._ahead: dict[ModuleGroup, _Load] = {}  # loading or loaded, not yet used; the last is the first to drop
         self._held: dict[ModuleGroup, _Load] = {}
         self._escaped: list[_Load] = []  # let go of, but somebody has a view of their memory
         self._settled: dict[ModuleGroup, _Load] = {}  # the same after a pass: their memory is theirs for good
@@ -150,7 +150,7 @@ class Streamer:
 
     def drop_loads_of(self, groups: Sequence[ModuleGroup]) -> None:
         """Forget what was loaded of `groups`: their bytes were changed at rest."""
-        for load in [load for load in self._ahead if load.group in groups]:
+        for load in [load for load in self._ahead.values() if load.group in groups]:
             self._drop(load)
         for group in groups:
             if group in self._settled:
@@ -193,7 +193,7 @@ class Streamer:
         What somebody has a view of stays theirs. The next pass goes on as if it were the first, with what was learned.
         """
         was_cut_short, self.was_cut_short = self.was_cut_short, True
-        for load in list(self._ahead):
+        for load in list(self._ahead.values()):
             self._drop(load)
         for group in list(self._held):
             load = self._held.pop(group)
@@ -343,12 +343,9 @@ class Streamer:
 
     def _take(self, group: ModuleGroup) -> _Load:
         """Find `group` among what is on its way, or load it."""
-        for load in self._ahead:  # mostly the first one
-            if load.group is group:
-                break
-        else:
+        load = self._ahead.pop(group, None)
+        if load is None:
             return self._load_now(group)
-        self._ahead.remove(load)
         if load.version != group.version():
             self._ring.give(load.region, self._backend.fence())
             return self._load_now(group)
@@ -358,7 +355,7 @@ class Streamer:
         self._counters.demand_loads += 1
         region = self._ring.take(group.size_bytes)
         while region is None and self._ahead:
-            self._drop(self._ahead[-1])
+            self._drop(next(reversed(self._ahead.values())))
             region = self._ring.take(group.size_bytes)
         return self._load(group, region or self._ring.make(group.size_bytes))
 
@@ -366,23 +363,22 @@ class Streamer:
         """Drop what is on its way and not expected soon, after the plan has changed; `used` is taken next."""
         coming = self._orders.ahead(self._ring.slots)
         order = {group: at for at, group in reversed(list(enumerate(coming, 1)))} | ({used: 0} if used else {})
-        for load in list(self._ahead):
+        for load in list(self._ahead.values()):
             if load.group not in order:
                 self._drop(load)
-        self._ahead.sort(key=lambda load: order[load.group])
+        self._ahead = dict(sorted(self._ahead.items(), key=lambda item: order[item[0]]))
 
     def _prefetch(self) -> None:
         """Fill free slots with what is expected next."""
-        ring, ahead = self._ring, self._ahead
-        for at, group in enumerate(self._orders.ahead(ring.slots)):
-            if at < len(ahead) and ahead[at].group is group:
+        for group in self._orders.ahead(self._ring.slots):
+            if group in self._ahead:
                 continue
-            if group in self._held or _of(group, ahead) is not None:
+            if group in self._held:
                 return
-            region = ring.take(group.size_bytes)
+            region = self._ring.take(group.size_bytes)
             if region is None:
                 return
-            ahead.insert(at, self._load(group, region))
+            self._ahead[group] = self._load(group, region)
 
     def _load(self, group: ModuleGroup, region: Region) -> _Load:
         if not _is_profiled():
@@ -408,7 +404,7 @@ class Streamer:
 
         What others send is not: a load of several ranks frees its slot when it is all there.
         """
-        self._ahead.remove(load)
+        del self._ahead[load.group]
         load.is_given_up = True
         self._ring.give(load.region, load.ready if load.group.is_joint else None)
         self._counters.dropped_loads += 1
