@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vramkit import hooks, tensors
-from vramkit.offload.group import TensorSlot
 from vramkit.offload.layout import BufferLayout
+from vramkit.offload.tensor_slot import TensorSlot
 from vramkit.offload.watch import stand_in
 from vramkit.wrapper import WrapperTensor
 
