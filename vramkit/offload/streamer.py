@@ -7,7 +7,6 @@ wrong byte.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
-from vramkit.offload.backend import Arrival, Backend, Copying, Fence
+from vramkit.offload.backend import Backend, Copying
 from vramkit.offload.group import ModuleGroup
+from vramkit.offload.loads import OUTDATED, Load
 from vramkit.offload.orders import Orders
 from vramkit.offload.ring import Region, SlotRing
 from vramkit.offload.stats import Counters
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Streamer"]
 
 _is_profiled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # noqa: SLF001 (torch has no public reader)
-_OUTDATED = -1  # the version of a load of what is no longer at rest
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Load:
-    """A group on its way into a region, or there."""
-
-    group: ModuleGroup
-    region: Region
-    version: int
-    ready: Fence = dataclasses.field(init=False)
-    is_given_up: bool = False
-    """Whether nobody wants any more what would be copied: a copy that has not begun need not."""
-
-    def fill(self) -> Sequence[Arrival]:
-        """Copy, on the queue."""
-        if self.is_given_up and not self.group.is_joint:  # other ranks, who may have begun it, would wait
-            return ()
-        return self.group.fill(self.region.pieces)
 
 
 class Streamer:
@@ -69,10 +50,10 @@ class Streamer:
         self._groups = (*groups, *unordered)
         self._queue = backend.queue(threaded=any(group.needs_thread for group in self._groups))
         self._orders = Orders(groups)
-        self._ahead: dict[ModuleGroup, _Load] = {}  # loading or loaded, not yet used; the last is the first to drop
-        self._held: dict[ModuleGroup, _Load] = {}
-        self._escaped: list[_Load] = []  # let go of, but somebody has a view of their memory
-        self._settled: dict[ModuleGroup, _Load] = {}  # the same after a pass: their memory is theirs for good
+        self._ahead: dict[ModuleGroup, Load] = {}  # loading or loaded, not yet used; the last is the first to drop
+        self._held: dict[ModuleGroup, Load] = {}
+        self._escaped: list[Load] = []  # let go of, but somebody has a view of their memory
+        self._settled: dict[ModuleGroup, Load] = {}  # the same after a pass: their memory is theirs for good
         self.track: Track | None = None
         """Where a trace notes what happens."""
         self._began: dict[ModuleGroup, Any] = {}  # when the computation of groups that are held did
@@ -154,7 +135,7 @@ class Streamer:
             self._drop(load)
         for group in groups:
             if group in self._settled:
-                self._settled[group].version = _OUTDATED
+                self._settled[group].version = OUTDATED
             self.release(group)
             group.refresh(all_of_it=True)
 
@@ -163,14 +144,14 @@ class Streamer:
         """Let the owners of groups that are held have their tensors at rest, with what was written to them."""
         for load in self._held.values():
             load.group.put_away()
-            self._note_writes(load)
+            load.note_writes()
         self.keep_late_writes()
 
     def keep_late_writes(self) -> None:
         """Keep what was written to groups through views that somebody has, after they were released."""
         for load in (*self._escaped, *self._settled.values()):
             if load.group not in self._held:
-                self._keep_late_writes(load)
+                load.keep_late_writes()
 
     @outside_transforms
     def end_pass(self) -> None:
@@ -267,11 +248,11 @@ class Streamer:
         self._held[group] = load  # before it is shown: where that fails, what was shown is put away
         group.show_device(load.region.memory, remember=load.region.count > 0)
 
-    def _let_go(self, load: _Load) -> None:
+    def _let_go(self, load: Load) -> None:
         """Put a load away that is no longer held, and have its memory back unless somebody has a view of it."""
         is_held = load.group.put_away()
         if load.group.kept_writes is not None:
-            self._note_writes(load)
+            load.note_writes()
         if is_held:
             self._escaped.append(load)
         elif load.group not in self._settled:
@@ -279,13 +260,13 @@ class Streamer:
         if self._escaped:
             self._give_escaped()
 
-    def _wait_traced(self, load: _Load, track: Track) -> None:
+    def _wait_traced(self, load: Load, track: Track) -> None:
         asked = self._backend.moment()
         self._counters.stall_s += load.ready.wait()
         self._began[load.group] = began = self._backend.moment()
         track.note("stall", load.group.name, asked, began)
 
-    def _give(self, load: _Load) -> None:
+    def _give(self, load: Load) -> None:
         """Let the memory of a load be reused after the computation issued so far."""
         self._ring.give(load.region, self._backend.fence())
         if not load.region.count:
@@ -295,7 +276,7 @@ class Streamer:
         """Take back what nobody has a view of any more."""
         escaped, self._escaped = self._escaped, []
         for load in escaped:
-            self._keep_late_writes(load)
+            load.keep_late_writes()
             if load.group.is_held_by_others(load.region.memory):
                 self._escaped.append(load)
             elif self._settled.get(load.group) is not load:
@@ -315,12 +296,12 @@ class Streamer:
         self._escaped.clear()
         return [load.region for load in lost]
 
-    def _still_there(self, group: ModuleGroup) -> _Load | None:
+    def _still_there(self, group: ModuleGroup) -> Load | None:
         """Return the load of a group that was let go of and never left the device, if it is what rests now."""
         load = self._settled.get(group) or _of(group, self._escaped)
         if load is None:
             return None
-        self._keep_late_writes(load)
+        load.keep_late_writes()
         if group.is_replaced(load.region.memory):
             self._settled.pop(group, None)
             return None
@@ -331,17 +312,7 @@ class Streamer:
             load.ready, load.version = new.ready, new.version
         return load
 
-    def _keep_late_writes(self, load: _Load) -> None:
-        load.group.keep_late_writes(load.region.memory)
-        self._note_writes(load)
-
-    def _note_writes(self, load: _Load) -> None:
-        """Where what rests was given the values of the load, let the load be of it."""
-        kept, load.group.kept_writes = load.group.kept_writes, None
-        if kept is not None:
-            load.version = kept[1] if load.version == kept[0] else _OUTDATED
-
-    def _take(self, group: ModuleGroup) -> _Load:
+    def _take(self, group: ModuleGroup) -> Load:
         """Find `group` among what is on its way, or load it."""
         load = self._ahead.pop(group, None)
         if load is None:
@@ -351,7 +322,7 @@ class Streamer:
             return self._load_now(group)
         return load
 
-    def _load_now(self, group: ModuleGroup) -> _Load:
+    def _load_now(self, group: ModuleGroup) -> Load:
         self._counters.demand_loads += 1
         region = self._ring.take(group.size_bytes)
         while region is None and self._ahead:
@@ -380,15 +351,15 @@ class Streamer:
                 return
             self._ahead[group] = self._load(group, region)
 
-    def _load(self, group: ModuleGroup, region: Region) -> _Load:
+    def _load(self, group: ModuleGroup, region: Region) -> Load:
         if not _is_profiled():
             return self._issue(group, region)
         with _span("load", group):
             return self._issue(group, region)
 
-    def _issue(self, group: ModuleGroup, region: Region) -> _Load:
+    def _issue(self, group: ModuleGroup, region: Region) -> Load:
         after = (*region.free, self._backend.fence()) if group.refresh() else region.free
-        load = _Load(group, region, group.version())
+        load = Load(group, region, group.version())
         if group.is_joint:
             group.reserve()
         fill: Copying = load.fill
@@ -399,7 +370,7 @@ class Streamer:
         self._counters.loaded_bytes += group.size_bytes
         return load
 
-    def _drop(self, load: _Load) -> None:
+    def _drop(self, load: Load) -> None:
         """Give a load back unused. Its copy ends before later ones begin: the queue is in order.
 
         What others send is not: a load of several ranks frees its slot when it is all there.
@@ -410,7 +381,7 @@ class Streamer:
         self._counters.dropped_loads += 1
 
 
-def _of(group: ModuleGroup, loads: Sequence[_Load]) -> _Load | None:
+def _of(group: ModuleGroup, loads: Sequence[Load]) -> Load | None:
     for load in loads:
         if load.group is group:
             return load
