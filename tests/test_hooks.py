@@ -18,7 +18,7 @@ class Noting(hooks.ModuleHook):
     def pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.log.append(f"{self.name} before")
 
-    def post_forward(self, module: nn.Module, output: Any) -> None:
+    def post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.log.append(f"{self.name} after")
 
 

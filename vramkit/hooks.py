@@ -50,7 +50,7 @@ class ModuleHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Run before the forward; return replaced arguments, or None to leave them as they are."""
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Run after the forward, whether it returned or raised; return what takes the place of the output, or None."""
 
 
@@ -91,13 +91,7 @@ def attach(module: nn.Module, hook: ModuleHook, record: list[Attachment] | None 
     if isinstance(module, nn.TransformerEncoderLayer):
         return _attach_to_forward(module, hook, record)
 
-    def before(mod: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return hook.pre_forward(mod, args, kwargs)
-
-    def after(mod: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        return hook.post_forward(mod, output)
-
-    pre, post = hidden_from_compiler(before), hidden_from_compiler(after)
+    pre, post = hidden_from_compiler(hook.pre_forward), hidden_from_compiler(hook.post_forward)
     setattr(pre, _MARK, hook)
     setattr(post, _MARK, hook)
     attachment = _recorded(functools.partial(_take_off, module, (pre, post)), record)
@@ -114,9 +108,9 @@ def _attach_to_forward(module: nn.Module, hook: ModuleHook, record: list[Attachm
         try:
             output = forward(*args, **kwargs)
         except Exception:
-            hook.post_forward(module, None)
+            hook.post_forward(module, args, None)
             raise
-        replaced = hook.post_forward(module, output)
+        replaced = hook.post_forward(module, args, output)
         return output if replaced is None else replaced
 
     setattr(around, _MARK, hook)

@@ -7,7 +7,8 @@ leaves, by ``__tensor_unflatten__``; how often it nests does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "sparse_parts",
     "typed_view",
     "version",
+    "write_count",
 ]
 
 _PACKED_FOR_A_DEVICE = ("TinyGemm", "Marlin", "AWQ")  # classes of optimum-quanto
@@ -147,6 +149,10 @@ def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
             )
         for old, new in zip(leaves(target), leaves(source), strict=True):
             old.copy_(new)
+
+
+write_count: Callable[[torch.Tensor], int] = operator.attrgetter("_version")
+"""Returns how often a plain tensor was written in place. One that was made in inference mode does not count that."""
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -14,14 +14,14 @@ import torch
 from benchmarks.faults import BROKEN, tell
 from benchmarks.faults._cases import LEVELS, PLACES, Case, Failing
 from benchmarks.faults._graphs import WIDTH, OnPurposeError, drawn_graph, drawn_steps, same
-from vramkit.offload.call_hooks import GroupHook, PartHook, PassHook
+from vramkit.offload.engine import Engine
 from vramkit.offload.streamer import Streamer
 
 __all__ = ["COUNT", "run"]
 
 COUNT = 3_000
 _HOOKS = [
-    *((hook, name) for hook in (GroupHook, PassHook, PartHook) for name in ("pre_forward", "post_forward")),
+    *((Engine, name) for name in ("begin", "begin_if_outside", "moved", "enter", "leave", "end")),
     *((Streamer, name) for name in ("begin_pass", "acquire", "release", "end_pass", "_take", "_load", "_prefetch")),
 ]
 

@@ -24,11 +24,12 @@ from vramkit.offload import Offload, apply_group_offloading, apply_model_offload
 from vramkit.offload.backend import CpuBackend
 from vramkit.offload.disk import FileReader, MappedFile, SpillFile
 from vramkit.offload.engine import GroupHook
-from vramkit.offload.group import ModuleGroup, TensorSlot
+from vramkit.offload.group import ModuleGroup
 from vramkit.offload.inventory import Item
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.ring import SlotRing
 from vramkit.offload.streamer import Streamer
+from vramkit.offload.tensor_slot import TensorSlot
 from vramkit.offload.workers import Workers
 
 LEVELS = ["block_level", "leaf_level", "model_level"]

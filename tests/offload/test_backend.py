@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from vramkit.offload import apply_group_offloading, engine
+import vramkit
+from vramkit.offload import Offload, apply_group_offloading, engine
 from vramkit.offload.backend import AcceleratorBackend, _EventFence, _Events, _StreamQueue
 
 
@@ -128,28 +132,62 @@ def test_events_are_made_for_the_fences_that_are_there_and_serve_later_ones() ->
     assert fences[0]._event is not fences[1]._event  # type: ignore[attr-defined]
 
 
-def test_a_group_takes_two_events_and_two_waits_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, blocks = Device(), 12
+def on_paper(device: Device, blocks: int, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Offload]:
+    """Layers that stream one by one on a device of paper, and have run."""
     backend = AcceleratorBackend.__new__(AcceleratorBackend)
     backend.device, backend._api, backend._events = torch.device("cpu"), device, device.events
     monkeypatch.setattr(engine, "backend_for", lambda _: backend)
-    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(blocks))).requires_grad_(False)
-    x = torch.randn(1, 64)
-    expected = model(x)
     # Pageable stores have a thread, and another machine may lock memory: without one, as on a device with locked memory.
     monkeypatch.setattr(backend, "queue", lambda *, threaded: _StreamQueue(device, backend.device, device.events))
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(blocks))).requires_grad_(False)
     offload = apply_group_offloading(model, "cpu", offload_type="leaf_level", unit_bytes=1)
     with torch.no_grad():
         for _ in range(3):
-            model(x)
-        device.log.clear()
-        device.asked, made = 0, device.made
-        assert torch.equal(model(x), expected)
-    groups = offload.stats().groups
-    offload.remove()
-    assert groups == blocks
+            model(torch.randn(1, 64))
+    assert offload.stats().groups == blocks
+    return model, offload
+
+
+def test_a_group_takes_two_events_and_two_waits_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, groups = Device(), 12
+    model, offload = on_paper(device, groups, monkeypatch)
+    x = torch.randn(1, 64)
+    device.log.clear()
+    device.asked, made = 0, device.made
+    with torch.no_grad():
+        streamed = model(x)
     waits = [line for line in device.log if "waits" in line]
     assert sorted(set(waits)) == ["compute waits for stream 0", "stream 0 waits for compute"]
     assert len(waits) <= 2 * groups
     assert device.asked <= 2 * groups + 2  # and where the pass ends
     assert device.made == made
+    offload.remove()
+    assert torch.equal(streamed, model(x))
+
+
+def test_a_group_takes_few_calls_of_functions_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a group takes the host on a device goes with these, which no other work on the machine changes."""
+    calls = {}
+    for blocks in (12, 24):
+        model, offload = on_paper(Device(), blocks, monkeypatch)
+        with torch.no_grad():
+            calls[blocks] = _calls_of_ours(lambda model=model: model(torch.randn(1, 64)))  # type: ignore[misc]
+        offload.remove()
+    assert (calls[24] - calls[12]) / 12 <= 58
+
+
+def _calls_of_ours(function: Callable[[], Any]) -> int:
+    calls = 0
+    ours = str(Path(vramkit.__file__).parent)
+
+    def note(frame: FrameType, event: str, _argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename.startswith(ours)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls

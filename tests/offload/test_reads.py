@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from vramkit import hooks
 from vramkit.errors import ConflictError
 from vramkit.offload import apply_group_offloading, apply_model_offload
-from vramkit.offload.group import TensorSlot
 from vramkit.offload.tables import TableHook
+from vramkit.offload.tensor_slot import TensorSlot
 
 WIDTH = 32
 LEVELS = ["block_level", "leaf_level", "model_level"]

@@ -50,6 +50,7 @@ class Group:
     needs_thread = False
     is_joint = False
     is_on_show = True
+    kept_writes = None
 
     def __init__(self, name: str, log: list[str], size_bytes: int = 4096) -> None:
         self.name, self.log, self.size_bytes = name, log, size_bytes
@@ -83,11 +84,8 @@ class Group:
     def refresh(self, *, all_of_it: bool = False) -> None:
         pass
 
-    def take_kept_writes(self) -> None:
-        pass
-
-    def refuse_replaced(self) -> None:
-        pass
+    def is_at_rest(self) -> bool:
+        return self.shown is None
 
 
 class Rig:

@@ -11,13 +11,14 @@ from torch import nn
 from vramkit import tensors
 from vramkit.memory import tensor_bytes
 from vramkit.offload.config import OffloadConfig
-from vramkit.offload.group import ModuleGroup, TensorSlot
+from vramkit.offload.group import ModuleGroup
 from vramkit.offload.inventory import Inventory, Item
 from vramkit.offload.layout import BufferLayout
 from vramkit.offload.partition import Partition, Unit, partition, slot_bytes_for
 from vramkit.offload.residents import Resident, Residents
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.stores import Store
+from vramkit.offload.tensor_slot import TensorSlot
 from vramkit.offload.uses import Times
 
 __all__ = ["Assembly", "Footprint", "assemble", "footprints", "partitioned", "streaming"]

@@ -53,7 +53,7 @@ class PassHook(hooks.ModuleHook):
         self.engine.begin("forward")
         return self.engine.moved(args, kwargs)
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Close the pass.
 
         Give weights that are returned as they rest from the device, and run each step of a generator in a pass.
@@ -78,7 +78,7 @@ class PartHook(hooks.ModuleHook):
             return None
         return self._engine.moved(args, kwargs)
 
-    def post_forward(self, module: nn.Module, output: Any) -> None:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Close the pass if this part opened it."""
         if self._may_have_begun:
             self._engine.end(self._name)
@@ -110,6 +110,11 @@ class GroupHook(hooks.ModuleHook):
         """Take the module that was left most recently for the last one of a pass."""
         self._last, self._recent = self._recent or self._last, None
 
+    def end_pass(self) -> None:
+        """Learn the last one, and forget those that seem to run: a KeyboardInterrupt skipped what follows their forward."""
+        self._last = self._recent or self._last
+        self._recent, self._running, self._has_begun = None, 0, False
+
     def forget(self) -> None:
         """Forget a pass that was torn off."""
         self._recent, self._running, self._has_begun = None, 0, False
@@ -128,18 +133,18 @@ class GroupHook(hooks.ModuleHook):
         if is_by_itself:
             self._has_begun = True
         if not _may_be_skipped(module):  # else the group is acquired when a weight of it is read
-            engine.enter(self, module)
+            engine.enter(self.group, module)
         self._running += 1
         return engine.moved(args, kwargs) if is_by_itself else None
 
-    def post_forward(self, module: nn.Module, output: Any) -> None:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Let the group go after its last module."""
         if module not in self.entries or not self._running:
             return
         self._running -= 1
         self._recent = module
         if not self._running:
-            self._engine.leave(self, is_last=module is self._last)
+            self._engine.leave(self.group, is_last=module is self._last)
             if self._has_begun:
                 self._has_begun = False
                 self._engine.end(self._name)

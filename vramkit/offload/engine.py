@@ -321,26 +321,28 @@ class Engine:
 
     # --- groups
 
-    def enter(self, hook: GroupHook, module: nn.Module) -> None:
-        """Acquire a group for `module`, one of its entries, after letting go of groups that nothing runs in."""
-        if self._lingering:
-            self._leave_lingering(hook.group)
-        self._acquire(hook.group, module)
+    def enter(self, group: ModuleGroup, module: nn.Module) -> None:
+        """Acquire a group for `module`, after letting go of groups that nothing runs in."""
+        if self._lingering and self._lingering != [group]:
+            self._leave_lingering(group)
+        if self._calls.open[0].is_whole:
+            self._uses.note(module, group)
+        self._streamer.acquire(group)
 
-    def leave(self, hook: GroupHook, *, is_last: bool) -> None:
+    def leave(self, group: ModuleGroup, *, is_last: bool) -> None:
         """Release a group after the last of its modules; after others, when the next group is entered."""
-        if self._lingering:
-            self._lingering = [group for group in self._lingering if group is not hook.group]
+        lingering = self._lingering
         if is_last:
-            self._streamer.release(hook.group)
-        else:
-            self._lingering.append(hook.group)
+            if group in lingering:
+                lingering.remove(group)
+            self._streamer.release(group)
+        elif group not in lingering:
+            lingering.append(group)
 
     def read(self, group: ModuleGroup, owner: nn.Module) -> None:
         """Acquire a group because a weight of `owner` is read where it rests; it stays until another one is needed."""
         self.begin_if_outside(group.name, is_whole=False)
-        self._leave_lingering(group)
-        self._acquire(group, owner)
+        self.enter(group, owner)
         hook = self._hook_of.get(group)
         if (hook is None or not hook.is_running) and group not in self._lingering and not self._is_whole:
             self._lingering.append(group)
@@ -383,11 +385,6 @@ class Engine:
         # Last, because hooks are put before those that are there: on the root itself the pass begins before its group.
         hooks.attach(self.module, PassHook(self), record)
 
-    def _acquire(self, group: ModuleGroup, user: nn.Module) -> None:
-        if self._calls.open[0].is_whole:
-            self._uses.note(user, group)
-        self._streamer.acquire(group)
-
     def _leave_lingering(self, wanted: ModuleGroup) -> None:
         lingering, self._lingering = self._lingering, []
         for group in lingering:
@@ -401,9 +398,8 @@ class Engine:
     def _let_go(self, call: OpenCall, *, is_outermost: bool) -> None:
         self._lingering.clear()
         if is_outermost:
-            for hook in self._group_hooks:  # a KeyboardInterrupt skips the hooks of the modules it went through
-                hook.learn_last()
-                hook.forget()
+            for hook in self._group_hooks:
+                hook.end_pass()
         if not self._holds_on and (is_outermost or not self._is_whole):
             self._streamer.release_all()
         if is_outermost:
@@ -472,8 +468,10 @@ class Engine:
         if self.assembly.residents.are_loaded:
             holders += [resident for resident in self.assembly.residents if not resident.is_buffer]
         holders += [] if self._holds_on else self.assembly.groups
-        for replaced in filter(None, (holder.replaced() for holder in holders)):
-            raise ConflictError(
-                f"{replaced} was replaced while its module is offloaded, which goes on reading the old one. The new one is "
-                "there: `with offload_of(module).edit(): pass` takes it in; replace others inside such a block"
-            )
+        for holder in holders:
+            replaced = holder.replaced()
+            if replaced is not None:
+                raise ConflictError(
+                    f"{replaced} was replaced while its module is offloaded, which goes on reading the old one. The new one "
+                    "is there: `with offload_of(module).edit(): pass` takes it in; replace others inside such a block"
+                )

@@ -17,62 +17,11 @@ from vramkit.offload.layout import BufferLayout, LeafSpec
 from vramkit.offload.placement import Placement
 from vramkit.offload.ring import Pieces
 from vramkit.offload.stores import JointStore, Store
+from vramkit.offload.tensor_slot import TensorSlot, asks_for_gradients
 from vramkit.offload.transforms import is_in_functional_call
-from vramkit.offload.watch import shown, stands_for
+from vramkit.offload.watch import shown
 
-__all__ = ["ModuleGroup", "TensorSlot", "asks_for_gradients"]
-
-
-def asks_for_gradients(rest: torch.Tensor) -> bool:
-    """Tell whether torch takes `rest` for trainable: what was made in inference mode may say so and is not."""
-    return rest.requires_grad and not tensors.is_inference_made(rest)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class TensorSlot:
-    """One tensor and all the places that own it: tied parameters have several.
-
-    `rest` is the owners' tensor while nothing runs. Its bytes lie in host memory.
-    """
-
-    rest: torch.Tensor
-    owners: list[tuple[nn.Module, str]]
-
-    def replaced(self, expected: torch.Tensor) -> str | None:
-        """Return the name of an owner that holds something else than `expected`, or None."""
-        for module, name in self.owners:
-            if module._parameters.get(name) is not expected:  # noqa: SLF001 (getattr is too slow for every pass)
-                return f"{type(module).__name__}.{name}"
-        return None
-
-    def owner_name(self) -> str:
-        """Return the first owner's class and attribute, for messages."""
-        module, name = self.owners[0]
-        return f"{type(module).__name__}.{name}"
-
-    def put_in_place_of(self, mine: torch.Tensor) -> torch.Tensor | None:
-        """Return what an owner was given instead of `mine`, by whoever but us, or None."""
-        for module, name in self.owners:
-            held = module._parameters.get(name)  # noqa: SLF001
-            if held is not mine and held is not None and held is not self.rest and not stands_for(held, self.rest):
-                return held
-        return None
-
-    def show(self, tensor: torch.Tensor, *, instead_of: torch.Tensor | None = None) -> None:
-        """Let every owner have `tensor` under its name; or only those that have `instead_of`, or another one of ours."""
-        for module, name in self.owners:
-            held = module._parameters.get(name)  # noqa: SLF001
-            if instead_of is not None and held is not instead_of and not self._is_ours(held):
-                continue
-            if isinstance(module, nn.RNNBase):
-                nn.RNNBase.__setattr__(module, name, tensor)  # keeps a list of them for its kernels
-            elif name in module._parameters:  # noqa: SLF001 (a class may refuse setattr, which is slow, too)
-                module._parameters[name] = tensor  # type: ignore[assignment]  # noqa: SLF001
-            elif name in module._buffers:  # noqa: SLF001 (a forward may have deleted it)
-                module._buffers[name] = tensor  # noqa: SLF001
-
-    def _is_ours(self, held: torch.Tensor | None) -> bool:
-        return held is self.rest or (held is not None and stands_for(held, self.rest))
+__all__ = ["ModuleGroup"]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -165,7 +114,8 @@ class ModuleGroup:
         self._may_ask = any(asks_for_gradients(slot.rest) for slot, _ in bindings)
         self._placed: dict[int, Placement] = {}
         self._on_show: Placement | None = None
-        self._kept: tuple[int, int] | None = None
+        self.kept_writes: tuple[int, int] | None = None
+        """The versions before and after writes that were kept; whoever takes note of them puts None here."""
         self._home = home
         self._find_stores([])
 
@@ -174,17 +124,9 @@ class ModuleGroup:
         """Whether filling a slot touches bytes on the host."""
         return any(store.needs_thread for _, _, store in self.stores)
 
-    @property
-    def is_joint(self) -> bool:
-        """Whether other ranks wait for each fill."""
-        return bool(self._joint)
-
     def version(self) -> int:
         """Return a number that changes when any of the tensors at rest is written in place."""
-        total = 0
-        for leaf in self._counted:  # asked twice a pass: a comprehension takes longer than what it does
-            total += leaf._version  # noqa: SLF001
-        return total
+        return sum(map(tensors.write_count, self._counted))
 
     def owners(self) -> list[tuple[nn.Module, str]]:
         """Return all (module, attribute) pairs that are shown the group."""
@@ -194,15 +136,22 @@ class ModuleGroup:
         """Return the tensors with their owners."""
         return [binding.slot for binding in self._bindings]
 
+    def is_at_rest(self) -> bool:
+        """Tell whether all owners have their tensors at rest; False where that takes a closer look."""
+        for held, name, rest, _ in self._owned:
+            if held["_parameters"].get(name) is not rest:
+                return False
+        return not self._special
+
     def replaced(self) -> str | None:
         """Return the name of an owner that does not hold its tensor at rest, or None."""
+        if self.is_at_rest():
+            return None
         found = (binding.slot.replaced(binding.slot.rest) for binding in self._bindings)
         return next((name for name in found if name is not None), None)
 
     def refuse_replaced(self) -> None:
         """Raise ConflictError where an owner was given another tensor than ours: to show ours would hide it."""
-        if self._is_at_rest():
-            return
         for slot in self.slots():
             if slot.replaced(slot.rest) is not None and slot.put_in_place_of(slot.rest) is not None:
                 raise ConflictError(
@@ -332,13 +281,6 @@ class ModuleGroup:
                 return False
         return not self._special
 
-    def _is_at_rest(self) -> bool:
-        """Tell whether all owners have their tensors at rest; False where that takes a closer look."""
-        for held, name, rest, _ in self._owned:
-            if held["_parameters"].get(name) is not rest:
-                return False
-        return not self._special
-
     def _given_instead(self, placement: Placement) -> list[torch.Tensor | None]:
         """Return what owners were given in the place of tensors on show."""
         pairs = zip(self._bindings, placement.tensors, strict=True)
@@ -360,11 +302,6 @@ class ModuleGroup:
         written = placement.written() if placement is not None else []
         if placement is not None and written:
             self._keep_writes(placement, written, [None] * len(placement.tensors))
-
-    def take_kept_writes(self) -> tuple[int, int] | None:
-        """Return the versions before and after writes that were kept since this was asked last; None: there were none."""
-        kept, self._kept = self._kept, None
-        return kept
 
     def is_replaced(self, memory: torch.Tensor) -> bool:
         """Tell whether what is in `memory` belongs to others alone, and the group has other tensors."""
@@ -405,7 +342,7 @@ class ModuleGroup:
         placement.is_replaced |= not placement.is_whole()
         if placement.is_replaced:
             self._placed.pop(placement.address, None)
-        self._kept = before, self.version()
+        self.kept_writes = before, self.version()
         self._find_stores(changed)
 
     def _versions_of_staying(self) -> list[int]:
@@ -414,6 +351,8 @@ class ModuleGroup:
     def _find_stores(self, changed: Sequence[torch.Tensor]) -> None:
         self.stores = tuple(self._home.stores(changed))
         self._joint = [(at, size, store) for at, size, store in self.stores if isinstance(store, JointStore)]
+        self.is_joint = bool(self._joint)
+        """Whether other ranks wait for each fill."""
         self._alone = [each for each in self.stores if not isinstance(each[2], JointStore)]
         self._is_read_from_files = any(store.kind in ("disk", "mapped") for _, _, store in self.stores)
         self._version_in_files = self.version()

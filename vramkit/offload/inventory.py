@@ -11,7 +11,7 @@ from torch import nn
 
 from vramkit import tensors
 from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
-from vramkit.offload.group import TensorSlot
+from vramkit.offload.tensor_slot import TensorSlot
 
 __all__ = ["Inventory", "Item", "refuse_foreign_hooks"]
 

@@ -13,8 +13,9 @@ from vramkit import tensors
 from vramkit.errors import ConflictError
 from vramkit.offload.assembly import Assembly
 from vramkit.offload.disk import check_files_of
-from vramkit.offload.group import ModuleGroup, TensorSlot
+from vramkit.offload.group import ModuleGroup
 from vramkit.offload.tables import Table
+from vramkit.offload.tensor_slot import TensorSlot
 from vramkit.offload.watch import data_at_rest, is_resting, released, resting
 
 __all__ = ["WeightKeeper"]

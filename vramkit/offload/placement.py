@@ -32,7 +32,6 @@ class Placement:
         self._find_counted()
         self._addresses = self._find()
         self._versions = self._count_writes()
-        self._writes = sum(self._versions)
         self._references = _references(self.tensors)  # no local variable may refer to one now
         self._memory: torch.Tensor | None = None
         self._is_held = False
@@ -67,28 +66,25 @@ class Placement:
     def is_held_by_others(self) -> bool:
         """Tell whether somebody refers to a tensor, or to a view of one. Ask when no module has them any more."""
         views: int = torch._C._storage_Use_Count(self._storage)  # noqa: SLF001
-        is_referred_to = self._are_referred_to()  # before anything here refers to them too
+        is_referred_to = any(map(operator.gt, _references(self.tensors), self._references))  # before anything here does
+        own = self._views
         noted = with_data(self.tensors)
         self._may_have_data = bool(noted)
-        # What was given other memory is noted, and neither it nor its ``.data`` is here any more.
-        gone = 0 if not noted or self.is_whole() else sum(map(operator.ne, self._find(), self._addresses))
-        self._is_held = (
-            views > self._views + len(noted) - 2 * gone
-            or is_referred_to
-            or bool(noted and _is_referred_to([data_of(tensor) for tensor in noted]))
-        )
+        if noted:
+            # What was given other memory is noted, and neither it nor its ``.data`` is here any more.
+            gone = 0 if self.is_whole() else sum(map(operator.ne, self._find(), self._addresses))
+            own += len(noted) - 2 * gone
+            is_referred_to |= _is_referred_to([data_of(tensor) for tensor in noted])
+        self._is_held = is_referred_to or views > own
         return self._is_held
 
     def written(self) -> list[int]:
         """Return the places of tensors that were written to since this was asked last, in any way."""
-        writes = 0
-        for leaf in self._counted:  # none of these numbers ever falls
-            writes += leaf._version  # noqa: SLF001 (a fifth of what `version` takes)
-        noted = with_data(self.tensors)
-        if writes == self._writes and not noted:
-            return []
         now, before = self._count_writes(), self._versions
-        self._versions, self._writes = now, sum(now)
+        noted = with_data(self.tensors)
+        if now == before and not noted:
+            return []
+        self._versions = now
         written = {at for at, new, old in zip(self._places, now, before, strict=True) if new != old}
         through_data = {id(tensor) for tensor in noted if written_through_data(tensor)}
         return [at for at, tensor in enumerate(self.tensors) if at in written or id(tensor) in through_data]
@@ -100,15 +96,7 @@ class Placement:
             self._places += [at] * len(leaves)
 
     def _count_writes(self) -> list[int]:
-        return [leaf._version for leaf in self._counted]  # noqa: SLF001
-
-    def _are_referred_to(self) -> bool:
-        at = 0
-        for tensor in self.tensors:  # with as many references of its own as `_references`: `enumerate` has one, too
-            if sys.getrefcount(tensor) > self._references[at]:
-                return True
-            at += 1  # noqa: SIM113
-        return False
+        return list(map(tensors.write_count, self._counted))
 
     def is_whole(self) -> bool:
         """Tell whether all tensors are still where they were: not where one was given other memory (``.data``, ``set_``)."""
@@ -128,7 +116,4 @@ def _is_referred_to(handed_out: list[torch.Tensor]) -> bool:
 
 
 def _references(placed: Sequence[object]) -> list[int]:
-    counts = []
-    for tensor in placed:
-        counts.append(sys.getrefcount(tensor))  # noqa: PERF401 (a comprehension may count otherwise than a loop)
-    return counts
+    return list(map(sys.getrefcount, placed))  # no variable of this function refers to one meanwhile

@@ -12,8 +12,8 @@ from vramkit import tensors
 from vramkit.errors import StoreError
 from vramkit.memory import tensor_bytes
 from vramkit.offload.disk import check_files_of
-from vramkit.offload.group import TensorSlot, asks_for_gradients
 from vramkit.offload.resting import RestingPlace
+from vramkit.offload.tensor_slot import TensorSlot, asks_for_gradients
 from vramkit.offload.transforms import outside_transforms
 from vramkit.offload.watch import shown, stands_for, with_data, written_through_data
 

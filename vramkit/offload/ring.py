@@ -42,11 +42,11 @@ class Region:
     free: Sequence[Fence]
     first: int = 0
     count: int = 0
+    memory: torch.Tensor = dataclasses.field(init=False)
+    """All of it."""
 
-    @property
-    def memory(self) -> torch.Tensor:
-        """All of it."""
-        return self.pieces.memory
+    def __post_init__(self) -> None:
+        self.memory = self.pieces.memory
 
 
 class SlotRing:
@@ -67,7 +67,7 @@ class SlotRing:
         self._allocate = memory or backend.memory
         self._memory: torch.Tensor | None = None
         self._views: dict[tuple[int, int], torch.Tensor] = {}  # by first slot and count
-        self._pieces: dict[tuple[int, int], Pieces] = {}  # of the beginnings of those, by first slot and bytes
+        self._regions: dict[tuple[int, int], Region] = {}  # one and the same for all of a size, by first slot and bytes
         self._fences: list[Fence] = []
         self._taken = [False] * self.slots
         self._next = 0
@@ -98,21 +98,21 @@ class SlotRing:
         if self.is_full:
             return None
         count = -(-size_bytes // self.slot_bytes) or 1
-        first = self._first_of(count)
+        first = self._next if count == 1 and not self._taken[self._next] else self._first_of(count)
         if first is None:
             return None
         stop = first + count
+        region = self._regions.get((first, size_bytes))
+        if region is None:
+            pieces = Pieces(self._slots(first, count)[:size_bytes])
+            region = self._regions[first, size_bytes] = Region(pieces, (), first, count)
+        region.free = self._fences[first:stop]
         self._taken[first:stop] = [True] * count
         self._next = stop % self.slots
-        pieces = self._pieces.get((first, size_bytes))
-        if pieces is None:  # one and the same for all groups of that size
-            pieces = self._pieces[first, size_bytes] = Pieces(self._slots(first, count)[:size_bytes])
-        return Region(pieces, self._fences[first:stop], first, count)
+        return region
 
     def _first_of(self, count: int) -> int | None:
         """Find so many adjacent free slots, at best those that come next; return the first one."""
-        if count == 1 and not self._taken[self._next]:
-            return self._next
         for step in range(self.slots):
             first = (self._next + step) % self.slots
             stop = first + count
@@ -147,7 +147,7 @@ class SlotRing:
         """
         self._memory = None
         self._views.clear()
-        self._pieces.clear()
+        self._regions.clear()
         self.is_open = False
         with contextlib.suppress(
             torch.OutOfMemoryError
@@ -165,7 +165,7 @@ class SlotRing:
         finally:
             self._memory = None
             self._views.clear()
-            self._pieces.clear()
+            self._regions.clear()
             self.is_open = False
             self._taken = [False] * self.slots
             self._next = 0

@@ -7,7 +7,6 @@ wrong byte.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
-from vramkit.offload.backend import Arrival, Backend, Copying, Fence
+from vramkit.offload.backend import Backend, Copying
 from vramkit.offload.group import ModuleGroup
+from vramkit.offload.loads import OUTDATED, Load
 from vramkit.offload.orders import Orders
 from vramkit.offload.ring import Region, SlotRing
 from vramkit.offload.stats import Counters
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Streamer"]
 
 _is_profiled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # noqa: SLF001 (torch has no public reader)
-_OUTDATED = -1  # the version of a load of what is no longer at rest
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Load:
-    """A group on its way into a region, or there."""
-
-    group: ModuleGroup
-    region: Region
-    version: int
-    ready: Fence = dataclasses.field(init=False)
-    is_given_up: bool = False
-    """Whether nobody wants any more what would be copied: a copy that has not begun need not."""
-
-    def fill(self) -> Sequence[Arrival]:
-        """Copy, on the queue."""
-        if self.is_given_up and not self.group.is_joint:  # other ranks, who may have begun it, would wait
-            return ()
-        return self.group.fill(self.region.pieces)
 
 
 class Streamer:
@@ -69,25 +50,20 @@ class Streamer:
         self._groups = (*groups, *unordered)
         self._queue = backend.queue(threaded=any(group.needs_thread for group in self._groups))
         self._orders = Orders(groups)
-        self._ahead: list[_Load] = []  # loading or loaded, not yet used; in the order in which they are expected
-        self._held: dict[ModuleGroup, _Load] = {}
-        self._escaped: list[_Load] = []  # let go of, but somebody has a view of their memory
-        self._settled: dict[ModuleGroup, _Load] = {}  # the same after a pass: their memory is theirs for good
+        self._ahead: dict[ModuleGroup, Load] = {}  # loading or loaded, not yet used; the last is the first to drop
+        self._held: dict[ModuleGroup, Load] = {}
+        self._escaped: list[Load] = []  # let go of, but somebody has a view of their memory
+        self._settled: dict[ModuleGroup, Load] = {}  # the same after a pass: their memory is theirs for good
         self.track: Track | None = None
         """Where a trace notes what happens."""
         self._began: dict[ModuleGroup, Any] = {}  # when the computation of groups that are held did
-        self._is_torn = False  # a step before was cut short by an exception, and steps came after it
-        self._midway = False  # inside acquire, release or prefetch: true elsewhere only after a KeyboardInterrupt
+        self.was_cut_short = False
+        """Whether an interrupt or an error came in the middle of a step, which only `reset` mends: true inside of one."""
 
     @property
     def is_clean(self) -> bool:
         """Whether no group is held and no step was cut short."""
         return not self._held and not self.was_cut_short
-
-    @property
-    def was_cut_short(self) -> bool:
-        """Whether an interrupt or an error came in the middle of a step, which only `reset` mends."""
-        return self._midway or self._is_torn
 
     @outside_transforms
     def begin_pass(self, entry_point: str) -> None:
@@ -95,11 +71,11 @@ class Streamer:
 
         What is acquired outside a pass (a part of the module called by itself) is followed, but not learned.
         """
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         self._orders.begin(entry_point)
         self._keep_expected()
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     def acquire(self, group: ModuleGroup) -> None:
         """Make `group` ready for computation issued from now on, then load what comes next."""
@@ -113,8 +89,9 @@ class Streamer:
                     group.show_device(held.region.memory, remember=held.region.count > 0)
                 return
             self.release(group)  # written to while it was kept on the device: load it again
-        group.refuse_replaced()
-        self._begin_step()
+        if not group.is_at_rest():
+            group.refuse_replaced()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         if _is_profiled():
             with _span("acquire", group):
                 self._show(group, is_used_anew=held is None)
@@ -122,7 +99,7 @@ class Streamer:
             self._show(group, is_used_anew=held is None)
         if not self._ring.is_full:
             self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     _acquire_outside = outside_transforms(acquire)
 
@@ -133,7 +110,7 @@ class Streamer:
         if innermost_transform() is not None:
             self._release_outside(group)
             return
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         load = self._held.pop(group)
         if self._began and self.track is not None and group in self._began:
             self.track.note("compute", group.name, self._began.pop(group), self._backend.moment())
@@ -143,7 +120,7 @@ class Streamer:
         else:
             self._let_go(load)
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     _release_outside = outside_transforms(release)
 
@@ -154,11 +131,11 @@ class Streamer:
 
     def drop_loads_of(self, groups: Sequence[ModuleGroup]) -> None:
         """Forget what was loaded of `groups`: their bytes were changed at rest."""
-        for load in [load for load in self._ahead if load.group in groups]:
+        for load in [load for load in self._ahead.values() if load.group in groups]:
             self._drop(load)
         for group in groups:
             if group in self._settled:
-                self._settled[group].version = _OUTDATED
+                self._settled[group].version = OUTDATED
             self.release(group)
             group.refresh(all_of_it=True)
 
@@ -166,19 +143,20 @@ class Streamer:
     def show_rest(self) -> None:
         """Let the owners of groups that are held have their tensors at rest, with what was written to them."""
         for load in self._held.values():
-            self._put_away(load)
+            load.group.put_away()
+            load.note_writes()
         self.keep_late_writes()
 
     def keep_late_writes(self) -> None:
         """Keep what was written to groups through views that somebody has, after they were released."""
         for load in (*self._escaped, *self._settled.values()):
             if load.group not in self._held:
-                self._keep_late_writes(load)
+                load.keep_late_writes()
 
     @outside_transforms
     def end_pass(self) -> None:
         """Learn the shape of the pass that ends, and load what the next one starts with."""
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         self._counters.passes += self._orders.is_midway
         self.keep_late_writes()
         lost = self._settle()
@@ -187,7 +165,7 @@ class Streamer:
         self._orders.end()
         self._keep_expected()
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     @outside_transforms
     def rest(self) -> None:
@@ -195,8 +173,8 @@ class Streamer:
 
         What somebody has a view of stays theirs. The next pass goes on as if it were the first, with what was learned.
         """
-        self._begin_step()
-        for load in list(self._ahead):
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
+        for load in list(self._ahead.values()):
             self._drop(load)
         for group in list(self._held):
             load = self._held.pop(group)
@@ -206,14 +184,14 @@ class Streamer:
         for group in self._groups:
             group.close(but=self._settled[group].region.memory if group in self._settled else None)
         self._ring.close()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     def reset(self) -> None:
         """Forget what is on its way and held; owners hold their tensors at rest afterwards, with what was written to them.
 
         Orders stay known.
         """
-        self._begin_step()
+        self.was_cut_short = True
         self._queue.drain()  # nothing may be written any more when regions are given up
         try:
             self.show_rest()
@@ -230,13 +208,13 @@ class Streamer:
         self._escaped.clear()
         self._orders.reset()
         self._ring.reset()
-        self._midway = self._is_torn = False
+        self.was_cut_short = False
 
     def prefill(self) -> None:
         """Load what the next pass starts with."""
-        self._begin_step()
+        was_cut_short, self.was_cut_short = self.was_cut_short, True
         self._prefetch()
-        self._midway = False
+        self.was_cut_short = was_cut_short
 
     @property
     def kept_bytes(self) -> int:
@@ -257,39 +235,38 @@ class Streamer:
         finally:
             self._queue.close()
 
-    def _begin_step(self) -> None:
-        self._is_torn |= self._midway
-        self._midway = True
-
     def _show(self, group: ModuleGroup, *, is_used_anew: bool) -> None:
         """Find the load of `group`, or load it, and let owners have it when it is there."""
         load = self._still_there(group) if self._settled or self._escaped else None
         if is_used_anew and load is None and not self._orders.use(group):
             self._keep_expected(group)
         load = load or self._take(group)
-        self._wait_for(load)
+        if self.track is None:
+            self._counters.stall_s += load.ready.wait()
+        else:
+            self._wait_traced(load, self.track)
         self._held[group] = load  # before it is shown: where that fails, what was shown is put away
         group.show_device(load.region.memory, remember=load.region.count > 0)
 
-    def _let_go(self, load: _Load) -> None:
+    def _let_go(self, load: Load) -> None:
         """Put a load away that is no longer held, and have its memory back unless somebody has a view of it."""
-        if self._put_away(load):
+        is_held = load.group.put_away()
+        if load.group.kept_writes is not None:
+            load.note_writes()
+        if is_held:
             self._escaped.append(load)
         elif load.group not in self._settled:
             self._give(load)
         if self._escaped:
             self._give_escaped()
 
-    def _wait_for(self, load: _Load) -> None:
-        if self.track is None:
-            self._counters.stall_s += load.ready.wait()
-            return
+    def _wait_traced(self, load: Load, track: Track) -> None:
         asked = self._backend.moment()
         self._counters.stall_s += load.ready.wait()
         self._began[load.group] = began = self._backend.moment()
-        self.track.note("stall", load.group.name, asked, began)
+        track.note("stall", load.group.name, asked, began)
 
-    def _give(self, load: _Load) -> None:
+    def _give(self, load: Load) -> None:
         """Let the memory of a load be reused after the computation issued so far."""
         self._ring.give(load.region, self._backend.fence())
         if not load.region.count:
@@ -299,7 +276,7 @@ class Streamer:
         """Take back what nobody has a view of any more."""
         escaped, self._escaped = self._escaped, []
         for load in escaped:
-            self._keep_late_writes(load)
+            load.keep_late_writes()
             if load.group.is_held_by_others(load.region.memory):
                 self._escaped.append(load)
             elif self._settled.get(load.group) is not load:
@@ -319,12 +296,12 @@ class Streamer:
         self._escaped.clear()
         return [load.region for load in lost]
 
-    def _still_there(self, group: ModuleGroup) -> _Load | None:
+    def _still_there(self, group: ModuleGroup) -> Load | None:
         """Return the load of a group that was let go of and never left the device, if it is what rests now."""
         load = self._settled.get(group) or _of(group, self._escaped)
         if load is None:
             return None
-        self._keep_late_writes(load)
+        load.keep_late_writes()
         if group.is_replaced(load.region.memory):
             self._settled.pop(group, None)
             return None
@@ -335,38 +312,21 @@ class Streamer:
             load.ready, load.version = new.ready, new.version
         return load
 
-    def _put_away(self, load: _Load) -> bool:
-        """Let owners have their tensors at rest; tell if somebody else has still what is in the memory of the load."""
-        is_held = load.group.put_away()
-        self._note_writes(load)
-        return is_held
-
-    def _keep_late_writes(self, load: _Load) -> None:
-        load.group.keep_late_writes(load.region.memory)
-        self._note_writes(load)
-
-    def _note_writes(self, load: _Load) -> None:
-        """Where what rests was given the values of the load, let the load be of it."""
-        kept = load.group.take_kept_writes()
-        if kept is not None:
-            load.version = kept[1] if load.version == kept[0] else _OUTDATED
-
-    def _take(self, group: ModuleGroup) -> _Load:
+    def _take(self, group: ModuleGroup) -> Load:
         """Find `group` among what is on its way, or load it."""
-        load = _of(group, self._ahead)
+        load = self._ahead.pop(group, None)
         if load is None:
             return self._load_now(group)
-        self._ahead.remove(load)
         if load.version != group.version():
             self._ring.give(load.region, self._backend.fence())
             return self._load_now(group)
         return load
 
-    def _load_now(self, group: ModuleGroup) -> _Load:
+    def _load_now(self, group: ModuleGroup) -> Load:
         self._counters.demand_loads += 1
         region = self._ring.take(group.size_bytes)
         while region is None and self._ahead:
-            self._drop(self._ahead[-1])
+            self._drop(next(reversed(self._ahead.values())))
             region = self._ring.take(group.size_bytes)
         return self._load(group, region or self._ring.make(group.size_bytes))
 
@@ -374,36 +334,34 @@ class Streamer:
         """Drop what is on its way and not expected soon, after the plan has changed; `used` is taken next."""
         coming = self._orders.ahead(self._ring.slots)
         order = {group: at for at, group in reversed(list(enumerate(coming, 1)))} | ({used: 0} if used else {})
-        for load in list(self._ahead):
+        for load in list(self._ahead.values()):
             if load.group not in order:
                 self._drop(load)
-        self._ahead.sort(key=lambda load: order[load.group])
+        self._ahead = dict(sorted(self._ahead.items(), key=lambda item: order[item[0]]))
 
     def _prefetch(self) -> None:
         """Fill free slots with what is expected next."""
-        ring, ahead = self._ring, self._ahead
-        if ring.is_full:
-            return
-        for at, group in enumerate(self._orders.ahead(ring.slots)):
-            if at < len(ahead) and ahead[at].group is group:
+        for group in self._orders.ahead(self._ring.slots):
+            if group in self._ahead:
                 continue
-            if group in self._held or _of(group, ahead) is not None:
+            if group in self._held:
                 return
-            region = ring.take(group.size_bytes)
+            region = self._ring.take(group.size_bytes)
             if region is None:
                 return
-            ahead.insert(at, self._load(group, region))
+            self._ahead[group] = self._load(group, region)
 
-    def _load(self, group: ModuleGroup, region: Region) -> _Load:
+    def _load(self, group: ModuleGroup, region: Region) -> Load:
         if not _is_profiled():
             return self._issue(group, region)
         with _span("load", group):
             return self._issue(group, region)
 
-    def _issue(self, group: ModuleGroup, region: Region) -> _Load:
+    def _issue(self, group: ModuleGroup, region: Region) -> Load:
         after = (*region.free, self._backend.fence()) if group.refresh() else region.free
-        load = _Load(group, region, group.version())
-        group.reserve()
+        load = Load(group, region, group.version())
+        if group.is_joint:
+            group.reserve()
         fill: Copying = load.fill
         if self.track is not None:
             fill = self.track.copying(group.name, group.size_bytes, region.first if region.count else None, fill)
@@ -412,18 +370,18 @@ class Streamer:
         self._counters.loaded_bytes += group.size_bytes
         return load
 
-    def _drop(self, load: _Load) -> None:
+    def _drop(self, load: Load) -> None:
         """Give a load back unused. Its copy ends before later ones begin: the queue is in order.
 
         What others send is not: a load of several ranks frees its slot when it is all there.
         """
-        self._ahead.remove(load)
+        del self._ahead[load.group]
         load.is_given_up = True
         self._ring.give(load.region, load.ready if load.group.is_joint else None)
         self._counters.dropped_loads += 1
 
 
-def _of(group: ModuleGroup, loads: Sequence[_Load]) -> _Load | None:
+def _of(group: ModuleGroup, loads: Sequence[Load]) -> Load | None:
     for load in loads:
         if load.group is group:
             return load

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vramkit import hooks, tensors
-from vramkit.offload.group import TensorSlot
 from vramkit.offload.layout import BufferLayout
+from vramkit.offload.tensor_slot import TensorSlot
 from vramkit.offload.watch import stand_in
 from vramkit.wrapper import WrapperTensor
 
@@ -48,7 +48,7 @@ class TableHook(hooks.ModuleHook):
         """Show what stands for the table on the device."""
         self.table.slot.show(self.table.on_device)
 
-    def post_forward(self, module: nn.Module, output: Any) -> None:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Show the table at rest again."""
         self.forget()
 
