@@ -48,6 +48,7 @@ SEAMS: list[tuple[Any, str]] = [
     (SlotRing, "__init__"),
     (GroupHook, "__init__"),
     (ModuleGroup, "show_rest"),
+    (ModuleGroup, "restore"),
     (TensorSlot, "show"),
     (Item, "move_to"),
     (residents.Resident, "show"),

@@ -71,7 +71,7 @@ class Group:
     def show_device(self, memory: torch.Tensor, *, remember: bool) -> None:
         self.shown = memory
 
-    def show_rest(self) -> None:
+    def restore(self) -> None:
         self.shown = None
 
     def put_away(self) -> bool:
