@@ -131,7 +131,7 @@ def memchecked(sanitizer: str, processes: int) -> Row:
 def _memchecked(sanitizer: str, names: list[str], report: Path) -> int:
     log = report.with_suffix(".log")
     command = [sanitizer, *_MEMCHECK, "--error-exitcode", "9", "--log-file", str(log)]
-    command += [*_PYTEST, "-v", "--timeout", "120", "--timeout-method", "thread", f"--junitxml={report}", *names]
+    command += [*_PYTEST, "-v", "--timeout", "60", "--timeout-method", "thread", f"--junitxml={report}", *names]
     subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     text = log.read_text(errors="replace") if log.exists() else ""
     errors = errors_in(text)
