@@ -50,6 +50,8 @@ _PYTEST = (
     sys.executable, "-m", "pytest", "-q", "-rfE", "--thorough", "-o", "addopts=", "-p", "no:benchmark",
     "-p", "no:cacheprovider",
 )  # fmt: skip
+# The process of a test that hangs ends, and tells where each of its threads is, also if none of them lets Python run.
+_ENDING = ("-v", "--timeout", "0", "-o", "faulthandler_timeout=60", "-o", "faulthandler_exit_on_timeout=true")
 
 
 def outcomes(report: Path) -> Iterator[tuple[str, str]]:
@@ -131,7 +133,7 @@ def memchecked(sanitizer: str, processes: int) -> Row:
 def _memchecked(sanitizer: str, names: list[str], report: Path) -> int:
     log = report.with_suffix(".log")
     command = [sanitizer, *_MEMCHECK, "--error-exitcode", "9", "--log-file", str(log)]
-    command += [*_PYTEST, "-v", "--timeout", "60", "--timeout-method", "thread", f"--junitxml={report}", *names]
+    command += [*_PYTEST, *_ENDING, f"--junitxml={report}", *names]
     subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     text = log.read_text(errors="replace") if log.exists() else ""
     errors = errors_in(text)

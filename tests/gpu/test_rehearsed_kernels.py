@@ -39,4 +39,5 @@ def test_a_kernel_takes_what_its_rehearsal_counts(name: str) -> None:
             twin = torch.empty(shape, device="meta", dtype=torch.bfloat16)
             before = ledger.live_bytes
             kernel(twin)
-    assert taken == pytest.approx(ledger.peak_bytes - before, rel=0.02, abs=2**16)
+    counted = ledger.peak_bytes - before
+    assert 0.95 * counted <= taken <= counted + 2**16  # not every kernel of attention keeps a number per row

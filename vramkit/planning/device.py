@@ -103,8 +103,10 @@ class Device(TorchFunctionMode):
         is_mixed = weight is not None and weight.dtype != input.dtype  # for which there is no such kernel
         if not input.is_meta or is_mixed or self._device.type != "cuda" or not _is_fused():
             return F.rms_norm(input, list(normalized_shape), weight, eps)
-        input.new_empty(input.shape[: input.ndim - len(normalized_shape)], dtype=torch.float32)
-        return torch.empty_like(input, memory_format=torch.contiguous_format)
+        numbers = input.new_empty(input.shape[: input.ndim - len(normalized_shape)], dtype=torch.float32)
+        result = torch.empty_like(input, memory_format=torch.contiguous_format)
+        del numbers  # not before: both are there at once
+        return result
 
 
 def _is_fused() -> bool:
