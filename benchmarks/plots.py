@@ -83,10 +83,15 @@ def _against(axes: Any, rows: Sequence[Row], x: Callable[[Row], float], label: s
     axes.set(xlabel=label, ylabel="seconds")
 
 
+def _from_zero(rows: Sequence[Row]) -> tuple[float, float]:
+    """Limits of an axis of seconds: all rows lie below the upper one."""
+    return 0, 1.08 * max((row["s"] for row in rows if row.get("s")), default=1)
+
+
 def _cards(axes: Any, rows: Sequence[Row]) -> None:
     chosen = _largest(rows)
     _against(axes, chosen, lambda row: float(row["options"]["card_bytes"]) / _GIB, "memory of the card, GiB")
-    axes.set(xscale="log", title=chosen[0]["subject"], ylim=(0, None))
+    axes.set(xscale="log", title=chosen[0]["subject"], ylim=_from_zero(chosen))
 
 
 def _budgets(axes: Any, rows: Sequence[Row]) -> None:
@@ -96,7 +101,7 @@ def _budgets(axes: Any, rows: Sequence[Row]) -> None:
             points = sorted((row["resident_bytes"] / _GIB, row["s"]) for row in own)
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"{subject}, {level}")
-    axes.set(xlabel="weights that stay, GiB", ylabel="seconds", ylim=(0, None))
+    axes.set(xlabel="weights that stay, GiB", ylabel="seconds", ylim=_from_zero(rows))
 
 
 def _growth(axes: Any, rows: Sequence[Row]) -> None:
