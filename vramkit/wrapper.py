@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from vramkit.errors import UnsupportedTensorError
 
-__all__ = ["WrapperTensor", "widened_once"]
+__all__ = ["WrapperTensor", "widened_in_this_loop", "widened_once"]
 
 _aten = torch.ops.aten
 _COPYING = {_aten.detach.default, _aten.clone.default, _aten.alias.default}
@@ -142,6 +142,11 @@ def widened_once(uses: int) -> AbstractContextManager[None]:
     themselves.
     """
     return nullcontext() if uses < 2 or torch.compiler.is_compiling() else _keeping()
+
+
+def widened_in_this_loop() -> object | None:
+    """Return what tells the innermost `widened_once` that this thread is in from others, or None outside of all."""
+    return _kept.values
 
 
 @contextmanager

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from denoisers import DENOISERS, build_pair
+from live_bytes import peak_bytes
 from torch import nn
 
 from vramkit import PlanInfeasible, fit, plan
 from vramkit.memory import module_bytes
+from vramkit.planning.calls import module_calls
+from vramkit.planning.features import Settings
 from vramkit.planning.narrowing import STORED, ways_to_store
+from vramkit.planning.twins import Twins
 from vramkit.quant import quantization_of
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "results" / "quality.json"
@@ -132,3 +138,22 @@ def test_what_is_not_installed_is_said(net: Net, monkeypatch: pytest.MonkeyPatch
     planned = plan(net, 900_000, device="cpu", example=example(), allow="bounded")
     assert planned.component("Net").wire_dtype == "fp8"
     assert any("for want of packages: int8, nf4" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("Wan2.1", 10), ("Wan2.1", None), ("HunyuanVideo", 10)])
+def test_wide_weights_of_loops_over_chunks_are_planned_for(name: str, chunk: int | None) -> None:
+    """A loop keeps what it widens in fp8, so that each chunk need not; other kinds are wide for one product."""
+    model, _ = build_pair(name)
+    model.set_chunk_size(chunk)
+    given = DENOISERS[name].inputs(**DENOISERS[name].two)
+    twins = Twins({"model": model})
+    twins.activation_bytes("model", module_calls({"model": ((), given)}), Settings(), torch.device("cpu"))
+    fp8, nf4 = (twins.widest_bytes("model", STORED[way]) for way in ("fp8", "nf4"))
+    taken = []
+    for change in (lambda: None, model.enable_layerwise_casting):
+        change()
+        model(**given)
+        taken.append(peak_bytes(partial(model, **given), model.parameters()))
+    assert nf4 == max(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 2)
+    assert (nf4 < fp8) if chunk else (nf4 == fp8)
+    assert taken[1] - taken[0] <= fp8

@@ -17,6 +17,7 @@ from vramkit.planning.answers import Answers, Results, noted, tensors_of
 from vramkit.planning.convolutions import workspace_bytes
 from vramkit.planning.holes import Course, Lives, is_small
 from vramkit.planning.operators import Operator, operator_of
+from vramkit.wrapper import widened_in_this_loop
 
 __all__ = ["Ledger", "Segment"]
 
@@ -61,6 +62,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.numbers: dict[int, int] = {}  # of large tensors, by storage
         self._awaited: deque[int] = deque()  # numbers of those that are made next
         self._answers = Answers(results)
+        self.used_in_loops: dict[str, int] = {}
+        """Bytes of the weights that a loop over chunks uses, the most of each component."""
+        self._loop: tuple[object, dict[int, int]] = None, {}  # the one that runs, and its weights
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator on what its arguments are, and enter what it made."""
@@ -179,7 +183,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             owner = self._owners.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
             if owner is not None:
                 self.turn_to(owner)
+                self._note_loop(owner, given)
                 return
+
+    def _note_loop(self, owner: str, given: list[torch.Tensor]) -> None:
+        loop = widened_in_this_loop()
+        if loop is None:
+            return
+        if self._loop[0] is not loop:
+            self._loop = loop, {}
+        storages = (tensor.untyped_storage() for tensor in given)
+        weights = self._loop[1]
+        weights |= {each._cdata: each.nbytes() for each in storages if each._cdata in self._owners}  # noqa: SLF001
+        self.used_in_loops[owner] = max(self.used_in_loops.get(owner, 0), sum(weights.values()))
 
     def _count_flops(self, func: Any, operator: Operator, args: Any, kwargs: Any, result: Any) -> None:
         if func is _GROUPED_PRODUCT:  # each row by one matrix

@@ -43,6 +43,11 @@ class Stored:
     keeps_fragile: bool = True
     """Whether layers stay wide that lose more than others: embeddings, norms, modulation, heads."""
 
+    @property
+    def is_widened_once(self) -> bool:
+        """Whether a loop over chunks keeps the wide weights that it uses; else one at a time is wide, in its product."""
+        return self.backend == "casting"
+
     def described(self) -> str:
         """Return what is known of the error."""
         if self.weights_db is None:

@@ -126,7 +126,8 @@ class Planner:
             raise
         except (RuntimeError, NotImplementedError):
             return 0
-        return needed + (self._twins.widest_bytes(name) if plan.component(name).wire_dtype in STORED else 0)
+        way = STORED.get(plan.component(name).wire_dtype)
+        return needed + (0 if way is None else self._twins.widest_bytes(name, way))
 
     def _attempts(self, call: PlannedCall | None, notes: list[str]) -> Iterator[list[Variant]]:
         """Yield the ways to make the call, and then those that take less in the transformer; add notes to `notes`."""
@@ -203,7 +204,7 @@ class Planner:
         A call of narrow weights computes what that of wide ones does, and makes a wide copy of a weight while it is used.
         """
         profiles = [self._twins.profile(name, chosen.get(name)) for name in self.names]
-        more = {name: self._twins.widest_bytes(name) for name in chosen}
+        more = {name: self._twins.widest_bytes(name, way) for name, way in chosen.items()}
         return Profile(
             model=self._model,
             call=told.get("call", {}),

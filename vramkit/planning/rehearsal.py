@@ -29,6 +29,8 @@ class Rehearsal:
 
     segments: list[Segment]
     peak_bytes: int
+    used_in_loops: dict[str, int]
+    """Bytes of the weights that a loop over chunks uses, the most of each component."""
 
 
 def rehearse(
@@ -97,7 +99,7 @@ def _rehearsed(
             if watch.has_repeated:
                 raise _NotRepeatable from error
             raise
-    return Rehearsal(ledger.segments, ledger.peak_bytes)
+    return Rehearsal(ledger.segments, ledger.peak_bytes, ledger.used_in_loops)
 
 
 @contextlib.contextmanager

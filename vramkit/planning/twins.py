@@ -18,7 +18,7 @@ from vramkit.planning.deeds import Known
 from vramkit.planning.features import Features, Settings
 from vramkit.planning.narrowing import Stored, narrow_shadow
 from vramkit.planning.profile import ComponentProfile, Variant, component_profile, works_of
-from vramkit.planning.rehearsal import rehearse
+from vramkit.planning.rehearsal import Rehearsal, rehearse
 from vramkit.planning.shadow import shadow_of, shadows_of
 
 __all__ = ["Twins"]
@@ -46,6 +46,7 @@ class Twins:
         self._call: PlannedCall | None = None
         self._known = Known()
         self._variants: dict[Settings, Variant] = {}
+        self._used_in_loops: dict[str, int] = {}
         self._profiles: dict[tuple[str, Stored | None], ComponentProfile | None] = {
             (name, None): component_profile(each, is_in_files=_is_in_files(originals[name].module))
             for name, each in self.components.items()
@@ -61,10 +62,14 @@ class Twins:
             self._profiles[name, way] = found
         return self._profiles[name, way]
 
-    def widest_bytes(self, name: str) -> int:
-        """Return the bytes of the largest weight of a component (of a stack, of one matrix)."""
+    def widest_bytes(self, name: str, way: Stored) -> int:
+        """Return the most bytes of wide weights that a component stored so has at once: the largest, or those of a loop.
+
+        Of a stack it is one matrix. Loops are those of calls that were rehearsed.
+        """
         weights = (p for p in self.shadows[name].parameters() if p.ndim > 1)
-        return max((p.nbytes // (p.shape[0] if p.ndim > 2 else 1) for p in weights), default=0)
+        largest = max((p.nbytes // (p.shape[0] if p.ndim > 2 else 1) for p in weights), default=0)
+        return max(largest, self._used_in_loops.get(name, 0)) if way.is_widened_once else largest
 
     def activation_bytes(self, name: str, call: PlannedCall, settings: Settings, device: torch.device) -> int:
         """Rehearse `call` of components by themselves, and return the most that is alive while `name` computes."""
@@ -73,6 +78,7 @@ class Twins:
             done = rehearse(self.shadows, self._entry_points, lambda: call.make(self.shadows), device=device)
         finally:
             self.features.reset()
+        self._note_loops(done)
         return max((segment.peak_bytes for segment in done.segments if segment.component == name), default=0)
 
     def rehearsed(
@@ -111,7 +117,12 @@ class Twins:
         done = rehearse(
             self.shadows, self._entry_points, lambda: call.make(self.callable), device=device, known=self._known
         )
+        self._note_loops(done)
         return Variant(settings=settings, works=works_of(done.segments, self.components)).repeated(call.steps)
+
+    def _note_loops(self, done: Rehearsal) -> None:
+        for name, used in done.used_in_loops.items():  # of what was run before, nothing is told a second time
+            self._used_in_loops[name] = max(used, self._used_in_loops.get(name, 0))
 
 
 def is_pipeline(target: Any) -> bool:
