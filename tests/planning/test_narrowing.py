@@ -16,6 +16,7 @@ from torch import nn
 
 from vramkit import PlanInfeasible, fit, plan
 from vramkit.memory import module_bytes
+from vramkit.pipelines.networks.layers import FeedForward
 from vramkit.planning.calls import module_calls
 from vramkit.planning.features import Settings
 from vramkit.planning.narrowing import STORED, ways_to_store
@@ -140,8 +141,8 @@ def test_what_is_not_installed_is_said(net: Net, monkeypatch: pytest.MonkeyPatch
     assert any("for want of packages: int8, nf4" in note for note in planned.notes)
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("Wan2.1", 10), ("Wan2.1", None), ("HunyuanVideo", 10)])
-def test_wide_weights_of_loops_over_chunks_are_planned_for(name: str, chunk: int | None) -> None:
+@pytest.mark.parametrize(("name", "chunk"), [("Wan2.1", 10), ("HunyuanVideo", 10)])
+def test_wide_weights_of_loops_over_chunks_are_planned_for(name: str, chunk: int) -> None:
     """A loop keeps what it widens in fp8, so that each chunk need not; other kinds are wide for one product."""
     model, _ = build_pair(name)
     model.set_chunk_size(chunk)
@@ -149,11 +150,14 @@ def test_wide_weights_of_loops_over_chunks_are_planned_for(name: str, chunk: int
     twins = Twins({"model": model})
     twins.activation_bytes("model", module_calls({"model": ((), given)}), Settings(), torch.device("cpu"))
     fp8, nf4 = (twins.widest_bytes("model", STORED[way]) for way in ("fp8", "nf4"))
+    feed_forwards = [each for each in model.modules() if isinstance(each, FeedForward)]
+    loops = [each.net[0].proj.weight.nbytes + each.net[2].weight.nbytes for each in feed_forwards]
     taken = []
     for change in (lambda: None, model.enable_layerwise_casting):
         change()
         model(**given)
         taken.append(peak_bytes(partial(model, **given), model.parameters()))
     assert nf4 == max(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 2)
-    assert (nf4 < fp8) if chunk else (nf4 == fp8)
+    assert fp8 >= max(nf4, *loops)
+    assert fp8 > nf4 or name == "Wan2.1"  # one of whose weights alone is larger
     assert taken[1] - taken[0] <= fp8
