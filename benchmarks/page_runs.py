@@ -17,7 +17,6 @@ def wan14b() -> str:
         "vramkit, leaf, diffusers' module": "leaf, diffusers' module",
         "vramkit, leaf, vramkit's module": "leaf, our module",
         "the same, blocks compiled, block level": "block, our module compiled",
-        "the same, fp8 storage, block level": "block, our module in fp8",
     }
     lines = []
     for label, case in names.items():
