@@ -506,6 +506,24 @@ def test_a_component_that_is_replaced_is_planned_for() -> None:
     assert offload_of(pair.components["two"]) is None
 
 
+def test_a_module_that_is_taken_out_of_a_mapping_runs_by_itself() -> None:
+    one, two, x = Net().eval(), Net().eval(), torch.randn(2, 64)
+    expected, kinds = (one(x), two(x)), {"one": one, "two": two}
+    with fit(kinds, 90_000, device="cpu", example={"one": x, "two": x}) as fitted, torch.no_grad():
+        del kinds["two"]
+        assert torch.equal(one(x), expected[0])
+        assert list(fitted.offloads) == ["one"]
+        assert offload_of(two) is None
+        kinds["two"] = two
+        assert torch.equal(one(x), expected[0])  # sees that it is there again
+        assert torch.equal(two(x), expected[1])
+        assert list(fitted.offloads) == ["one", "two"]
+        del kinds["one"]
+        assert torch.equal(one(x), expected[0])  # is the first to see that it is gone
+        assert list(fitted.offloads) == ["two"]
+    assert type(one) is type(two) is Net
+
+
 class Embedded:
     """A pipeline that is given embeddings and joins them."""
 

@@ -16,7 +16,7 @@ from vramkit.device_memory import memory_of
 from vramkit.errors import ConcurrentUseError, PlanInfeasible
 from vramkit.memory import format_bytes
 from vramkit.planning.calls import Example, PlannedCall, module_calls, pipeline_call
-from vramkit.planning.components import entry_points_of, phase_of
+from vramkit.planning.components import components_of, entry_points_of, phase_of
 from vramkit.planning.examples import example_of, key_of
 from vramkit.planning.generation import Generation
 from vramkit.planning.guard import Guard
@@ -134,7 +134,8 @@ class WatchedCalls:
                 return
             with self._lock:
                 examples = {**self._examples, key_of(name, method): example or example_of(args, kwargs)}
-                if self._meet(module_calls(examples)):
+                examples = self._of_target(examples)
+                if self._meet(module_calls(examples) if examples else None):
                     self._examples = examples
             with self._measuring():
                 yield
@@ -187,8 +188,13 @@ class WatchedCalls:
                 raise
             warnings.warn(f"{told}; later calls have a plan that keeps more free", UserWarning, stacklevel=4)
 
-    def _meet(self, call: PlannedCall) -> bool:
-        """Plan for `call` if it asks for more than what was planned for, and tell whether it did.
+    def _of_target(self, examples: dict[str, Example]) -> dict[str, Example]:
+        """Return those of modules that the target has still: of a mapping some may have been taken out."""
+        names = components_of(self._target).keys()
+        return {key: each for key, each in examples.items() if key in names or key.rpartition(".")[0] in names}
+
+    def _meet(self, call: PlannedCall | None) -> bool:
+        """Plan for `call` if it asks for more than what was planned for, and tell whether it did; None is of a module gone.
 
         Raises:
             PlanInfeasible: nothing fits; the plan of before stays.
@@ -200,7 +206,7 @@ class WatchedCalls:
             if self.regime.is_outdated:
                 self._begin_anew(call)
                 return True
-            if self._planned is not None and self._planned.covers(call):
+            if call is None or (self._planned is not None and self._planned.covers(call)):
                 return False
             self._change(call)
             self._parts.clear()
@@ -228,7 +234,7 @@ class WatchedCalls:
         self.regime.change(self._planner.plan(call, self.regime.ways))
         self._planned = call
 
-    def _begin_anew(self, call: PlannedCall) -> None:
+    def _begin_anew(self, call: PlannedCall | None) -> None:
         """Plan `call` for the modules as they are now; on an error those of before run as before."""
         self.regime.refuse_running()
         before, ways = self.regime, self.regime.ways
