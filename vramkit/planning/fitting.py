@@ -84,6 +84,7 @@ def fit(
     """
     budget = Budget(vram, ram, allow)
     _refuse_offloaded(target)
+    WatchedCalls.end_idle(target)
     device = device_of(device) if mesh is None else mesh.device
     usable_device(device, "device")
     use_expandable_segments(device)

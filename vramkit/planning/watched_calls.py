@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vramkit.device_memory import memory_of
-from vramkit.errors import ConcurrentUseError, PlanInfeasible
+from vramkit.errors import ConcurrentUseError, ConflictError, PlanInfeasible
 from vramkit.memory import format_bytes
 from vramkit.planning.calls import Example, PlannedCall, module_calls, pipeline_call
 from vramkit.planning.components import components_of, entry_points_of, phase_of
@@ -56,6 +56,28 @@ class WatchedCalls:
         self._meter = PeakMeter(memory_of(device)) if is_measured else None
         self._is_measuring = threading.Lock()
 
+    @staticmethod
+    def end_idle(target: Any) -> None:
+        """End what watches `target`, of which all was taken off by hand, for nobody may have its handle any more.
+
+        Raises:
+            ConflictError: a part of it runs by its plan still.
+        """
+        for name, watched in {
+            "": target,
+            **{name: each.module for name, each in components_of(target).items()},
+        }.items():
+            guard = Guard.of(watched)
+            if guard is None:
+                continue
+            running = [other for other, offload in guard.owner.regime.offloads.items() if offload.is_active]
+            if running:
+                raise ConflictError(
+                    f"{name or type(target).__name__} is part of what fit runs already, with {', '.join(running)}; call "
+                    "remove() on that handle first"
+                )
+            guard.owner.end()
+
     def begin(self) -> None:
         """Watch calls, and let the modules run by their plan."""
         self._attach_all()
@@ -71,13 +93,13 @@ class WatchedCalls:
     def _attach_all(self) -> None:
         is_of_pipeline = self._planner.is_of_pipeline
         if is_of_pipeline:
-            self._attach(Guard(self._target, self._around_pipeline))
+            self._attach(Guard(self._target, self._around_pipeline, owner=self))
             if self._mesh is not None:  # ranks would have to plan together for what each does by itself
                 return
         around = self._around_part if is_of_pipeline else self._around
         for name, module in self.regime.modules.items():
             methods = [method for method in entry_points_of(module) if method != "forward"]
-            self._attach(Guard(module, functools.partial(around, name), methods))
+            self._attach(Guard(module, functools.partial(around, name), methods, owner=self))
 
     def _attach(self, guard: Guard) -> None:
         self._guards.append(guard)  # first: an interrupt may come after any step
