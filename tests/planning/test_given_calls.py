@@ -135,3 +135,18 @@ def test_names_of_modules_need_not_be_text() -> None:
     net, x = Net().eval(), torch.randn(2, 64)
     with fit({0: net}, GIB, device="cpu", example={0: x}) as fitted:
         assert fitted.plan.component("0").activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"disk_folder": 5}, "disk_folder=5; expected the path of a folder"),
+        ({"disk_folder": ""}, "disk_folder=''; expected the path of a folder"),
+        ({"mesh": 2}, r"mesh=2; expected what vramkit\.distributed\.connect\(\) returns"),
+    ],
+)
+def test_options_of_another_kind_are_refused(option: dict[str, Any], reason: str) -> None:
+    net = Net().eval()
+    with pytest.raises(ConfigError, match=reason):
+        fit(net, GIB, device="cpu", example=torch.randn(2, 64), **option)
+    assert type(net) is Net
