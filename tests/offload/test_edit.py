@@ -136,3 +136,16 @@ def test_an_engine_may_be_collected_while_others_build_modules() -> None:
         for handle in handles:
             handle.remove()
     assert not held
+
+
+def test_removed_inside_it_is_removed() -> None:
+    net, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).eval(), torch.randn(2, 8)
+    offload = apply_group_offloading(net, "cpu")
+    with offload.edit():
+        assert offload.is_edited
+        offload.remove()
+        assert not offload.is_edited
+    assert offload_of(net) is None
+    with torch.no_grad():
+        net(x)
+    assert not offload.is_active

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from modules import CASES, WIDTH, BlockNet, Codec, OrderNet, mapped_copy, tokens
 from sweeps import sweep
 from torch import nn
@@ -309,6 +310,23 @@ def test_weights_ask_for_gradients_as_they_do_at_rest_where_nothing_is_recorded(
         assert [block.asks for block in module.blocks] == [not is_recording, not is_recording, False, not is_recording]
     offload.remove()
     assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("options", [{}, {"resident": "1GiB"}], ids=["travel", "stay"])
+def test_autocast_keeps_no_copies_of_the_weights(options: dict[str, Any]) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512)) for _ in range(8))).eval()
+    module, x = copy.deepcopy(model), torch.randn(2, 512)
+    offload = apply_group_offloading(module, "cpu", **options)
+    peaks_bytes = {}
+    for keeps in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
+            expected = model(x)
+            for _ in range(2):  # the second one goes through the ring as it is
+                with LiveBytes(module.parameters()) as count:
+                    assert torch.equal(module(x), expected)
+        peaks_bytes[keeps] = count.peak_bytes
+    assert peaks_bytes[True] < peaks_bytes[False] + 2 * 512 * 512 * 2  # of eight layers it had kept a copy each
+    offload.remove()
 
 
 @pytest.mark.parametrize("level", ["block", "leaf", "half_resident", "model"])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vramkit import plan
 from vramkit.planning import device as planned
 from vramkit.planning.device import Device
 from vramkit.planning.ledger import Ledger
@@ -53,3 +54,16 @@ def test_values_of_norms_are_made_where_there_are_some() -> None:
     expected = layer(x)
     with torch.no_grad(), ledger, Device(torch.device("cuda"), ledger):
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_attention_inside_layers_of_torch_keeps_no_scores(kind: str) -> None:
+    tokens, width = 512, 256
+    make = nn.TransformerEncoderLayer if kind == "encoder" else nn.TransformerDecoderLayer
+    layer, x = make(width, 8, width, batch_first=True).eval(), torch.randn(1, tokens, width)
+    given = (x,) if kind == "encoder" else (x, x[:, 1:])
+    activations = plan(layer, "1GiB", device="cpu", example=given).phases[0].activation_bytes
+    assert activations < 8 * x.nbytes  # the scores of all heads would be sixteen of them
+    scored = nn.MultiheadAttention(width, 8, batch_first=True).eval()
+    activations = plan(scored, "1GiB", device="cpu", example=(x, x, x)).phases[0].activation_bytes
+    assert activations > 8 * tokens * tokens * 4  # which somebody asks for here

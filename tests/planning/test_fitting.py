@@ -506,6 +506,76 @@ def test_a_component_that_is_replaced_is_planned_for() -> None:
     assert offload_of(pair.components["two"]) is None
 
 
+def test_a_module_that_is_taken_out_of_a_mapping_runs_by_itself() -> None:
+    one, two, x = Net().eval(), Net().eval(), torch.randn(2, 64)
+    expected, kinds = (one(x), two(x)), {"one": one, "two": two}
+    with fit(kinds, 90_000, device="cpu", example={"one": x, "two": x}) as fitted, torch.no_grad():
+        del kinds["two"]
+        assert torch.equal(one(x), expected[0])
+        assert list(fitted.offloads) == ["one"]
+        assert offload_of(two) is None
+        kinds["two"] = two
+        assert torch.equal(one(x), expected[0])  # sees that it is there again
+        assert torch.equal(two(x), expected[1])
+        assert list(fitted.offloads) == ["one", "two"]
+        del kinds["one"]
+        assert torch.equal(one(x), expected[0])  # is the first to see that it is gone
+        assert list(fitted.offloads) == ["two"]
+    assert type(one) is type(two) is Net
+
+
+def test_a_handle_that_was_dropped_leaves_nothing_once_all_is_taken_off_by_hand() -> None:
+    pair, x = Pair(one=Net().eval(), two=Net().eval()), torch.randn(2, 64)
+    expected = pair(x)
+    fit(pair, 90_000, device="cpu", x=x)
+    parts = [offload_of(module) for module in pair.components.values()]
+    assert None not in parts
+    parts[0].remove()  # type: ignore[union-attr]
+    with pytest.raises(ConflictError, match=r"Net is part of what fit runs already, with two; call remove\(\)"):
+        fit(pair.components["one"], 90_000, device="cpu", example=x)
+    parts[1].remove()  # type: ignore[union-attr]
+    pair(torch.randn(64, 64))  # asks for more, and is no call of a plan
+    assert not any(map(offload_of, pair.components.values()))
+    with fit(pair, 90_000, device="cpu", x=x):
+        assert torch.equal(pair(x), expected)
+    assert type(pair) is Pair
+    assert all(type(module) is Net for module in pair.components.values())
+
+
+def test_a_call_while_a_module_is_open_for_changes_is_not_planned_for() -> None:
+    net, x = Net().eval(), torch.randn(2, 64)
+    with fit(net, 90_000, device="cpu", example=x) as fitted, torch.no_grad():
+        offload = fitted.offloads["Net"]
+        with offload.edit():
+            net.blocks.append(nn.Linear(64, 64))
+            expected = net(x)
+            net(torch.randn(64, 64))  # asks for more than the budget, and all is in host memory
+            assert offload_of(net) is None
+        assert offload_of(net) is offload
+        assert torch.equal(net(x), expected)  # is planned for now, with what was added
+        assert fitted.plan.component("Net").weight_bytes == module_bytes(net)
+    assert offload_of(net) is None
+
+
+class Held:
+    """A pipeline that reads its modules from the mapping that names them, and one by another name as well."""
+
+    def __init__(self, **components: nn.Module) -> None:
+        self.components = components
+        self.last = components["two"]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(self.components["two"](self.components["one"](x)))
+        return found
+
+
+def test_modules_are_twins_wherever_a_pipeline_has_them() -> None:
+    pipeline = Held(one=Net().eval(), two=Net().eval())
+    found = plan(pipeline, GIB, device="cpu", x=torch.randn(2, 64))
+    assert max(phase.activation_bytes for phase in found.phases) < 4096  # no weight among them
+    assert sorted(found.order) == ["one", "two"]
+
+
 class Embedded:
     """A pipeline that is given embeddings and joins them."""
 

@@ -112,3 +112,41 @@ def test_the_folder_for_weights_on_the_disk(tmp_path: Path) -> None:
     with fit(net, "80KiB", **options, disk_folder=tmp_path / "new"):
         assert list((tmp_path / "new").iterdir())
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.jit.trace(nn.Linear(64, 64), torch.randn(2, 64)), "is compiled by TorchScript"),
+        (
+            lambda: nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(8)),
+            r"\.1 is a LazyLinear whose weights have no shape",
+        ),
+    ],
+    ids=["traced", "lazy"],
+)
+def test_a_module_without_a_twin_is_refused(make: Any, reason: str) -> None:
+    for entry in (fit, plan):
+        with pytest.raises(ConfigError, match=reason):
+            entry(make(), GIB, device="cpu", example=torch.randn(2, 64))
+
+
+def test_names_of_modules_need_not_be_text() -> None:
+    net, x = Net().eval(), torch.randn(2, 64)
+    with fit({0: net}, GIB, device="cpu", example={0: x}) as fitted:
+        assert fitted.plan.component("0").activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"disk_folder": 5}, "disk_folder=5; expected the path of a folder"),
+        ({"disk_folder": ""}, "disk_folder=''; expected the path of a folder"),
+        ({"mesh": 2}, r"mesh=2; expected what vramkit\.distributed\.connect\(\) returns"),
+    ],
+)
+def test_options_of_another_kind_are_refused(option: dict[str, Any], reason: str) -> None:
+    net = Net().eval()
+    with pytest.raises(ConfigError, match=reason):
+        fit(net, GIB, device="cpu", example=torch.randn(2, 64), **option)
+    assert type(net) is Net

@@ -99,6 +99,13 @@ def test_damaged_configs(
     assert said in capsys.readouterr().err
 
 
+def test_an_index_that_lists_too_little(stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(stock.folder("Wan2.1"), tmp_path / "model")
+    edit_json(folder / "model_index.json", vae=["diffusers"], scheduler=None)
+    assert main(["plan", str(folder), *SMALL, "--vram", "1GiB"]) == 1
+    assert "does not list vae, scheduler as [library, class]" in capsys.readouterr().err
+
+
 def test_below_the_floor_the_command_says_what_would_do(stock: Stock, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", str(stock.folder("LTX-Video")), "--size", "96x64", "--frames", "9", "--device", "cpu"]
     assert main([*arguments, "--vram", "1MiB"]) == 1

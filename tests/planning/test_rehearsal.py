@@ -149,6 +149,18 @@ def test_an_error_of_the_call_itself_is_that_of_the_user() -> None:
         plan(pipe, "1GiB", device="cpu", frames=torch.ones(FRAMES, 128, WIDTH))
 
 
+def test_what_does_nothing_without_memory_is_not_tried_again() -> None:
+    RAN.clear()
+    pipe = Guided()
+    pipe.transformer.register_forward_hook(
+        lambda *_: torch.ones(2, device="meta").to_sparse() if RAN["given"] > 2 else None
+    )
+    pipe.transformer.register_forward_pre_hook(lambda *_: RAN.update(["given"]))
+    found = plan(pipe, "1GiB", device="cpu", frames=torch.ones(FRAMES, 128, WIDTH))
+    assert any("cannot be rehearsed" in note for note in found.notes)
+    assert RAN["noting"] == 2
+
+
 class Wider(nn.Module):
     """Gives the middle of something larger, all of which lives as long."""
 

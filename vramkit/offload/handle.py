@@ -49,7 +49,7 @@ class Offload:
         self._returned_bytes = 0
         self._uses = Uses(is_recording=config.granularity != "model_level")
         self._rearrangements = 0
-        self._has_warned = self._was_moved = False
+        self._has_warned = self._was_moved = self._is_edited = False
         hooks.prepare()
         self._place = RestingPlace(config, backend_for(config.device))
         self._engine: Engine | None = None
@@ -65,12 +65,17 @@ class Offload:
         return self._engine is not None
 
     @property
+    def is_edited(self) -> bool:
+        """Whether the module is open for changes now, after which it is offloaded again."""
+        return self._is_edited
+
+    @property
     def is_running_elsewhere(self) -> bool:
         """Whether a pass runs in another thread."""
         return self._engine is not None and self._engine.is_busy and not self._engine.is_inside()
 
     def remove(self) -> None:
-        """Take hooks off and give the module its tensors back, in host memory.
+        """Take hooks off and give the module its tensors back, in host memory. Inside `edit`, where it has them, for good.
 
         Later calls do nothing, or finish what one that failed has left undone.
 
@@ -78,6 +83,7 @@ class Offload:
             StoreError: a file that weights rest in was cut or written to. The module is taken off all the same, and its
                 weights are lost.
         """
+        self._is_edited = False
         try:
             self._end()
         except BaseException:
@@ -92,12 +98,14 @@ class Offload:
         """
         was_active = self._engine is not None
         self._place.check_files()
+        self._is_edited |= was_active
         try:
             self._stop()
             yield self.module
         finally:
-            if was_active:
+            if was_active and self._is_edited:  # not removed meanwhile
                 self._stop()  # again, if it was interrupted
+                self._is_edited = False
                 self._uses.keep(self.module.modules())
                 self._start()
 

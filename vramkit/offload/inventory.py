@@ -13,7 +13,7 @@ from vramkit import tensors
 from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
 from vramkit.offload.tensor_slot import TensorSlot
 
-__all__ = ["Inventory", "Item", "refuse_foreign_hooks"]
+__all__ = ["Inventory", "Item", "refuse_foreign_hooks", "refuse_scripted"]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -69,7 +69,7 @@ class Inventory:
         self._needs_values = needs_values
         for prefix, module in root.named_modules():
             refuse_foreign_hooks(prefix or type(root).__name__, module)
-            _refuse_scripted(prefix or type(root).__name__, module)
+            refuse_scripted(prefix or type(root).__name__, module)
             for held, is_buffer in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
                 for key, tensor in held.items():
                     if tensor is not None:
@@ -124,7 +124,8 @@ def refuse_foreign_hooks(name: str, module: nn.Module) -> None:
         )
 
 
-def _refuse_scripted(name: str, module: nn.Module) -> None:
+def refuse_scripted(name: str, module: nn.Module) -> None:
+    """Raise ConfigError where `module` is compiled by TorchScript."""
     if isinstance(module, torch.jit.ScriptModule):
         raise ConfigError(
             f"{name} is compiled by TorchScript, which takes neither hooks nor other tensors for its weights; put the "

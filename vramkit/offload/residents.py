@@ -11,6 +11,7 @@ import torch
 from vramkit import tensors
 from vramkit.errors import StoreError
 from vramkit.memory import tensor_bytes
+from vramkit.offload.casts import are_kept_of
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.tensor_slot import TensorSlot, asks_for_gradients
@@ -201,9 +202,13 @@ class Residents:
 
     @outside_transforms
     def ask(self) -> None:
-        """Let those that ask for gradients at rest do so here while nothing is recorded; see `ModuleGroup.show_device`."""
-        asks = not torch.is_grad_enabled()
+        """Let those that ask for gradients at rest do so here while nothing is recorded; see `ModuleGroup.show_device`.
+
+        Not what autocast would keep copies of, which nobody has planned for; the copies do not ask for gradients anyway.
+        """
+        is_unrecorded = not torch.is_grad_enabled()
         for each in self._asking:
+            asks = is_unrecorded and not are_kept_of(each.on_device)
             if each.on_device is not each.slot.rest and each.on_device.requires_grad is not asks:
                 each.on_device.requires_grad_(asks)
 

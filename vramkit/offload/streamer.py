@@ -16,6 +16,7 @@ import torch
 from torch.profiler import record_function
 
 from vramkit.offload.backend import Backend, Copying
+from vramkit.offload.casts import forget_casts
 from vramkit.offload.group import ModuleGroup
 from vramkit.offload.loads import OUTDATED, Load
 from vramkit.offload.orders import Orders
@@ -251,6 +252,7 @@ class Streamer:
     def _let_go(self, load: Load) -> None:
         """Put a load away that is no longer held, and have its memory back unless somebody has a view of it."""
         is_held = load.group.put_away()
+        forget_casts(load.region.memory.device.type)
         if load.group.kept_writes is not None:
             load.note_writes()
         if is_held:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vramkit.errors import ConfigError, ConflictError
+from vramkit.offload.inventory import refuse_scripted
 
 __all__ = [
     "PHASES",
@@ -19,6 +21,7 @@ __all__ = [
     "entry_points_of",
     "phase_of",
     "refuse_shared_modules",
+    "refuse_without_twins",
     "tied_components",
 ]
 
@@ -111,6 +114,18 @@ def refuse_shared_modules(components: Mapping[str, Component]) -> None:
                 raise ConflictError(
                     f"{_joined(name, part)} is {_joined(first, first_part)}, one module in two components, and each "
                     f"component is offloaded by itself; give only one of {first} and {name}, or a module that holds both"
+                )
+
+
+def refuse_without_twins(components: Mapping[str, Component]) -> None:
+    """Raise ConfigError where a component is compiled by TorchScript, or has weights that have no shape yet."""
+    for name, component in components.items():
+        refuse_scripted(name, component.module)
+        for part, module in component.module.named_modules():
+            if any(is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):  # noqa: SLF001
+                raise ConfigError(
+                    f"{_joined(name, part)} is a {type(module).__name__} whose weights have no shape yet; call the module "
+                    "once, with what it will be given, before it is planned for"
                 )
 
 

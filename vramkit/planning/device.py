@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Device(TorchFunctionMode):
             F.scaled_dot_product_attention: self._attention,
             F.rms_norm: self._rms_norm,
             torch.rms_norm: self._rms_norm,
+            F.multi_head_attention_forward: self._multi_head_attention,
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,6 +94,11 @@ class Device(TorchFunctionMode):
         self._ledger.add_flops(2 * query.numel() * key.shape[-2] + 2 * result.numel() * key.shape[-2])
         return result
 
+    def _multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
+        """Run torch's own function with this mode on, which would else not be asked for the kernel that is called in it."""
+        with self:
+            return _MULTI_HEAD_ATTENTION(*args, **kwargs)
+
     def _rms_norm(
         self,
         input: torch.Tensor,  # noqa: A002 (torch's name for it)
@@ -109,12 +116,21 @@ class Device(TorchFunctionMode):
         return result
 
 
+def _unasked(function: Any) -> Any:
+    """Return a copy of a function of ``torch.nn.functional`` that asks no mode before it begins."""
+    told = {**function.__globals__, "has_torch_function": lambda _: False}
+    copied = types.FunctionType(function.__code__, told, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
 def _is_fused() -> bool:
     """Whether this torch normalizes by the root mean square in one kernel on CUDA: then that returns two tensors."""
     fused = getattr(torch.ops.aten, "_fused_rms_norm", None)
     return fused is not None and len(fused.default._schema.returns) == 2  # noqa: SLF001 (torch has no public reader)
 
 
+_MULTI_HEAD_ATTENTION = _unasked(F.multi_head_attention_forward)
 _PLACES = (torch.device, str)
 _DEVICE = torch.Tensor.device
 _IS_CUDA = torch.Tensor.is_cuda

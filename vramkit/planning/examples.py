@@ -34,10 +34,10 @@ def read_examples(target: Any, names: Sequence[str], example: Any, options: Mapp
     expected = f"expected a mapping with arguments for some of {', '.join(names)}"
     if not isinstance(example, Mapping):
         raise ConfigError(f"example= is a {type(example).__name__}, and the target a mapping of modules; {expected}")
-    unknown = [name for name in example if name not in names]
+    unknown = [name for name in example if str(name) not in names]
     if unknown:
         raise ConfigError(f"example= has {unknown[0]!r}; {expected}")
-    return {name: arguments_of(each) for name, each in example.items()}
+    return {str(name): arguments_of(each) for name, each in example.items()}
 
 
 def example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -83,7 +84,11 @@ def fit(
         ConflictError, UnsupportedTensorError, StoreError: as `apply_group_offloading`.
     """
     budget = Budget(vram, ram, allow)
+    if mesh is not None and not hasattr(mesh, "agree"):
+        raise ConfigError(f"mesh={mesh!r}; expected what vramkit.distributed.connect() returns, or None")
+    folder = None if disk_folder is None else _folder(disk_folder)
     _refuse_offloaded(target)
+    WatchedCalls.end_idle(target)
     device = device_of(device) if mesh is None else mesh.device
     usable_device(device, "device")
     use_expandable_segments(device)
@@ -99,7 +104,6 @@ def fit(
     else:
         examples = read_examples(target, planner.names, example, call)
         planned = module_calls(examples, are_given=True) if examples else None
-    folder = None if disk_folder is None else Path(disk_folder)
     regime = Regime(target, plans.plan(planned), disk_folder=folder, mesh=mesh)
     return Fit(target, WatchedCalls(target, plans, regime, planned=planned, examples=examples, mesh=mesh), mesh=mesh)
 
@@ -184,6 +188,14 @@ class Fit:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.plan.model} in {format_bytes(self.plan.vram_bytes)}>"
+
+
+def _folder(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ConfigError(
+            f"disk_folder={path!r}; expected the path of a folder (it is made when it is missing), or None"
+        )
+    return Path(path)
 
 
 def _planner_of_first(planner: Planner, mesh: Any, budget: Budget) -> Any:

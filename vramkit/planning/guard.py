@@ -14,13 +14,17 @@ __all__ = ["Around", "Guard"]
 Around: TypeAlias = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
 
 
+_GUARD = "_guard"  # of a class that one has made
+
+
 class Guard:
     """Between `attach` and `remove`, calls of `target` and of its `methods` are made in ``around(method, args, kwargs)``.
 
     Copies and pickles of the object are of its own class.
     """
 
-    def __init__(self, target: Any, around: Around, methods: Sequence[str] = ()) -> None:
+    def __init__(self, target: Any, around: Around, methods: Sequence[str] = (), *, owner: Any = None) -> None:
+        self.owner = owner
         kind = type(target)
         derived_from: Any = kind
 
@@ -41,7 +45,13 @@ class Guard:
         call.__wrapped__ = kind.__call__  # type: ignore[attr-defined] # its signature is looked at
         guarded = {name: _Guarded(name, kind, target, around) for name in methods if hasattr(kind, name)}
         self._target, self._kind = target, kind
-        self._derived = derived_class(kind, {**guarded, "__call__": call, "__reduce_ex__": reduce})
+        self._derived = derived_class(kind, {**guarded, "__call__": call, "__reduce_ex__": reduce, _GUARD: self})
+
+    @staticmethod
+    def of(target: Any) -> Guard | None:
+        """Return the guard that was attached to `target` last and was not removed, if there is one."""
+        found = vars(type(target)).get(_GUARD)
+        return found if isinstance(found, Guard) else None
 
     def attach(self) -> None:
         """Give the object the class that looks at its calls."""

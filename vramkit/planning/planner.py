@@ -13,7 +13,7 @@ from torch import nn
 from vramkit.errors import ConfigError, PlanInfeasible, VramkitError
 from vramkit.memory import MIB, format_bytes, parse_bytes
 from vramkit.planning.calls import PlannedCall
-from vramkit.planning.components import components_of, refuse_shared_modules, tied_components
+from vramkit.planning.components import components_of, refuse_shared_modules, refuse_without_twins, tied_components
 from vramkit.planning.dealing import least_bytes
 from vramkit.planning.features import Settings
 from vramkit.planning.machine import Machine
@@ -51,11 +51,12 @@ class Planner:
         With `ranks`, so many devices share the links and the work, each under the whole budget.
 
         Raises:
-            ConfigError: there is no module in it.
+            ConfigError: there is no module in it, or one that cannot have a twin.
             ConflictError: two components share a module.
         """
         originals = components_of(target)
         refuse_shared_modules(originals)
+        refuse_without_twins(originals)
         self.is_of_pipeline = is_pipeline(target)
         self._budget, self._device = budget, device
         self._model = type(target).__name__ if self.is_of_pipeline or isinstance(target, nn.Module) else "modules"

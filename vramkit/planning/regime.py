@@ -43,8 +43,9 @@ class Regime:
 
     @property
     def is_on(self) -> bool:
-        """Whether the modules run by the plan."""
-        return self._applied is not None
+        """Whether the modules run by the plan: not while one is open for changes, nor once all were removed one by one."""
+        offloads = self.offloads.values()
+        return any(each.is_active for each in offloads) and not any(each.is_edited for each in offloads)
 
     @property
     def ways(self) -> dict[str, str]:

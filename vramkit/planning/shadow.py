@@ -46,11 +46,15 @@ def shadows_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 def shadow_of(pipeline: Any, shadows: Mapping[str, nn.Module]) -> Any:
     """Return a twin of `pipeline` with `shadows` in the place of its modules, and schedulers of its own."""
     twin = copy.copy(pipeline)
-    for name, component in getattr(pipeline, "components", {}).items():
-        if name in shadows:
-            vars(twin)[name] = shadows[name]
-        elif hasattr(component, "set_timesteps"):
-            vars(twin)[name] = copy.deepcopy(component)
+    components = getattr(pipeline, "components", {})
+    twins = {id(component): shadows[name] for name, component in components.items() if name in shadows}
+    for name, held in {**components, **vars(twin)}.items():
+        if id(held) in twins:
+            vars(twin)[name] = twins[id(held)]
+        elif name in components and hasattr(held, "set_timesteps"):
+            vars(twin)[name] = copy.deepcopy(held)
+    if isinstance(held := vars(twin).get("components"), Mapping):
+        vars(twin)["components"] = {name: twins.get(id(each), each) for name, each in held.items()}
     for name in ("together", "branches"):  # a rehearsal is of one process
         if name in vars(twin):
             vars(twin)[name] = None

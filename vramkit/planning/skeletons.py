@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -96,9 +97,11 @@ def _of_folder(model: str | os.PathLike[str], dtype: torch.dtype, with_image: bo
     kind = kind.with_image() if with_image else kind
     parts: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    for name, entry in read_model_index(root).items():
-        if name.startswith("_"):
-            continue
+    entries = {name: entry for name, entry in read_model_index(root).items() if not name.startswith("_")}
+    needed = [name for name, each in inspect.signature(kind).parameters.items() if each.default is each.empty]
+    if missing := [name for name in needed if not is_component(entries.get(name))]:
+        raise CheckpointError(f"{root} does not list {', '.join(missing)} as [library, class] in its model_index.json")
+    for name, entry in entries.items():
         if not is_component(entry):
             options[name] = entry
             continue

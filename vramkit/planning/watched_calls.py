@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from vramkit.device_memory import memory_of
-from vramkit.errors import ConcurrentUseError, PlanInfeasible
+from vramkit.errors import ConcurrentUseError, ConflictError, PlanInfeasible
 from vramkit.memory import format_bytes
 from vramkit.planning.calls import Example, PlannedCall, module_calls, pipeline_call
-from vramkit.planning.components import entry_points_of, phase_of
+from vramkit.planning.components import components_of, entry_points_of, phase_of
 from vramkit.planning.examples import example_of, key_of
 from vramkit.planning.generation import Generation
 from vramkit.planning.guard import Guard
@@ -56,6 +56,28 @@ class WatchedCalls:
         self._meter = PeakMeter(memory_of(device)) if is_measured else None
         self._is_measuring = threading.Lock()
 
+    @staticmethod
+    def end_idle(target: Any) -> None:
+        """End what watches `target`, of which all was taken off by hand, for nobody may have its handle any more.
+
+        Raises:
+            ConflictError: a part of it runs by its plan still.
+        """
+        for name, watched in {
+            "": target,
+            **{name: each.module for name, each in components_of(target).items()},
+        }.items():
+            guard = Guard.of(watched)
+            if guard is None:
+                continue
+            running = [other for other, offload in guard.owner.regime.offloads.items() if offload.is_active]
+            if running:
+                raise ConflictError(
+                    f"{name or type(target).__name__} is part of what fit runs already, with {', '.join(running)}; call "
+                    "remove() on that handle first"
+                )
+            guard.owner.end()
+
     def begin(self) -> None:
         """Watch calls, and let the modules run by their plan."""
         self._attach_all()
@@ -71,13 +93,13 @@ class WatchedCalls:
     def _attach_all(self) -> None:
         is_of_pipeline = self._planner.is_of_pipeline
         if is_of_pipeline:
-            self._attach(Guard(self._target, self._around_pipeline))
+            self._attach(Guard(self._target, self._around_pipeline, owner=self))
             if self._mesh is not None:  # ranks would have to plan together for what each does by itself
                 return
         around = self._around_part if is_of_pipeline else self._around
         for name, module in self.regime.modules.items():
             methods = [method for method in entry_points_of(module) if method != "forward"]
-            self._attach(Guard(module, functools.partial(around, name), methods))
+            self._attach(Guard(module, functools.partial(around, name), methods, owner=self))
 
     def _attach(self, guard: Guard) -> None:
         self._guards.append(guard)  # first: an interrupt may come after any step
@@ -134,7 +156,8 @@ class WatchedCalls:
                 return
             with self._lock:
                 examples = {**self._examples, key_of(name, method): example or example_of(args, kwargs)}
-                if self._meet(module_calls(examples)):
+                examples = self._of_target(examples)
+                if self._meet(module_calls(examples) if examples else None):
                     self._examples = examples
             with self._measuring():
                 yield
@@ -187,8 +210,13 @@ class WatchedCalls:
                 raise
             warnings.warn(f"{told}; later calls have a plan that keeps more free", UserWarning, stacklevel=4)
 
-    def _meet(self, call: PlannedCall) -> bool:
-        """Plan for `call` if it asks for more than what was planned for, and tell whether it did.
+    def _of_target(self, examples: dict[str, Example]) -> dict[str, Example]:
+        """Return those of modules that the target has still: of a mapping some may have been taken out."""
+        names = components_of(self._target).keys()
+        return {key: each for key, each in examples.items() if key in names or key.rpartition(".")[0] in names}
+
+    def _meet(self, call: PlannedCall | None) -> bool:
+        """Plan for `call` if it asks for more than what was planned for, and tell whether it did; None is of a module gone.
 
         Raises:
             PlanInfeasible: nothing fits; the plan of before stays.
@@ -200,7 +228,7 @@ class WatchedCalls:
             if self.regime.is_outdated:
                 self._begin_anew(call)
                 return True
-            if self._planned is not None and self._planned.covers(call):
+            if call is None or (self._planned is not None and self._planned.covers(call)):
                 return False
             self._change(call)
             self._parts.clear()
@@ -228,7 +256,7 @@ class WatchedCalls:
         self.regime.change(self._planner.plan(call, self.regime.ways))
         self._planned = call
 
-    def _begin_anew(self, call: PlannedCall) -> None:
+    def _begin_anew(self, call: PlannedCall | None) -> None:
         """Plan `call` for the modules as they are now; on an error those of before run as before."""
         self.regime.refuse_running()
         before, ways = self.regime, self.regime.ways
