@@ -336,6 +336,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"generator": [None]}, r"generator is a NoneType; expected a torch\.Generator"),
     ({"latents": np.zeros(3)}, "latents is a ndarray; expected a tensor"),
     ({"latents": torch.zeros(3, dtype=torch.complex64)}, "latents is torch.complex64; expected floating values"),
+    ({"latents": torch.zeros(3, dtype=torch.int64)}, "latents is torch.int64; expected floating values"),
     ({"attention_kwargs": ["scale"]}, "attention_kwargs is a list; expected a dict or None"),
     ({"callback_on_step_end": 3}, "callback_on_step_end is a int; expected a function"),
 ]

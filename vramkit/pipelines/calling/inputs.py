@@ -165,7 +165,7 @@ def check_noise(
     """Refuse given latents of another shape, and generators that cannot make the noise."""
     if latents is not None and not isinstance(latents, torch.Tensor):
         raise ConfigError(f"latents is a {type(latents).__name__}; expected a tensor of shape {shape}")
-    if latents is not None and latents.is_complex():
+    if latents is not None and not latents.is_floating_point():
         raise ConfigError(f"latents is {latents.dtype}; expected floating values")
     if latents is not None and tuple(latents.shape) != shape:
         raise ConfigError(
