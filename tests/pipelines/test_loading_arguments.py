@@ -172,6 +172,8 @@ def test_from_pipe(pipeline: Any) -> None:
         ConfigError, match=r"WanPipeline has no text_encoder_2, tokenizer_2; give text_encoder_2=\.\.\."
     ):
         vramkit.HunyuanVideoPipeline.from_pipe(pipeline)
+    with pytest.raises(ConfigError, match=r"WanPipeline.from_pipe: got a str; expected a pipeline"):
+        vramkit.WanPipeline.from_pipe("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
 
 def test_from_pipe_casts_what_it_is_asked_to(folder: Path) -> None:

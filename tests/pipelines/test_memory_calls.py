@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,9 @@ class TestModelOffload:
         own.enable_model_cpu_offload(device="cpu")
         assert offloaded(own) == models_of(own).keys()
         assert (frames(own, **CLIP) == expected).all()
+        for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+            assert not offloaded(copied)
+            assert (frames(copied, **CLIP) == expected).all()
         own.maybe_free_model_hooks()
         own.remove_all_hooks()
         assert not offloaded(own)
@@ -104,6 +109,9 @@ class TestTo:
             ((torch.float32,), {"dtype": torch.float64}, "two of dtype"),
             ((), {"dtype": "float32"}, "dtype='float32'"),
             ((), {"nonsense": 1}, "nonsense=1"),
+            ((torch.int8,), {}, "dtype=torch.int8; expected a device, a floating torch.dtype"),
+            (("nowhere",), {}, "'nowhere' is not a device"),
+            (("cuda:99",), {}, r"device='cuda:99', but this machine has \d+ such devices"),
         ],
     )
     def test_wrong_ones(self, arguments: Any, named: Any, message: str, pipeline: Any) -> None:

@@ -123,7 +123,7 @@ class TestArgumentsOfDiffusers:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"safe_serialization": False}, "only safetensors are written"),
+            ({"safe_serialization": False}, "safe_serialization=False is not taken; only safetensors are written"),
             ({"push_to_hub": True}, "hf upload"),
             ({"is_main_process": False}, "on one rank"),
             ({"nonsense": 1}, "has no argument 'nonsense'"),
@@ -140,6 +140,17 @@ class TestArgumentsOfDiffusers:
         with pytest.raises(ConfigError, match=message):
             getattr(pipeline, whose, pipeline).save_pretrained(tmp_path / "saved", **given)
         assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("whose", ["pipeline", "transformer", "scheduler"])
+def test_an_empty_path_is_not_the_folder_that_one_is_in(
+    whose: str, stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = stock.pipeline("Wan2.1")
+    with pytest.raises(ConfigError, match="an empty path was given, expected that of a folder"):
+        getattr(pipeline, whose, pipeline).save_pretrained("")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stored", ["cast", "quantized"])

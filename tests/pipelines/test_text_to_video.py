@@ -270,6 +270,36 @@ class TestSameClipAsDiffusers:
         assert ours[0] == theirs[0]
         assert relative_error(ours[1], theirs[1]) <= 1e-4
 
+    def test_callback_gives_back_texts_of_another_dtype(self, pipeline: Any, clip: dict[str, Any]) -> None:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"prompt_embeds": tensors["prompt_embeds"].double()}
+
+        watched = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        np.testing.assert_array_equal(frames(pipeline, **clip, **watched), frames(pipeline, **clip))
+
+    @pytest.mark.parametrize("answer", ["latents", [1], torch.zeros(2)])
+    def test_callback_gives_back_no_dict(self, answer: Any, pipeline: Any, clip: dict[str, Any]) -> None:
+        expected = frames(pipeline, **clip)
+        with pytest.raises(ConfigError, match=f"a callback gave back a {type(answer).__name__}; expected a dict"):
+            frames(pipeline, **clip, callback_on_step_end=lambda *given: answer)
+        assert pipeline.current_timestep is None
+        np.testing.assert_array_equal(frames(pipeline, **clip), expected)
+
+    def test_callback_with_texts_of_two_lengths(self, pipeline: Any, family: str, clip: dict[str, Any]) -> None:
+        texts = ready(family) | ready(family, "negative_", tokens=16, seed=5) | FAMILIES[family].guided
+        watched = {"callback_on_step_end": lambda pipe, step, timestep, tensors: tensors}
+        np.testing.assert_array_equal(frames(pipeline, **clip, **texts, **watched), frames(pipeline, **clip, **texts))
+        names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        frames(pipeline, **clip, **texts, **names)  # for nobody
+        if not pipeline.joins_texts:
+            frames(pipeline, **clip, **texts, **watched, **names)
+            return
+        with (
+            pipeline.transformer.register_forward_hook(lambda *given: pytest.fail("a step was made")),
+            pytest.raises(ConfigError, match="both texts as one tensor, and these have 12 and 16 tokens: pad them"),
+        ):
+            frames(pipeline, **clip, **texts, **watched, **names)
+
     def test_return_dict(self, pipeline: Any, clip: dict[str, Any]) -> None:
         arguments = {"prompt": "a cat", "output_type": "np", **clip, "num_inference_steps": 2}
         (result,) = pipeline(**arguments, generator=seeded(), return_dict=False)
@@ -303,7 +333,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a"] * 3, "generator": [seeded(), seeded()]}, "2 generators for 3 clips"),
     ({"prompt": ["a"] * 3, "generator": [seeded()]}, "1 generators for 3 clips"),
     ({"generator": 42}, r"generator is a int; expected a torch\.Generator"),
+    ({"generator": [None]}, r"generator is a NoneType; expected a torch\.Generator"),
     ({"latents": np.zeros(3)}, "latents is a ndarray; expected a tensor"),
+    ({"latents": torch.zeros(3, dtype=torch.complex64)}, "latents is torch.complex64; expected floating values"),
+    ({"latents": torch.zeros(3, dtype=torch.int64)}, "latents is torch.int64; expected floating values"),
+    ({"attention_kwargs": ["scale"]}, "attention_kwargs is a list; expected a dict or None"),
+    ({"callback_on_step_end": 3}, "callback_on_step_end is a int; expected a function"),
 ]
 
 
@@ -409,6 +444,23 @@ class TestWrongArguments:
         ):
             with pytest.raises(ConfigError, match=message):
                 idle(**{"prompt": "a cat", **clip, **arguments})
+
+    @pytest.mark.parametrize("name", ["", "negative_"])
+    def test_embeddings(self, name: str, idle: Any, family: str, clip: dict[str, Any]) -> None:
+        key = f"{name}prompt_embeds"
+        for embeds, message in (
+            (torch.zeros(1, 12, 33), f"{key} has 33 channels; the transformer takes 32"),
+            (torch.zeros(1, 12, 32, dtype=torch.int64), f"{key} is torch.int64; expected floating values"),
+            (torch.zeros(1, 0, 32), f"{key} is .*0.*expected a tensor"),
+        ):
+            texts = ready(family) | ready(family, "negative_") | FAMILIES[family].guided | {key: embeds}
+            with pytest.raises(ConfigError, match=message):
+                idle(**clip | texts)
+
+    def test_a_scheduler_that_is_none(self, idle: Any, clip: dict[str, Any]) -> None:
+        idle.scheduler = "UniPC"
+        with pytest.raises(ConfigError, match="the scheduler is a str; expected one of vramkit"):
+            idle("a cat", **clip)
 
     @pytest.mark.parametrize(
         ("missing", "message"),

@@ -72,6 +72,12 @@ def test_gaps_are_refused(sizes):
         small_tiling(**sizes)
 
 
+@pytest.mark.parametrize("sizes", [{"height": "8"}, {"stride_width": 2.5}, {"width": None}])
+def test_sizes_that_are_no_whole_numbers_are_refused(sizes):
+    with pytest.raises(ConfigError, match="expected whole numbers"):
+        small_tiling(**sizes)
+
+
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="stride_width 190 is no multiple of 8"):
         Tiling(stride_width=190).scaled_down(8)

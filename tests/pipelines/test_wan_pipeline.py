@@ -72,7 +72,7 @@ class TestWrongArguments:
             (ready("negative_", lengths=(7, 7)), "1 prompts and 2 negative"),
             (
                 {"prompt": None, **ready(), "negative_prompt_embeds": NEGATIVE["negative_prompt_embeds"][..., :16]},
-                "32 channels, negative_prompt_embeds 16",
+                "negative_prompt_embeds has 16 channels; the transformer takes 32",
             ),
         ],
     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vramkit.distributed.ranks import Ranks
-from vramkit.distributed.uncopied import Uncopied
+from vramkit.uncopied import Uncopied
 
 __all__ = ["GuidanceBranches"]
 

@@ -15,11 +15,11 @@ from vramkit.distributed.branches import GuidanceBranches
 from vramkit.distributed.mesh import Mesh
 from vramkit.distributed.sequence import SequenceRanks
 from vramkit.distributed.tiles import TileRanks, has_exact_tiles
-from vramkit.distributed.uncopied import Uncopied
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.pipelines.calling.text_to_video import TextToVideoPipeline
 from vramkit.pipelines.networks.video_autoencoder import VideoAutoencoder
 from vramkit.pipelines.networks.video_transformer import VideoTransformer
+from vramkit.uncopied import Uncopied
 
 __all__ = ["Parallel", "parallelize"]
 

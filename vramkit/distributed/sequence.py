@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from vramkit.distributed.ranks import Ranks
 from vramkit.distributed.ring import ring_attention
 from vramkit.distributed.traced import exchanged, gathered
-from vramkit.distributed.uncopied import Uncopied
 from vramkit.pipelines.networks.attention import Stream, attention
 from vramkit.pipelines.networks.layers import TokenOps, write
+from vramkit.uncopied import Uncopied
 from vramkit.wrapper import widened_once
 
 __all__ = ["SequenceRanks", "SequenceShare", "split"]

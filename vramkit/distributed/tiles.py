@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor, nn
 
 from vramkit.distributed.ranks import Ranks
-from vramkit.distributed.uncopied import Uncopied
+from vramkit.uncopied import Uncopied
 
 __all__ = ["TileRanks", "has_exact_tiles", "owners"]
 

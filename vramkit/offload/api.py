@@ -20,6 +20,7 @@ from vramkit.offload.offloaded import offload_of
 from vramkit.offload.pinning import PinBudget
 from vramkit.offload.stores import Sharing
 from vramkit.offload.turns import Turns
+from vramkit.uncopied import Uncopied
 
 __all__ = ["ModelOffload", "apply_group_offloading", "apply_model_offload"]
 
@@ -132,7 +133,7 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
     return Offload(module, config, turns=turns)
 
 
-class ModelOffload:
+class ModelOffload(Uncopied):
     """Several components that take turns on the device, from `apply_model_offload` until `remove`."""
 
     def __init__(self, offloads: Mapping[str, Offload], turns: Turns) -> None:

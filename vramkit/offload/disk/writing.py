@@ -60,6 +60,8 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     if not isinstance(folder, str | os.PathLike):
         raise ConfigError(f"{type(folder).__name__} was given, expected the path of a folder")
+    if not os.fspath(folder):
+        raise ConfigError("an empty path was given, expected that of a folder; '.' is the one that the program runs in")
     folder = Path(folder).expanduser().absolute()
     missing = [parent for parent in folder.parents if not parent.exists()]
     stage = folder / f".{secrets.token_hex(4)}.partial" if folder.is_dir() else _unused_beside(folder)

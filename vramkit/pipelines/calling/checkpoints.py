@@ -183,6 +183,8 @@ class CheckpointCalls:
         Raises:
             ConfigError: an unknown name, or a component that the other pipeline does not have.
         """
+        if not all(hasattr(pipeline, name) for name in ("components", "config")):
+            raise ConfigError(f"{cls.__name__}.from_pipe: got a {type(pipeline).__name__}; expected a pipeline")
         known = inspect.signature(cls).parameters
         check_names("component or option", changed, (*known,))
         options = {name: value for name, value in pipeline.config.items() if name not in cls.component_names}

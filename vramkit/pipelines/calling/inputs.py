@@ -59,6 +59,10 @@ def check_size(height: int, width: int, *, multiple: int) -> None:
 def check_scheduler(scheduler: Any, asked: Sequence[str]) -> None:
     """Refuse schedulers that these pipelines cannot drive; ``asked`` is what set_timesteps is given beside steps."""
     name = type(scheduler).__name__
+    if not all(hasattr(scheduler, needed) for needed in ("step", "set_timesteps", "timesteps")):
+        raise ConfigError(
+            f"the scheduler is a {name}; expected one of vramkit, such as UniPCMultistepScheduler.from_config(config)"
+        )
     way = (
         f"take pipeline.scheduler = vramkit.{name}.from_config(scheduler.config), or another scheduler that vramkit has"
     )
@@ -107,8 +111,13 @@ def check_prompts(
     negative_prompt: Prompt,
     prompt_embeds: torch.Tensor | None,
     negative_prompt_embeds: torch.Tensor | None,
+    *,
+    channels: int | None = None,
 ) -> int:
-    """Return how many prompts there are; refuse what is missing, given twice or of unequal number."""
+    """Return how many prompts there are; refuse what is missing, given twice or of unequal number.
+
+    ``channels`` are those of ready embeddings, if the transformer is known.
+    """
     batch = _count("prompt", prompt, prompt_embeds)
     if batch is None:
         raise ConfigError("there is no prompt: give prompt or prompt_embeds")
@@ -116,6 +125,12 @@ def check_prompts(
     one_for_all = negative_batch is None or isinstance(negative_prompt, str)
     if not one_for_all and negative_batch != batch:
         raise ConfigError(f"there are {batch} prompts and {negative_batch} negative prompts: give one for each")
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if embeds is not None and channels not in (None, embeds.shape[-1]):
+            raise ConfigError(
+                f"{name} has {embeds.shape[-1]} channels; the transformer takes {channels}: encode the prompt with the text "
+                "encoder of this checkpoint"
+            )
     if prompt_embeds is not None and negative_prompt_embeds is not None:
         width, negative_width = prompt_embeds.shape[-1], negative_prompt_embeds.shape[-1]
         if width != negative_width:
@@ -127,9 +142,13 @@ def _count(name: str, texts: Prompt, embeds: torch.Tensor | None) -> int | None:
     if texts is not None and embeds is not None:
         raise ConfigError(f"both {name} and {name}_embeds are given: give one of the two")
     if embeds is not None:
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
             shape = getattr(embeds, "shape", type(embeds).__name__)
             raise ConfigError(f"{name}_embeds is {shape}; expected a tensor [prompts, tokens, channels]")
+        if not embeds.is_floating_point():
+            raise ConfigError(
+                f"{name}_embeds is {embeds.dtype}; expected floating values, the states of the text encoder"
+            )
         return embeds.shape[0]
     if texts is None:
         return None
@@ -146,6 +165,8 @@ def check_noise(
     """Refuse given latents of another shape, and generators that cannot make the noise."""
     if latents is not None and not isinstance(latents, torch.Tensor):
         raise ConfigError(f"latents is a {type(latents).__name__}; expected a tensor of shape {shape}")
+    if latents is not None and not latents.is_floating_point():
+        raise ConfigError(f"latents is {latents.dtype}; expected floating values")
     if latents is not None and tuple(latents.shape) != shape:
         raise ConfigError(
             f"latents has shape {tuple(latents.shape)}; height, width, frames and prompts ask for {shape}"
@@ -154,13 +175,14 @@ def check_noise(
         raise ConfigError(
             f"there is a list of {len(generator)} generators for {shape[0]} clips: give one for each clip"
         )
-    for each in generator if isinstance(generator, list) else [generator]:
-        if each is not None and not isinstance(each, torch.Generator):
+    given = [] if generator is None else generator if isinstance(generator, list) else [generator]
+    for each in given:
+        if not isinstance(each, torch.Generator):
             raise ConfigError(
                 f"generator is a {type(each).__name__}; expected a torch.Generator, such as "
                 "torch.Generator().manual_seed(0), or a list of them"
             )
-        if each is not None and each.device.type not in ("cpu", device.type):
+        if each.device.type not in ("cpu", device.type):
             raise ConfigError(
                 f"the generator is on {each.device} and the latents are on {device}: use a generator of that device, or "
                 "one on the CPU"

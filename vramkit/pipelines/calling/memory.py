@@ -13,6 +13,7 @@ from torch import nn
 
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.offload import ModelOffload, Offload, apply_group_offloading, apply_model_offload, offload_of
+from vramkit.offload.config import usable_device
 from vramkit.pipelines.loading.absent import Absent
 
 __all__ = ["MemoryCalls"]
@@ -48,6 +49,7 @@ class MemoryCalls(ABC):
         travel by themselves.
 
         Raises:
+            ConfigError: no device or dtype, or a device that is not there; nothing is changed then.
             ConflictError: a cast of a model that is offloaded; nothing is changed then.
         """
         device, dtype = _destination(args, kwargs)
@@ -65,9 +67,11 @@ class MemoryCalls(ABC):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        for name, module in modules.items():
-            if name not in offloaded:
-                module.to(device=device, dtype=dtype)
+        moved = [module for name, module in modules.items() if name not in offloaded]
+        if moved and device is not None and device.type in {"cuda", "xpu"}:
+            usable_device(device, "device")
+        for module in moved:
+            module.to(device=device, dtype=dtype)
         return self
 
     def enable_model_cpu_offload(
@@ -203,10 +207,13 @@ def _destination(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.d
                 raise ConfigError(f"to: there are two of {name}, {named[name]!r} and {value!r}; give one")
             named[name] = value
     device, dtype = named.pop("device", None), named.pop("dtype", None)
-    if named or not (dtype is None or isinstance(dtype, torch.dtype)):
+    if named or not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         given = ", ".join(f"{name}={value!r}" for name, value in {**named, "dtype": dtype}.items())
-        raise ConfigError(f"to: got {given}; expected a device, a torch.dtype, or both")
-    return None if device is None else torch.device(device), dtype
+        raise ConfigError(f"to: got {given}; expected a device, a floating torch.dtype, or both")
+    try:
+        return None if device is None else torch.device(device), dtype
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"to: {device!r} is not a device; give 'cuda', 'cuda:1' or 'cpu'") from error
 
 
 def _has_dtype(module: nn.Module, dtype: torch.dtype) -> bool:

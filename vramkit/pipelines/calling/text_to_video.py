@@ -19,7 +19,14 @@ from torch import Tensor
 from vramkit.errors import ConfigError
 from vramkit.offload import offload_of
 from vramkit.pipelines.calling.decoding import decode_in_memory
-from vramkit.pipelines.calling.inputs import check_choices, check_positive, check_scheduler, check_size, warn_caller
+from vramkit.pipelines.calling.inputs import (
+    check_choices,
+    check_positive,
+    check_prompts,
+    check_scheduler,
+    check_size,
+    warn_caller,
+)
 from vramkit.pipelines.calling.known import Known, timestep_of_each_token
 from vramkit.pipelines.calling.pipeline import Pipeline, execution_device, hand_over
 from vramkit.pipelines.calling.video import OUTPUT_TYPES, VideoProcessor, postprocess_video
@@ -65,12 +72,26 @@ class Conditions:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
     known: Known = dataclasses.field(default_factory=Known, kw_only=True)
 
-    def tensors(self, *, joined: bool) -> dict[str, Any]:
-        """Name the text as callbacks do; ``joined`` puts both, the negative first, under the name of the prompt."""
+    def tensors(self, wanted: Sequence[str], *, joined: bool) -> dict[str, Any]:
+        """Those of the texts that are wanted, named as callbacks do.
+
+        ``joined`` puts both, the negative first, under the name of the prompt.
+
+        Raises:
+            ConfigError: both are wanted as one tensor and have other lengths.
+        """
         positive = self.positive["encoder_hidden_states"]
         negative = None if self.negative is None else self.negative["encoder_hidden_states"]
-        both = torch.cat([negative, positive]) if joined and negative is not None else positive
-        return {"prompt_embeds": both, "negative_prompt_embeds": negative}
+        if joined and negative is not None and "prompt_embeds" in wanted:
+            if positive.shape[1] != negative.shape[1]:
+                raise ConfigError(
+                    f"prompt_embeds of callbacks are both texts as one tensor, and these have {positive.shape[1]} and "
+                    f"{negative.shape[1]} tokens: pad them to one length, or leave prompt_embeds out of "
+                    "callback_on_step_end_tensor_inputs"
+                )
+            positive = torch.cat([negative, positive])
+        texts = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        return {name: texts[name] for name in wanted if name in texts}
 
     def replaced(self, changed: Mapping[str, Any], *, joined: bool) -> Conditions:
         """Return the same with the text that a callback gave back under the names of `tensors`.
@@ -112,11 +133,19 @@ def _with_text(condition: Mapping[str, Any], text: Any, *, name: str) -> Mapping
         raise ConfigError(
             f"a callback gave back {name} of shape {shape or type(text).__name__}; expected {tuple(before.shape)}"
         )
-    return {**condition, "encoder_hidden_states": text}
+    return {**condition, "encoder_hidden_states": text.to(before)}
 
 
 def wanted_tensors(callback: StepCallback | None, named: Sequence[str] | None) -> tuple[str, ...]:
-    """Say which tensors a callback is given: those that the call names, or that the callback object itself asks for."""
+    """Say which tensors a callback is given: those that the call names, or that the callback object itself asks for.
+
+    Raises:
+        ConfigError: the callback cannot be called.
+    """
+    if callback is not None and not callable(callback):
+        raise ConfigError(
+            f"callback_on_step_end is a {type(callback).__name__}; expected a function of pipeline, step, timestep, tensors"
+        )
     return tuple(getattr(callback, "tensor_inputs", named) or ())
 
 
@@ -143,6 +172,7 @@ class TextToVideoPipeline(Pipeline):
     fps: ClassVar[float] = 16.0  # frames per second of the clips that the checkpoints were trained on
     vae_in_fp32: ClassVar[bool] = False  # whether the published VAE loses detail in 16 bits
     joins_texts: ClassVar[bool] = False  # whether callbacks are given both texts of guidance as prompt_embeds
+    text_width: ClassVar[str] = "text_embed_dim"  # the option of the transformer that counts the channels of a text
     schedule_arguments: ClassVar[tuple[str, ...]] = ()  # what set_timesteps is asked beside the number of steps
 
     def __init__(self) -> None:
@@ -286,6 +316,10 @@ class TextToVideoPipeline(Pipeline):
         check_choices("callback_on_step_end_tensor_inputs", wanted, CALLBACK_TENSORS)
         self._sizes = {"height": height, "width": width, **counts}
 
+    def _check_prompts(self, *texts: Any) -> int:
+        """Return how many prompts there are; see `check_prompts`."""
+        return check_prompts(*texts, channels=getattr(self.transformer.config, self.text_width, None))
+
     def _enter(self, phase: str, **given: Any) -> None:
         """Tell the observer that a phase begins."""
         if self.on_phase is not None:
@@ -293,6 +327,8 @@ class TextToVideoPipeline(Pipeline):
 
     def _begin(self, *, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> None:
         """Set the state that properties show, at the beginning of a call."""
+        if not isinstance(attention_kwargs, Mapping | None):
+            raise ConfigError(f"attention_kwargs is a {type(attention_kwargs).__name__}; expected a dict or None")
         if isinstance(self.transformer, Model) and attention_kwargs:
             given = {name: value for name, value in attention_kwargs.items() if (name, value) != ("scale", 1)}
             refuse_arguments("attention_kwargs", given, _ATTENTION_KWARGS)
@@ -317,20 +353,24 @@ class TextToVideoPipeline(Pipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # timesteps may repeat: the first one does not say where the run begins
         experts = self._experts(timesteps)
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            for step, timestep in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep, self._expert = timestep, experts[step]
-                latents = conditions.known.prepared(latents, timestep)
-                noise = self._predict_noise(latents, timestep, conditions)
-                if step + 1 < len(experts):
-                    hand_over(experts[step], experts[step + 1])
-                latents = conditions.known.stepped(self._step, noise, timestep, latents)
-                if callback is not None:
-                    latents, conditions = self._call_back(callback, wanted, step, timestep, latents, conditions)
-                bar.update()
-        self._current_timestep = self._expert = None
+        if callback is not None:
+            conditions.tensors(wanted, joined=self.joins_texts)  # refused before the first step
+        try:
+            with self.progress_bar(total=self._num_timesteps) as bar:
+                for step, timestep in enumerate(timesteps):
+                    if self._interrupt:
+                        break
+                    self._current_timestep, self._expert = timestep, experts[step]
+                    latents = conditions.known.prepared(latents, timestep)
+                    noise = self._predict_noise(latents, timestep, conditions)
+                    if step + 1 < len(experts):
+                        hand_over(experts[step], experts[step + 1])
+                    latents = conditions.known.stepped(self._step, noise, timestep, latents)
+                    if callback is not None:
+                        latents, conditions = self._call_back(callback, wanted, step, timestep, latents, conditions)
+                    bar.update()
+        finally:
+            self._current_timestep = self._expert = None
         return conditions.known.finished(latents)
 
     def _experts(self, timesteps: Tensor) -> list[Any]:
@@ -347,10 +387,16 @@ class TextToVideoPipeline(Pipeline):
         conditions: Conditions,
     ) -> tuple[Tensor, Conditions]:
         """Return what a callback makes of the latents and of the text after a step."""
-        tensors = {"latents": latents, **conditions.tensors(joined=self.joins_texts)}
-        given = {name: tensors[name] for name in wanted}
+        given = conditions.tensors(wanted, joined=self.joins_texts)
+        if "latents" in wanted:
+            given["latents"] = latents
         scale = self._guidance_scale
-        returned = given | (callback(self, step, timestep, {**given}) or {})  # what is given may be changed in place
+        answer = callback(self, step, timestep, {**given})
+        if not isinstance(answer, Mapping | None):
+            raise ConfigError(
+                f"a callback gave back a {type(answer).__name__}; expected a dict of the tensors to go on with, or None"
+            )
+        returned = given | {**(answer or {})}  # what is given may be changed in place
         if self._guidance_scale != scale and (note := self._guidance_note()):
             warn_caller(f"_guidance_scale was set to {self._guidance_scale} in a callback: {note}")
         moved = returned.get("latents", latents)

@@ -19,7 +19,6 @@ from vramkit.pipelines.calling.inputs import (
     Prompt,
     check_finite,
     check_noise,
-    check_prompts,
     make_noise,
     warn_caller,
 )
@@ -113,7 +112,7 @@ class CogVideoXVideoPipeline(T5ToVideoPipeline):
         check_finite(guidance_scale=guidance_scale, eta=eta)
         self._check_size_and_steps(height, width, timesteps)
         latent_frames = self._latent_frames(num_frames)
-        prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._check_encoder(prompt_embeds, negative_prompt_embeds)
         padding = -latent_frames % self.transformer.config.patch[0]

@@ -195,7 +195,7 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         check_finite(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         check_template(prompt_template)
         num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal, down=True)
-        prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         _warn_of_second_prompts(prompt_2=(prompt_2, prompt), negative_prompt_2=(negative_prompt_2, negative_prompt))
         texts = [_Text(prompt, prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)]
         negative = _Text(

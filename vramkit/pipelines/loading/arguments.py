@@ -120,8 +120,9 @@ def refuse_saving(others: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one of those, or an argument that it does not have either.
     """
-    asked = {name: value is False if name in _SAVES else value for name, value in others.items()}
-    refuse_arguments("save_pretrained", asked, _SAVING)
+    if declined := [name for name in _SAVES if others.get(name) is False]:
+        raise ConfigError(f"save_pretrained: {declined[0]}=False is not taken; {_SAVING[declined[0]]}")
+    refuse_arguments("save_pretrained", {name: others[name] for name in others if name not in _SAVES}, _SAVING)
 
 
 def wanted_dtype(dtype: Any, torch_dtype: Any) -> Any:

@@ -207,7 +207,7 @@ class LoraAdapters:
         """
         refuse_within_call(self, "delete_adapters")
         models = self._lora_models()
-        names = list(dict.fromkeys(_names(adapter_names)))
+        names = _names(adapter_names)
         self._check_loaded(names)
         for model in models.values():
             model.refuse_fused()
@@ -438,6 +438,8 @@ def _names(given: Any) -> list[str]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, Sequence | set | frozenset) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"adapter names are {given!r}; expected a name, or a list of names")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"adapter names are {given!r}; expected each of them once")
     return list(names)
 
 

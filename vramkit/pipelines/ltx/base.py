@@ -88,6 +88,7 @@ class LTXVideoPipeline(TextToVideoPipeline):
     component_names: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
     fps: ClassVar[float] = 25.0
     joins_texts: ClassVar[bool] = True
+    text_width: ClassVar[str] = "caption_channels"
     schedule_arguments: ClassVar[tuple[str, ...]] = ("sigmas", "mu")
 
     def __init__(self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any) -> None:
@@ -216,7 +217,7 @@ class LTXVideoPipeline(TextToVideoPipeline):
         timesteps = _checked_timesteps(timesteps)
         num_frames = whole_latent_frames(num_frames, factor=self._rate, down=True)
         grid = self._grid(height, width, num_frames)
-        prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         clips = prompts * num_videos_per_prompt
         clip = Clip(prompts, clips, height, width, num_frames, grid, frame_rate, generator)
         decoding = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -53,7 +54,7 @@ class Tiling:
     """Height and width of a tile and the distance from one tile to the next, in pixels or latents.
 
     Raises:
-        ConfigError: a size or distance below one, or tiles that leave a gap.
+        ConfigError: a size or distance below one or no whole number, or tiles that leave a gap.
     """
 
     height: int = 256
@@ -66,6 +67,8 @@ class Tiling:
             ("height", self.height, self.stride_height),
             ("width", self.width, self.stride_width),
         ):
+            if not all(isinstance(each, Integral) for each in (size, stride)):
+                raise ConfigError(f"Tiles of {side} {size!r} at a distance of {stride!r}; expected whole numbers.")
             if not 0 < stride <= size:
                 raise ConfigError(
                     f"Tiles of {side} {size} at a distance of {stride} leave gaps; "

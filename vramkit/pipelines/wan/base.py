@@ -20,7 +20,6 @@ from vramkit.pipelines.calling.inputs import (
     Prompt,
     check_finite,
     check_noise,
-    check_prompts,
     check_size,
     make_noise,
     whole_latent_frames,
@@ -54,6 +53,7 @@ class WanVideoPipeline(T5ToVideoPipeline):
     """A Wan checkpoint: one transformer, or two of which each runs the steps of its noise levels (Wan2.2 A14B)."""
 
     vae_in_fp32: ClassVar[bool] = True
+    text_width: ClassVar[str] = "text_dim"
 
     transformer_2: Any
     boundary_ratio: float | None
@@ -157,7 +157,7 @@ class WanVideoPipeline(T5ToVideoPipeline):
         )
         check_size(height, width, multiple=self._pixels_per_patch())
         num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal)
-        prompts = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         size = ClipSize(prompts, num_videos_per_prompt, height, width, num_frames)
         self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._given_guidance_scale_2 = guidance_scale_2

@@ -1,4 +1,4 @@
-"""What belongs to the ranks of this process, and to no copy."""
+"""What belongs to this process, and to no copy."""
 
 from __future__ import annotations
 
