@@ -11,7 +11,6 @@ import torch
 from vramkit import tensors
 from vramkit.errors import StoreError
 from vramkit.memory import tensor_bytes
-from vramkit.offload.casts import are_kept_of
 from vramkit.offload.disk import check_files_of
 from vramkit.offload.resting import RestingPlace
 from vramkit.offload.tensor_slot import TensorSlot, asks_for_gradients
@@ -208,10 +207,16 @@ class Residents:
         """
         is_unrecorded = not torch.is_grad_enabled()
         for each in self._asking:
-            asks = is_unrecorded and not are_kept_of(each.on_device)
+            asks = is_unrecorded and not _is_cast_for_long(each.on_device)
             if each.on_device is not each.slot.rest and each.on_device.requires_grad is not asks:
                 each.on_device.requires_grad_(asks)
 
     def unwritten(self) -> dict[int, torch.Tensor]:
         """Return those that are as they rest, by the id of the tensor at rest."""
         return {id(each.slot.rest): each.on_device for each in self if each.is_unwritten}
+
+
+def _is_cast_for_long(weight: torch.Tensor) -> bool:
+    """Tell whether autocast would keep a copy of `weight` until it ends, as it does of weights that ask for gradients."""
+    is_cast = weight.dtype == torch.float32 and weight.ndim > 1 and torch.is_autocast_enabled(weight.device.type)
+    return is_cast and torch.is_autocast_cache_enabled()

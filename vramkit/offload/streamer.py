@@ -16,7 +16,6 @@ import torch
 from torch.profiler import record_function
 
 from vramkit.offload.backend import Backend, Copying
-from vramkit.offload.casts import forget_casts
 from vramkit.offload.group import ModuleGroup
 from vramkit.offload.loads import OUTDATED, Load
 from vramkit.offload.orders import Orders
@@ -46,6 +45,7 @@ class Streamer:
     ) -> None:
         """Stream `groups`, at first in this order, and on demand those of `unordered`."""
         self._backend = backend
+        self._device_type = backend.device.type
         self._ring = ring
         self._counters = counters
         self._groups = (*groups, *unordered)
@@ -252,7 +252,8 @@ class Streamer:
     def _let_go(self, load: Load) -> None:
         """Put a load away that is no longer held, and have its memory back unless somebody has a view of it."""
         is_held = load.group.put_away()
-        forget_casts(load.region.memory.device.type)
+        if torch.is_autocast_enabled(self._device_type):
+            torch.clear_autocast_cache()  # else it had a copy of the whole module in its dtype
         if load.group.kept_writes is not None:
             load.note_writes()
         if is_held:
