@@ -134,7 +134,7 @@ class LoraAdapters:
         """
         refuse_within_call(self, "set_adapters")
         models = self._lora_models()
-        names = _names(adapter_names)
+        names = _each_once(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         self._check_loaded(names)
         if len(weights) != len(names):
@@ -207,7 +207,7 @@ class LoraAdapters:
         """
         refuse_within_call(self, "delete_adapters")
         models = self._lora_models()
-        names = _names(adapter_names)
+        names = list(dict.fromkeys(_names(adapter_names)))
         self._check_loaded(names)
         for model in models.values():
             model.refuse_fused()
@@ -254,7 +254,7 @@ class LoraAdapters:
         models = self._chosen(components)
         lora_scale = _number(lora_scale)
         if adapter_names is not None:
-            adapter_names = _names(adapter_names)
+            adapter_names = _each_once(adapter_names)
         self._check_loaded(adapter_names or ())
         chosen = {
             component: [
@@ -438,9 +438,14 @@ def _names(given: Any) -> list[str]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, Sequence | set | frozenset) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"adapter names are {given!r}; expected a name, or a list of names")
+    return list(names)
+
+
+def _each_once(given: Any) -> list[str]:
+    names = _names(given)
     if len(set(names)) < len(names):
         raise ConfigError(f"adapter names are {given!r}; expected each of them once")
-    return list(names)
+    return names
 
 
 def _number(weight: Any) -> float:
