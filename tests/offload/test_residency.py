@@ -46,6 +46,7 @@ class Moment:
 
 class Backend(CpuBackend):
     def __init__(self, clock: Clock) -> None:
+        super().__init__()
         self.clock = clock
 
     def queue(self, *, threaded: bool) -> Any:
