@@ -63,11 +63,8 @@ def outcomes(report: Path) -> Iterator[tuple[str, str]]:
 
 
 def summary(reports: list[Path], seconds: float, names: Iterable[str] = ()) -> Row:
-    """Count what the reports hold, and name the tests that failed; those of `names` that no report has failed too.
-
-    The process of a test that hangs ends, and with it the report of all that it was to run.
-    """
-    found = [each for report in reports if report.exists() for each in outcomes(report)]
+    """Count what the reports hold, and name the tests that failed; those of `names` that no report has failed too."""
+    found = [each for report in reports for each in outcomes(report)]
     found += [(name, "failed") for name in sorted({*names} - {name for name, _ in found})]
     counts = collections.Counter(end for _, end in found)
     return {
@@ -127,7 +124,8 @@ def memchecked(sanitizer: str, processes: int) -> Row:
         shares = [names[at::processes] for at in range(min(processes, len(names)))]
         reports = [Path(folder) / f"{at}.xml" for at in range(len(shares))]
         errors = sum(pool.map(_memchecked, [sanitizer] * len(shares), shares, reports))
-        return summary(reports, time.monotonic() - start, names) | {"errors": errors}
+        written = [report for report in reports if report.exists()]  # the process of a test that hangs ends without
+        return summary(written, time.monotonic() - start, names) | {"errors": errors}
 
 
 def _memchecked(sanitizer: str, names: list[str], report: Path) -> int:

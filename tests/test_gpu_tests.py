@@ -37,9 +37,9 @@ def test_counts_and_names(tmp_path: Path) -> None:
         "failures": "tests/gpu/test_engine.py::test_bad, tests/gpu/test_engine.py::test_bad_at_its_end",
     }
     assert summary(reports, 1.0)["tests"] == 8
-    ended = summary(
-        [*reports[:1], tmp_path / "none.xml"], 1.0, ["tests/gpu/test_engine.py::test_bad", "a.py::test_hung"]
-    )
+    ended = summary(reports[:1], 1.0, ["tests/gpu/test_engine.py::test_bad", "a.py::test_hung"])
+    with pytest.raises(FileNotFoundError):  # nobody said what it was to hold
+        summary([*reports, tmp_path / "none.xml"], 1.0)
     assert (ended["tests"], ended["failed"]) == (5, 3)
     assert ended["failures"].startswith("a.py::test_hung, ")
 
@@ -94,6 +94,18 @@ def test_checked_runs_have_a_row_beside_the_whole(
     rows = {row["run_of"]: row for row in Results.read(out).rows}
     assert len(Results.read(out).rows) == 2
     assert (rows["whole"]["passed"], rows["memcheck"]["passed"], rows["memcheck"]["errors"]) == (2, 2, 2 * errors)
+
+
+def test_a_checked_process_that_leaves_no_report_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_options: Any) -> SimpleNamespace:
+        if command[0] == "sanitizer":
+            Path(command[command.index("--log-file") + 1]).write_text("= ERROR SUMMARY: 0 errors\n")
+        return SimpleNamespace(stdout="tests/gpu/a.py::test[1]\n1 test collected\n")
+
+    monkeypatch.setattr(gpu_tests.subprocess, "run", run)
+    out = tmp_path / "out.json"
+    assert main(["--memcheck", "sanitizer", "--out", str(out)]) == 1
+    assert Results.read(out).rows[0]["failures"] == "tests/gpu/a.py::test[1]"
 
 
 def test_what_is_checked_is_there() -> None:
