@@ -42,9 +42,7 @@ def quant14b() -> str:
     }
     lines = []
     for label, case in names.items():
-        resident, streamed = (
-            row_of("quant14b", case=f"{case} {way}", frames=5) for way in ("resident", "leaf level")
-        )  # fmt: skip
+        resident, streamed = (row_of("quant14b", case=f"{case} {way}", frames=5) for way in ("resident", "leaf level"))
         lines.append([label, seconds(resident), seconds(streamed)])
     return table_of(("", "resident, 5 frames", "streamed, s (of its floor)"), lines)
 

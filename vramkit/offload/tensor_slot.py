@@ -44,7 +44,7 @@ class TensorSlot:
         """Return what an owner was given instead of `mine`, by whoever but us, or None."""
         for module, name in self.owners:
             held = module._parameters.get(name)  # noqa: SLF001
-            if held is not mine and held is not None and held is not self.rest and not stands_for(held, self.rest):
+            if held is not None and not self._is_one(held, mine):
                 return held
         return None
 

@@ -104,10 +104,8 @@ class Generation:
         config = twin.generation_config
         twin.generation_config = copy.copy(config)
         twin.generation_config.eos_token_id = None  # no token has a value that could be compared with it
-        if twin.generation_config.decoder_start_token_id is None:
-            twin.generation_config.decoder_start_token_id = (
-                0  # the call may say it; decoders without an encoder need none
-            )
+        if twin.generation_config.decoder_start_token_id is None:  # the call may say it; only encoder-decoders need one
+            twin.generation_config.decoder_start_token_id = 0
         try:
             return twin.generate(
                 torch.ones(self.batch, tokens, dtype=torch.int64),
