@@ -44,8 +44,11 @@ _CHECKED = (
     "tests/gpu/test_fp8_compute.py::test_products_are_those_of_the_narrow_numbers",
     "tests/gpu/test_fp8_compute.py::test_streamed_is_the_same_bytes_as_resident",
 )
-# Errors of calls are left out: the engine asks the driver for what it may refuse, and takes another way then.
-_MEMCHECK = ("--tool", "memcheck", "--target-processes", "application-only", "--report-api-errors", "no")
+# Errors of calls are left out: the engine asks the driver for what it may refuse, and takes another way then. No stacks of
+# the host either: for those of Python it waits for the interpreter while threads that have it wait for the driver.
+_MEMCHECK = (
+    "--tool", "memcheck", "--target-processes", "application-only", "--report-api-errors", "no", "--show-backtrace", "no",
+)  # fmt: skip
 _PYTEST = (
     sys.executable, "-m", "pytest", "-q", "-rfE", "--thorough", "-o", "addopts=", "-p", "no:benchmark",
     "-p", "no:cacheprovider",

@@ -114,6 +114,25 @@ class TestCgroups:
         limit(tmp_path / "tree" / "memory", str(2**63 - 4096), names)
         assert [each.limit_bytes for each in cgroup_limits(tmp_path / "tree", own)] == [700]
 
+    @pytest.mark.parametrize(
+        ("text", "left"),
+        [
+            ("anon 900\nfile 700\nshmem 300\nactive_file 250\ninactive_file 150\n", 600),
+            ("cache 99\nactive_file 1\ninactive_file 2\ntotal_active_file 300\ntotal_inactive_file 50\n", 650),
+            ("active_file 5000\ninactive_file 5000\n", 0),  # counted at different moments
+            ("anon 900\nnonsense\n\n", 1000),
+        ],
+        ids=["second-version", "first-version", "more-than-all", "without"],
+    )
+    def test_copies_of_files_are_free(self, tmp_path: Path, text: str, left: int) -> None:
+        """A container that has read a large checkpoint is not full: the system drops such pages when memory is wanted."""
+        own = tmp_path / "own"
+        own.write_text("0::/a\n")
+        limit(tmp_path / "a", "2000")
+        (tmp_path / "a" / "memory.current").write_text("1000\n")
+        (tmp_path / "a" / "memory.stat").write_text(text)
+        assert [each.used_bytes for each in cgroup_limits(tmp_path, own)] == [left]
+
     def test_none_without_control_groups(self, tmp_path: Path) -> None:
         assert cgroup_limits(tmp_path, tmp_path / "missing") == []
 

@@ -76,7 +76,7 @@ class CgroupLimit:
 
     path: str
     limit_bytes: int
-    used_bytes: int
+    used_bytes: int  # without copies of files, which the system drops when memory is wanted
 
 
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[CgroupLimit]:
@@ -105,8 +105,18 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
             except (OSError, ValueError):
                 continue  # the outermost has no such files, and a container may not see those above it
             if limit.isdigit() and int(limit) < _UNLIMITED:
-                found.append(CgroupLimit(str(folder), int(limit), used))
+                found.append(CgroupLimit(str(folder), int(limit), max(0, used - _cached_bytes(folder))))
     return found
+
+
+def _cached_bytes(group: Path) -> int:
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    counts = {name: int(count) for name, _, count in (line.partition(" ") for line in lines) if count.isdigit()}
+    lists = ("active_file", "inactive_file")  # in version 1 of this group alone; with a prefix, of those below it too
+    return sum(counts.get(f"total_{name}", counts.get(name, 0)) for name in lists)
 
 
 def available_ram_bytes() -> int:

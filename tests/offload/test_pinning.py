@@ -236,6 +236,23 @@ def test_of_a_file_beyond_the_budget_the_beginning_is_locked(driver: Driver, tmp
     assert (budget.used_bytes, driver.locked) == (0, {})
 
 
+def test_pages_of_files_are_not_free_where_they_are_locked(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system counts them as memory that it could have back: a second model would lock them once more."""
+    monkeypatch.setattr(pinning, "available_ram_bytes", lambda: 1000 * PAGE)
+    save_file({"w": torch.randn(100 * PAGE // 4)}, tmp_path / "f.safetensors")
+    (entry,) = read_checkpoint(tmp_path / "f.safetensors").values()
+    pins = Pins(DEVICE, PinBudget())
+    pins.keep([memory(8)], [entry.file])
+    of_file = -(-entry.file.size_bytes // PAGE) * PAGE
+    assert pins.pinned_bytes > of_file - PAGE > 100 * PAGE - PAGE
+    assert PinBudget().limit_bytes == int((1000 * PAGE - pins.pinned_file_bytes) * 0.9)
+    assert of_file - PAGE < pins.pinned_file_bytes <= of_file
+    pins.close()
+    assert PinBudget().limit_bytes == 900 * PAGE
+
+
 def test_staging_is_charged_and_given_back(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "_STAGE_BYTES", 4 * PAGE)
     budget = PinBudget(60 * PAGE)

@@ -35,12 +35,12 @@ class PinBudget:
     """
 
     def __init__(self, limit: int | str | None = None) -> None:
-        """Take the limit: bytes, text, or None for nine tenths of the RAM that is free now.
+        """Take the limit: bytes, text, or None for nine tenths of the RAM that is free now, and not locked by us.
 
         Raises:
             ConfigError: `limit` is no size.
         """
-        self.limit_bytes = int(available_ram_bytes() * _RAM_SHARE) if limit is None else parse_bytes(limit)
+        self.limit_bytes = int(_lockable_bytes() * _RAM_SHARE) if limit is None else parse_bytes(limit)
         self.used_bytes = 0
         self._lock = threading.Lock()
 
@@ -74,6 +74,12 @@ class Pins:
         # A module may go without remove(); memory that stays registered could never be page-locked again.
         self._process = os.getpid()
         weakref.finalize(self, _unlock_all, self._ranges, device, self._budget, self._process).atexit = False
+        _LIVING.add(self)
+
+    @property
+    def pinned_file_bytes(self) -> int:
+        """Those of `pinned_bytes` that are pages of files."""
+        return sum(stop - start for (start, stop), owner in [*self._ranges.items()] if isinstance(owner, MappedFile))
 
     @property
     def pinned_bytes(self) -> int:
@@ -180,6 +186,14 @@ class Pins:
         supported = ctypes.c_int(0)
         driver.cuDeviceGetAttribute(ctypes.byref(supported), _ATTRIBUTE_READ_ONLY_REGISTER, self._device.index or 0)
         return bool(supported.value)
+
+
+_LIVING: weakref.WeakSet[Pins] = weakref.WeakSet()  # all of this process
+
+
+def _lockable_bytes() -> int:
+    """Return what is free, without the pages of files that are locked: the system counts them as if it could drop them."""
+    return max(0, available_ram_bytes() - sum(pins.pinned_file_bytes for pins in list(_LIVING)))
 
 
 def has_own_pages(memory: torch.Tensor) -> bool:
