@@ -9,13 +9,27 @@ import torch
 from quant.emulation import emulated
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vramkit.casting import narrowed
+from vramkit.casting.narrow import row_scales
 from vramkit.quant import scaled_linear, sqnr_db
 from vramkit.quant.scaled_linear import ScaledLinear, narrow_rows, scaled_mm_problem
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class Calls(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def layer(dtype: torch.dtype = torch.bfloat16, *, bias: bool = True, inputs: int = 64, outputs: int = 48) -> nn.Linear:
@@ -82,6 +96,32 @@ def test_zeros_and_nothing_and_what_is_not_finite():
     out = scaled(x)
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_scale_is_the_power_of_two_above_the_largest_quotient(dtype, storage):
+    most = torch.finfo(storage).max
+    peaks = torch.tensor([most, most * 1.01, most / 2, 1.0, 2.0**-20, 0.0, float("inf"), -float("inf"), float("nan")])
+    rows = (torch.eye(9) * peaks.nan_to_num(posinf=0, neginf=0)[:, None]).to(dtype)
+    rows[6:, 0] = peaks[6:].to(dtype)
+    scale = row_scales(rows, storage).squeeze(1)
+    quotient = rows.double().abs().amax(1) / most
+    assert scale.dtype == torch.float32
+    assert scale[6:].isnan().all()
+    assert scale[5] == 2.0**-126
+    assert (quotient[:5] < scale[:5]).all()
+    assert (scale[:5] <= 2 * quotient[:5]).all()
+    assert torch.equal(scale[:6].log2(), scale[:6].log2().round())
+
+
+def test_activations_are_narrowed_by_few_kernels():
+    """With few tokens the host is the limit, and each costs it as much as a large one."""
+    x = torch.randn(40, 64, dtype=torch.bfloat16)
+    with Calls() as calls:
+        narrow_rows(x)
+    kernels = [name for name in calls.names if not any(word in name for word in ("view", "detach"))]
+    assert len(kernels) <= 9, kernels
 
 
 def test_other_devices_and_wide_weights_multiply_plainly():

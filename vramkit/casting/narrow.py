@@ -21,6 +21,7 @@ __all__ = ["SCALED_DTYPES", "STORAGE_DTYPES", "NarrowTensor", "narrowed", "row_s
 
 SCALED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 STORAGE_DTYPES = (*SCALED_DTYPES, torch.float16, torch.bfloat16, torch.float32)
+_EXPONENT, _ONE_EXPONENT = 0x7F800000, 0x00800000  # bits of a float32
 
 
 class NarrowTensor(WrapperTensor):
@@ -133,9 +134,12 @@ def narrowed(
 def row_scales(tensor: torch.Tensor, storage_dtype: torch.dtype, over: Sequence[int] | None = None) -> torch.Tensor:
     """Return the least power of two per row under which the row fits `storage_dtype`: float32, 1 in dimensions `over`.
 
-    It is NaN for rows that are not finite: fp8 e4m3 has no infinity, and casts may turn one into its largest number.
+    It is 2^-126 or more, and NaN for rows that are not finite: fp8 e4m3 has no infinity, and casts may turn one into its
+    largest number.
     """
     inner = tuple(range(1, tensor.ndim)) or (0,) if over is None else tuple(over)
     peak = torch.linalg.vector_norm(tensor, math.inf, dim=inner, keepdim=True).float()
-    _, exponent = torch.frexp(peak / torch.finfo(storage_dtype).max)  # the quotient is below 2 ** exponent
-    return torch.ldexp((peak * 0).add_(1), exponent.clamp(-126, 126))
+    # In the bits of the quotient, for what is small costs a device nothing but its start: the power of two above it, where
+    # those of numbers that are not finite overflow to a zero, and adding none of the peak makes them NaN.
+    bits: torch.Tensor = (peak / torch.finfo(storage_dtype).max).view(torch.int32)
+    return bits.bitwise_and_(_EXPONENT).add_(_ONE_EXPONENT).view(torch.float32).add_(peak, alpha=0)

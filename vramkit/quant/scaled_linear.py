@@ -88,15 +88,13 @@ def narrow_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     The scaled values exist for a piece of the tokens at a time: bfloat16 for bfloat16 (scaling is exact), else float32.
     """
     scale = row_scales(x, _DTYPE)
-    factor = scale.reciprocal()
-    if x.dtype == torch.bfloat16:
-        factor = factor.to(torch.bfloat16)
-    if torch.compiler.is_compiling():  # one fused kernel
-        return (x * factor).to(_DTYPE), scale
+    by = scale.to(torch.bfloat16) if x.dtype == torch.bfloat16 else scale
+    if x.numel() <= _PIECE or torch.compiler.is_compiling():  # compiled it is one fused kernel
+        return (x / by).to(_DTYPE), scale
     stored = torch.empty(x.shape, dtype=_DTYPE, device=x.device)
     rows = max(1, _PIECE // x.shape[1])
-    for out, part, by in zip(*(torch.split(each, rows) for each in (stored, x, factor)), strict=True):
-        out.copy_(part * by)
+    for out, part, own in zip(*(torch.split(each, rows) for each in (stored, x, by)), strict=True):
+        out.copy_(part / own)
     return stored, scale
 
 
