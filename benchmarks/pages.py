@@ -221,10 +221,12 @@ def _cards() -> str:
 
 
 def _finished(row: Row) -> str:
-    """Tell the seconds on a card, or that it has no room, or that something else went wrong."""
+    """Tell the seconds on a card, or that it has no room, or no result in time, or that something else went wrong."""
     error = row.get("error", "")
     if any(name in error for name in ("OutOfMemory", "out of memory", "PlanInfeasible")):
         return "no room"
+    if error.startswith("not done"):
+        return "not done"
     return "failed" if error else figure(row, "s", ".2f")
 
 

@@ -207,6 +207,7 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
             row | card | {"machine": "card 8 GiB"},
             SETTING.row(error="OutOfMemoryError: no") | card | {"machine": "card 2 GiB"},
             SETTING.row(error="TypeError: no") | card | {"machine": "card 16 GiB"},
+            SETTING.row(error="not done after 80 s") | card | {"way": "mmgp pinned", "machine": "card 16 GiB"},
             row | card | {"way": "mmgp pinned", "machine": "card 8 GiB"},
         ],
         {"device": "A"},
@@ -222,7 +223,7 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
     assert cards[0] == "| | 16 GiB | 8 GiB | 2 GiB |"
     assert cards[2:] == [
         "| vramkit block, model of diffusers | failed | 3.00 | no room |",
-        "| mmgp pinned, model of diffusers | | 3.00 | |",
+        "| mmgp pinned, model of diffusers | not done | 3.00 | |",
     ]
 
 
