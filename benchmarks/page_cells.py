@@ -6,9 +6,9 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.rows import Results, Row, compared
+from benchmarks.rows import Results, Row, compared, floor_s
 
-__all__ = ["figure", "gib", "row_of", "rows_of", "seconds", "table_of"]
+__all__ = ["figure", "gib", "on_the_best_link", "outcome", "row_of", "rows_of", "seconds", "table_of"]
 
 _RESULTS = Path(__file__).parent / "results"
 _GIB = 2**30
@@ -49,3 +49,23 @@ def seconds(row: Row, form: str = ".3f", ratio: str = ".2f", name: str = "s") ->
     """Seconds, and how often their floor they are."""
     times = f" ({row['ratio']:{ratio}})" if row.get("ratio") else ""
     return figure(row, name, form) + times
+
+
+def outcome(row: Row) -> str:
+    """Tell the seconds, or why there are none."""
+    error = row.get("error")
+    return error[:80].replace("|", "/") if error else seconds(row)
+
+
+def on_the_best_link(rows: Sequence[Row]) -> list[Row]:
+    """Return rows of one run with the ratio to the floor of the quickest link that any of their processes measured.
+
+    Beside rows on other cards of the host a process may find its link slower than its passes have it, and a floor that is
+    undercut is none.
+    """
+    best = {"link_gbps": max((row.get("link_gbps") or 0 for row in rows), default=0)}
+    told = []
+    for row in rows:
+        reference = {"s": row.get("reference_s")}
+        told.append(row | {"ratio": row["s"] / floor_s(row | best, reference)} if reference["s"] else row)
+    return told

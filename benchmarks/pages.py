@@ -7,8 +7,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.page_cells import figure, gib, row_of, rows_of, seconds, table_of
+from benchmarks.page_cells import figure, gib, outcome, row_of, rows_of, seconds, table_of
+from benchmarks.page_growth import growth
 from benchmarks.page_runs import families, loaders, quant14b, wan14b
+from benchmarks.page_setups import adapters, applying, loading
 from benchmarks.rows import KEY, Row, floor_s
 
 __all__ = ["PAGES", "TABLES", "rendered"]
@@ -101,7 +103,7 @@ def _peers() -> str:
         lines.append(
             [
                 way,
-                *(text for row in (short, long) for text in (_outcome(row), gib(row, "reserved_bytes"))),
+                *(text for row in (short, long) for text in (outcome(row), gib(row, "reserved_bytes"))),
                 f"{setup:.1f}" if setup else "",
                 gib(told, "rss_bytes"),
                 _YES[told.get("same_bytes")],
@@ -112,12 +114,6 @@ def _peers() -> str:
         "RAM, GiB", "same bytes",
     )  # fmt: skip
     return table_of(heads, lines)
-
-
-def _outcome(row: Row) -> str:
-    """Tell the seconds, or why there are none."""
-    error = row.get("error")
-    return error[:80].replace("|", "/") if error else seconds(row)
 
 
 def _budgets(name: str = "suite", frames: int = 5) -> str:
@@ -197,7 +193,7 @@ def _ways(case: str, subject: str) -> str:
     lines = [
         [
             row["way"],
-            _outcome(row),
+            outcome(row),
             gib(row, "allocated_bytes"),
             figure(row, "setup_s", ".1f"),
             gib(row, "rss_bytes"),
@@ -221,10 +217,12 @@ def _cards() -> str:
 
 
 def _finished(row: Row) -> str:
-    """Tell the seconds on a card, or that it has no room, or that something else went wrong."""
+    """Tell the seconds on a card, or that it has no room, or no result in time, or that something else went wrong."""
     error = row.get("error", "")
     if any(name in error for name in ("OutOfMemory", "out of memory", "PlanInfeasible")):
         return "no room"
+    if error.startswith("not done"):
+        return "not done"
     return "failed" if error else figure(row, "s", ".2f")
 
 
@@ -265,6 +263,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized": _quantized,
     "families": families,
     "guide": _guide,
+    "growth": growth,
+    "adapters": adapters,
+    "applying": applying,
+    "loading": loading,
     "loaders": loaders,
     "peers": _peers,
     "budgets": _budgets,

@@ -1,13 +1,14 @@
 """Tables and plots from files of results: ``python -m benchmarks.report [FILE.json ...]``.
 
-Without files: all of ``benchmarks/results``, and the tables of README and docs that are made from them. Each ``NAME.json``
-gets ``NAME.md`` beside it, and pictures where there is something to draw. ``--check`` changes nothing and tells what is
-not as the files say.
+Without files: all of ``benchmarks/results``, and the tables and pictures of README and docs that are made from them. Each
+``NAME.json`` gets ``NAME.md`` beside it, and pictures where there is something to draw. ``--check`` changes nothing and
+tells what is not as the files say.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.rows import Results, Row, compared
 __all__ = ["cell", "report", "table", "tables"]
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _GIB = 2**30
 # Of rows that this suite wrote, in this order; what no row of a case has is no column of it.
 _COLUMNS = (
@@ -179,8 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.check:
         from benchmarks import plots
 
-        for path in paths:
-            plots.draw(Results.read(path), path)
+        drawn = [picture for path in paths for picture in plots.draw(Results.read(path), path)]
+        for picture in () if args.files else drawn:
+            if (IMAGES / picture.name).exists():  # a page shows it
+                shutil.copyfile(picture, IMAGES / picture.name)
     return int(bool(wrong and args.check))
 
 

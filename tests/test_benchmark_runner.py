@@ -24,7 +24,7 @@ from benchmarks.cases.host import overhead, stack_of
 from benchmarks.measure import digest, environment
 from benchmarks.pages import PAGES, TABLES, rendered
 from benchmarks.peers import flextensor, resting_bytes
-from benchmarks.report import RESULTS, cell, remade, report
+from benchmarks.report import IMAGES, RESULTS, cell, remade, report
 from benchmarks.report import main as report_main
 from benchmarks.rows import Results, Row, Setting, compared, key_of
 from benchmarks.runner import case_named
@@ -189,6 +189,7 @@ def test_pages_and_reports_say_what_the_committed_files_say() -> None:
                 "budgets-33",
             ),
             *("peers", "ways", "encodes", "cards", "links", "guide", "loaders", "again"),
+            *("growth", "adapters", "applying", "loading"),
         },
     ]
     assert rendered("<!-- results: wan14b -->\nold\n<!-- end -->").count("0.527 (1.02)") == 1
@@ -207,6 +208,7 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
             row | card | {"machine": "card 8 GiB"},
             SETTING.row(error="OutOfMemoryError: no") | card | {"machine": "card 2 GiB"},
             SETTING.row(error="TypeError: no") | card | {"machine": "card 16 GiB"},
+            SETTING.row(error="not done after 80 s") | card | {"way": "mmgp pinned", "machine": "card 16 GiB"},
             row | card | {"way": "mmgp pinned", "machine": "card 8 GiB"},
         ],
         {"device": "A"},
@@ -222,8 +224,16 @@ def test_tables_of_a_page_are_made_from_the_suite(tmp_path: Path, monkeypatch: p
     assert cards[0] == "| | 16 GiB | 8 GiB | 2 GiB |"
     assert cards[2:] == [
         "| vramkit block, model of diffusers | failed | 3.00 | no room |",
-        "| mmgp pinned, model of diffusers | | 3.00 | |",
+        "| mmgp pinned, model of diffusers | not done | 3.00 | |",
     ]
+
+
+def test_tables_tell_errors_and_what_was_not_done() -> None:
+    grown, adapted, loaded = (TABLES[name]() for name in ("growth", "adapters", "loading"))
+    assert "| 121 frames | not done after 70 s | | 5.865 | 3.07 |" in grown
+    assert "| 17 frames, 10 layers | 0.119 | 7.49 |" in grown
+    assert "| diffusers leaf stream | | | RuntimeError: Expected all tensors to be on the same device |" in adapted
+    assert loaded.splitlines()[-1] == "| torch.load mapped | | | | | | | not done after 60 s |"
 
 
 def test_pictures_and_tables_are_made_by_one_command(tmp_path: Path) -> None:
@@ -235,6 +245,8 @@ def test_pictures_and_tables_are_made_by_one_command(tmp_path: Path) -> None:
         )
     rows.append(SETTING.row(s=1.0, resident_bytes=2**20) | {"case": "budgets"})
     rows.append(SETTING.row(s=1.0) | {"case": "growth", "options": {"leaves": 5}})
+    frames = {"subject": {"clip": {"frames": 5}, "layers": None}}
+    rows.append(SETTING.row(s=1.0, allocated_bytes=2**30) | {"case": "growth", "options": frames, "way": "resident"})
     results = Results()
     results.add(rows, environment(scale="smoke"))
     path = tmp_path / "some.json"
@@ -246,6 +258,39 @@ def test_pictures_and_tables_are_made_by_one_command(tmp_path: Path) -> None:
     assert report_main([str(path), "--check"]) == 0
     path.with_suffix(".md").write_text("other")
     assert report_main([str(path), "--check"]) == 1
+
+
+def test_pictures_of_pages_are_those_of_results() -> None:
+    shown = list(IMAGES.glob("suite-*.png"))
+    assert {path.name for path in shown} == {"suite-frames.png", "suite-growth.png"}
+    for path in shown:
+        assert path.read_bytes() == (RESULTS / path.name).read_bytes(), "python -m benchmarks.report copies them"
+
+
+def test_memory_grows_by_activations_and_slots_alone() -> None:
+    """What the page says of growth: to the byte, in all rows that have a resident one."""
+    rows = [row for row in page_cells.rows_of("suite") if row.get("case") == "growth" and row["subject"][:3] == "wan"]
+    activations = {
+        row["subject"]: row["allocated_bytes"] - row["peer"]["weights_bytes"]
+        for row in rows
+        if row["way"] == "resident" and "s" in row
+    }
+    streamed = [row for row in rows if row["way"] != "resident" and row["subject"] in activations]
+    assert len(streamed) >= 20
+    for row in streamed:
+        told = row["peer"]
+        held = told["slots"] * told["slot_bytes"] + told["resident_bytes"]
+        assert row["allocated_bytes"] == activations[row["subject"]] + held
+        assert row["same_bytes"]
+
+
+def test_the_floor_is_that_of_the_best_link_of_a_run() -> None:
+    """A probe that was disturbed would make a floor that the pass undercuts."""
+    row = {"s": 1.1, "reference_s": 0.5, "moved_bytes": 10e9, "link_gbps": 8.0, "ratio": 0.88}
+    quick = row | {"link_gbps": 10.0}
+    first, second, alone = page_cells.on_the_best_link([row, quick, {"s": 2.0}])
+    assert first["ratio"] == second["ratio"] == pytest.approx(1.1)
+    assert alone == {"s": 2.0}
 
 
 def test_figures_are_printed_and_files_of_older_runs_are_read(tmp_path: Path) -> None:
