@@ -6,6 +6,7 @@ transformer, on the device and under its group offloading. ``s`` is the switch.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,7 @@ def measure(setting: Setting, bench: Bench) -> Iterator[Row]:
 def switched(subject: Subject, way: str, bench: Bench) -> Row:
     """Return load_adapter_s (the first), s of a switch, and the forward with an adapter beside the one without."""
     subject.prepare(bench)
+    importlib.import_module("peft")  # which takes seconds that no figure contains
     row: Row = {}
     model, given = subject.load(bench), subject.inputs(bench)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from vramkit.offload import Offload, apply_group_offloading, offload_of
 from vramkit.planning import fit
 
 PACKAGE = "vramkit"
-MODULES: tuple[str, ...] = ()
+MODULES = ("torch._dynamo",)  # for `torch.compiler.disable`
 _SHARE = 0.9  # of a card whose budget nobody gave
 WAYS: dict[str, dict[str, Any]] = {
     "block": {"offload_type": "block_level"},
