@@ -243,6 +243,26 @@ def test_right_bytes_arrive_and_strangers_stay_good_to_copy(
     assert all(torch.equal(child.__getattr__(name), state[full]) for full, child, name in named(module))
 
 
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_adapters_beside_layers_of_a_file_travel_as_one(
+    level: str, driver: Driver, backend: Backend, tmp_path: Path
+) -> None:
+    """Each copy costs the host a start, and a 14B model has hundreds of layers with two small matrices each."""
+    state = fresh_state()
+    module = loaded(state, file_views(state, tmp_path)[0])
+    for linear in [child for child in module.modules() if isinstance(child, nn.Linear)]:
+        for name, shape in (("down", (96, linear.in_features)), ("up", (linear.out_features, 96))):
+            linear.register_parameter(name, nn.Parameter(torch.randn(shape), requires_grad=False))
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    parts, place = placed(module, backend, level=level, slots=1)
+    kinds = [[store.kind for _, _, store in sorted(group.stores)] for group in parts.groups]
+    assert all("registered" not in each[:-1] for each in kinds)  # behind the others, in one copy
+    assert len([each for each in kinds if each[-1] == "registered"]) >= BLOCKS
+    found = arrived(parts, backend)
+    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    place.close()
+
+
 @pytest.mark.parametrize("kind", ["mapped", "disk"])
 def test_views_of_others_serve_stores_that_ask_for_files(
     kind: Any, driver: Driver, backend: Backend, tmp_path: Path

@@ -253,7 +253,7 @@ class _Home:
 
 
 def _group(plan: _Plan, place: RestingPlace, copies: dict[int, torch.Tensor]) -> ModuleGroup:
-    layout = BufferLayout.of(plan.leaves())
+    layout = BufferLayout.of(plan.leaves(), place.apart_from_files(plan.leaves()))
     holders = set(plan.unit.holders)
     bindings = []
     for item, travels in plan.items:

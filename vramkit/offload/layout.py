@@ -37,11 +37,18 @@ class BufferLayout:
     size_bytes: int
 
     @classmethod
-    def of(cls, leaves: Sequence[torch.Tensor]) -> BufferLayout:
-        """Lay `leaves` out in order. Strides are kept where they are dense. Meta tensors do."""
-        specs, end = [], 0
-        for leaf in leaves:
-            size_bytes = leaf.nbytes
-            specs.append(LeafSpec(end, size_bytes, leaf.dtype, tuple(leaf.shape), tensors.dense_like(leaf)))
-            end += -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    def of(cls, leaves: Sequence[torch.Tensor], behind: Sequence[bool] | None = None) -> BufferLayout:
+        """Lay `leaves` out in order, but those marked `behind` after all others. Strides are kept where they are dense.
+
+        The specs are in the order of `leaves` in any case. Meta tensors do.
+        """
+        marks = [False] * len(leaves) if behind is None else behind
+        offsets, end = [0] * len(leaves), 0
+        for at in sorted(range(len(leaves)), key=marks.__getitem__):
+            offsets[at] = end
+            end += -(-leaves[at].nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        specs = (
+            LeafSpec(offset, leaf.nbytes, leaf.dtype, tuple(leaf.shape), tensors.dense_like(leaf))
+            for offset, leaf in zip(offsets, leaves, strict=True)
+        )
         return cls(tuple(specs), end)

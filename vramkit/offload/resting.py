@@ -188,16 +188,24 @@ class RestingPlace:
                 stacklevel=2,
             )
 
+    def apart_from_files(self, leaves: Sequence[torch.Tensor]) -> list[bool]:
+        """Tell which `leaves` rest beside the files that others rest in: adapters, say, gathered so that they travel as one.
+
+        None do for ranks, who lay out alike wherever each has its weights.
+        """
+        return [self._config.mesh is None and span_of(leaf) is None for leaf in leaves]
+
     def stores(self, name: str, layout: BufferLayout, leaves: Sequence[torch.Tensor]) -> list[tuple[int, int, Store]]:
         """Choose stores for the travelling `leaves` of the unit called `name`: (offset in the slot, bytes, store).
 
         Leaves that lie in memory as they will lie in the slot travel as one.
         """
         if self._config.peer_device is not None:
-            pairs = zip(layout.leaves, leaves, strict=True)
-            return [(spec.offset, spec.size_bytes, self._peer_store(leaf)) for spec, leaf in pairs]
+            each = zip(layout.leaves, leaves, strict=True)
+            return [(spec.offset, spec.size_bytes, self._peer_store(leaf)) for spec, leaf in each]
         pieces: list[tuple[int, int, torch.Tensor]] = []
-        for spec, leaf in zip(layout.leaves, leaves, strict=True):
+        pairs = sorted(zip(layout.leaves, leaves, strict=True), key=lambda pair: pair[0].offset)
+        for spec, leaf in pairs:
             if pieces:
                 offset, _, first = pieces[-1]
                 same = leaf.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
