@@ -141,6 +141,8 @@ class TestWrongArguments:
         [
             ({"frame_rate": 0}, "frame_rate is 0; expected frames per second, above 0"),
             ({"guidance_rescale": "much"}, "guidance_rescale is 'much'"),
+            ({"timesteps": 3}, "timesteps is 3; expected a list of numbers"),
+            ({"timesteps": "abc"}, "timesteps is 'abc'; expected a list of numbers"),
             ({"timesteps": []}, "expected falling numbers"),
             ({"timesteps": [500, 600, 100]}, r"timesteps is \[500, 600, 100\]; expected falling numbers"),
             ({"timesteps": [1001, 100]}, "from 1000 at most to above 0"),

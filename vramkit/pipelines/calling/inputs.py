@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -38,6 +39,19 @@ def check_finite(**numbers: Any) -> None:
     for name, number in numbers.items():
         if not isinstance(number, Real) or not math.isfinite(number):
             raise ConfigError(f"{name} is {number!r}; expected a finite number")
+
+
+def falling_numbers(name: str, given: Any, *, most: float, to_zero: bool) -> list[float]:
+    """Return the schedule that a call is given as plain numbers; refuse one that does not fall from ``most`` at most."""
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise ConfigError(f"{name} is {given!r}; expected a list of numbers, one for each step")
+    numbers = [plain_number(number) for number in given]
+    check_finite(**{f"{name}[{at}]": number for at, number in enumerate(numbers)})
+    falling = all(before >= after for before, after in pairwise(numbers))  # a step of no length does no harm
+    if not numbers or numbers[0] > most or not falling or not (numbers[-1] > 0 or (to_zero and numbers[-1] == 0)):
+        end = "0 at least" if to_zero else "above 0"
+        raise ConfigError(f"{name} is {numbers}; expected falling numbers, from {most:g} at most to {end}")
+    return numbers
 
 
 def check_choices(name: str, given: Sequence[str], known: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from vramkit.pipelines.calling.inputs import (
     check_finite,
     check_noise,
     check_prompts,
+    falling_numbers,
     make_noise,
     whole_latent_frames,
 )
@@ -193,6 +194,9 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
             max_sequence_length=max_sequence_length,
         )
         check_finite(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
+        levels = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        if sigmas is not None:
+            levels = falling_numbers("sigmas", sigmas, most=1, to_zero=True)
         check_template(prompt_template)
         num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal, down=True)
         prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
@@ -208,7 +212,6 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         shape = self._latent_shape(prompts * num_videos_per_prompt, height, width, num_frames)
         check_noise(shape, generator, latents, device=self.device)
 
-        levels = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else sigmas
         self.scheduler.set_timesteps(sigmas=levels, device=self.device)
         self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._true_cfg_scale = true_cfg_scale if len(texts) > 1 else 1.0
