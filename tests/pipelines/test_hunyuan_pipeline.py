@@ -153,6 +153,23 @@ class TestWrongArguments:
             ({"sigmas": [2.0, 1.0]}, "from 1 at most"),
             ({"sigmas": [1.0, -0.5]}, "to 0 at least"),
             (NO_PROMPT | ready() | {"pooled_prompt_embeds": torch.zeros(2, 16)}, r"shape \(2, 16\); expected \(1, "),
+            (
+                NO_PROMPT | ready() | {"pooled_prompt_embeds": torch.zeros(1, 15)},
+                r"shape \(1, 15\); expected \(1, 16\)",
+            ),
+            (
+                {"pooled_prompt_embeds": torch.zeros(1, 16).long()},
+                "pooled_prompt_embeds is torch.int64; expected floating",
+            ),
+            (
+                {"pooled_prompt_embeds": torch.zeros(1, 16).numpy()},
+                "pooled_prompt_embeds is a ndarray; expected a tensor",
+            ),
+            (NO_PROMPT | ready() | {"prompt_attention_mask": [[1] * 12]}, "prompt_attention_mask is a list"),
+            (
+                {"negative_prompt": "x", "negative_pooled_prompt_embeds": torch.zeros(1, 15), "true_cfg_scale": 2.0},
+                r"negative_pooled_prompt_embeds has shape \(1, 15\); expected \(1, 16\)",
+            ),
             (NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 5)}, r"mask has shape \(1, 5\).*\(1, 12\)"),
             ({"prompt_attention_mask": torch.ones(1, 5)}, "give both or none"),
             ({"prompt_template": {"crop_start": 3}}, "prompt_template is"),

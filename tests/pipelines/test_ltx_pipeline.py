@@ -154,7 +154,12 @@ class TestWrongArguments:
                 NO_PROMPT | ready() | {"prompt_attention_mask": None},
                 r"prompt_attention_mask is None; expected \(1, 12\)",
             ),
-            (NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 5)}, r"is \(1, 5\); expected \(1, 12\)"),
+            (
+                NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 5)},
+                r"has shape \(1, 5\); expected \(1, 12\)",
+            ),
+            (NO_PROMPT | ready() | {"prompt_attention_mask": "all"}, "prompt_attention_mask is a str"),
+            (NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 12).to_sparse()}, "expected a dense tensor"),
             ({"negative_prompt_embeds": torch.zeros(1, 12, 32)}, "negative_prompt_attention_mask is None"),
             ({"prompt_attention_mask": torch.ones(1, 5)}, "give both or none"),
         ],

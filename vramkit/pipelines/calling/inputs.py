@@ -54,6 +54,25 @@ def falling_numbers(name: str, given: Any, *, most: float, to_zero: bool) -> lis
     return numbers
 
 
+def check_tensor(
+    name: str, given: Any, shape: Sequence[int | str], *, floating: bool = True, because: str = ""
+) -> None:
+    """Refuse what is no dense tensor of such a shape; names in it stand for any number from one up."""
+    expected = f"({', '.join(map(str, shape))}){because and f', {because}'}"
+    if not isinstance(given, torch.Tensor):
+        raise ConfigError(f"{name} is a {type(given).__name__}; expected a tensor of shape {expected}")
+    if given.is_complex() or (floating and not given.is_floating_point()):
+        raise ConfigError(f"{name} is {given.dtype}; expected {'floating' if floating else 'real'} values")
+    if given.layout is not torch.strided:
+        raise ConfigError(f"{name} is {given.layout}; expected a dense tensor: give {name}.to_dense()")
+    fits = all(
+        size > 0 if isinstance(wanted, str) else size == wanted
+        for wanted, size in zip(shape, given.shape, strict=False)
+    )
+    if given.ndim != len(shape) or not fits:
+        raise ConfigError(f"{name} has shape {tuple(given.shape)}; expected {expected}")
+
+
 def check_choices(name: str, given: Sequence[str], known: Sequence[str]) -> None:
     """Refuse names outside ``known``."""
     unknown = [choice for choice in given if choice not in known]
@@ -156,13 +175,7 @@ def _count(name: str, texts: Prompt, embeds: torch.Tensor | None) -> int | None:
     if texts is not None and embeds is not None:
         raise ConfigError(f"both {name} and {name}_embeds are given: give one of the two")
     if embeds is not None:
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
-            shape = getattr(embeds, "shape", type(embeds).__name__)
-            raise ConfigError(f"{name}_embeds is {shape}; expected a tensor [prompts, tokens, channels]")
-        if not embeds.is_floating_point():
-            raise ConfigError(
-                f"{name}_embeds is {embeds.dtype}; expected floating values, the states of the text encoder"
-            )
+        check_tensor(f"{name}_embeds", embeds, ("prompts", "tokens", "channels"))
         return embeds.shape[0]
     if texts is None:
         return None
@@ -177,14 +190,8 @@ def check_noise(
     shape: tuple[int, ...], generator: Generators, latents: torch.Tensor | None, *, device: torch.device
 ) -> None:
     """Refuse given latents of another shape, and generators that cannot make the noise."""
-    if latents is not None and not isinstance(latents, torch.Tensor):
-        raise ConfigError(f"latents is a {type(latents).__name__}; expected a tensor of shape {shape}")
-    if latents is not None and not latents.is_floating_point():
-        raise ConfigError(f"latents is {latents.dtype}; expected floating values")
-    if latents is not None and tuple(latents.shape) != shape:
-        raise ConfigError(
-            f"latents has shape {tuple(latents.shape)}; height, width, frames and prompts ask for {shape}"
-        )
+    if latents is not None:
+        check_tensor("latents", latents, shape, because="as height, width, frames and prompts ask for")
     if isinstance(generator, list) and len(generator) != shape[0]:
         raise ConfigError(
             f"there is a list of {len(generator)} generators for {shape[0]} clips: give one for each clip"

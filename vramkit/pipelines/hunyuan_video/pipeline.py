@@ -25,6 +25,7 @@ from vramkit.pipelines.calling.inputs import (
     check_finite,
     check_noise,
     check_prompts,
+    check_tensor,
     falling_numbers,
     make_noise,
     whole_latent_frames,
@@ -336,19 +337,16 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
             raise ConfigError(f"{name}prompt_embeds is given without {name}pooled_prompt_embeds: give both")
         if text.pooled is None and (self.text_encoder_2 is None or self.tokenizer_2 is None):
             raise ConfigError(f"this pipeline has no text_encoder_2 or tokenizer_2: give {name}pooled_prompt_embeds")
-        if text.pooled is not None and (text.pooled.ndim != 2 or text.pooled.shape[0] != prompts):
-            raise ConfigError(
-                f"{name}pooled_prompt_embeds has shape {tuple(text.pooled.shape)}; expected ({prompts}, channels)"
-            )
+        if text.pooled is not None:
+            config = None if self.transformer is None else self.transformer.config
+            channels = getattr(config, "pooled_projection_dim", "channels")
+            because = "what text_encoder_2 of this checkpoint makes"
+            check_tensor(f"{name}pooled_prompt_embeds", text.pooled, (prompts, channels), because=because)
         if text.mask is None:
             return
         if text.embeds is None:
             raise ConfigError(f"{name}prompt_attention_mask belongs to {name}prompt_embeds: give both or none")
-        if text.mask.shape != text.embeds.shape[:2]:
-            raise ConfigError(
-                f"{name}prompt_attention_mask has shape {tuple(text.mask.shape)}; {name}prompt_embeds asks for "
-                f"{tuple(text.embeds.shape[:2])}"
-            )
+        check_tensor(f"{name}prompt_attention_mask", text.mask, text.embeds.shape[:2], floating=False)
 
     def _latent_shape(self, clips: int, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         return (

@@ -22,6 +22,7 @@ from vramkit.pipelines.calling.inputs import (
     check_finite,
     check_noise,
     check_prompts,
+    check_tensor,
     falling_numbers,
     make_noise,
     whole_latent_frames,
@@ -372,12 +373,13 @@ class LTXVideoPipeline(TextToVideoPipeline):
                 )
             if text.mask is not None:
                 raise ConfigError(f"{text.name}_attention_mask belongs to {text.name}_embeds: give both or none")
-        elif text.mask is None or text.mask.shape != text.embeds.shape[:2]:
-            given = None if text.mask is None else tuple(text.mask.shape)
+        elif text.mask is None:
             raise ConfigError(
-                f"{text.name}_attention_mask is {given}; expected {tuple(text.embeds.shape[:2])}, ones for the tokens of "
+                f"{text.name}_attention_mask is None; expected {tuple(text.embeds.shape[:2])}, ones for the tokens of "
                 f"{text.name}_embeds that count"
             )
+        else:
+            check_tensor(f"{text.name}_attention_mask", text.mask, text.embeds.shape[:2], floating=False)
 
 
 def tokens_of(video: Tensor) -> Tensor:
