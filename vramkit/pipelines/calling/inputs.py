@@ -89,13 +89,12 @@ def check_size(height: int, width: int, *, multiple: int) -> None:
             raise ConfigError(f"{name} is {pixels}; expected a multiple of {multiple}, for example {near}")
 
 
-def check_scheduler(scheduler: Any, asked: Sequence[str]) -> None:
-    """Refuse schedulers that these pipelines cannot drive; ``asked`` is what set_timesteps is given beside steps."""
+def check_scheduler(scheduler: Any, asked: Sequence[str], predictions: Sequence[str]) -> None:
+    """Refuse schedulers that these pipelines cannot drive.
+
+    ``asked`` is what set_timesteps is given beside steps; ``predictions`` are those of the model, any if there are none.
+    """
     name = type(scheduler).__name__
-    if not all(hasattr(scheduler, needed) for needed in ("step", "set_timesteps", "timesteps")):
-        raise ConfigError(
-            f"the scheduler is a {name}; expected one of vramkit, such as UniPCMultistepScheduler.from_config(config)"
-        )
     way = (
         f"take pipeline.scheduler = vramkit.{name}.from_config(scheduler.config), or another scheduler that vramkit has"
     )
@@ -108,6 +107,14 @@ def check_scheduler(scheduler: Any, asked: Sequence[str]) -> None:
         raise ConfigError(f"the scheduler's {name}.set_timesteps takes no {' and no '.join(missing)}; {way}")
     if (deviation := float(getattr(scheduler, "init_noise_sigma", 1.0))) != 1:
         raise ConfigError(f"the scheduler {name} asks for noise of deviation {deviation:g}, expected 1; {way}")
+    kind = (
+        "flow_prediction" if name.startswith("FlowMatch") else getattr(scheduler, "config", {}).get("prediction_type")
+    )
+    if predictions and kind is not None and kind not in predictions:
+        raise ConfigError(
+            f"the scheduler {name} goes by {kind}, and this checkpoint's model makes {' or '.join(predictions)}: take the "
+            "scheduler of the checkpoint, or one of its family"
+        )
 
 
 def warn_caller(message: str) -> None:

@@ -22,6 +22,7 @@ from vramkit.offload.disk import staged_folder
 from vramkit.offload.offloaded import editable
 from vramkit.pipelines.calling.checkpoints import CheckpointCalls, check_names
 from vramkit.pipelines.calling.memory import MemoryCalls
+from vramkit.pipelines.calling.parts import check_component
 from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.arguments import saving_arguments
 from vramkit.pipelines.loading.components import MODEL_INDEX
@@ -49,7 +50,9 @@ class Pipeline(CheckpointCalls, LoraAdapters, MemoryCalls):
         """What a call with these arguments runs in, where several ranks make it (`vramkit.distributed.parallelize`)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let ready models of diffusers become ours where they are put in; see `adopted`."""
+        """Check components where they are put in, and let ready models of diffusers become ours; see `adopted`."""
+        if name in self.component_names:
+            check_component(name, value)
         if name in _ADOPTED and isinstance(value, nn.Module):
             from vramkit.pipelines.loading.adoption import adopted  # noqa: PLC0415 - most models are ours already
 

@@ -82,6 +82,7 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
     )
     fps: ClassVar[float] = 24.0
     schedule_arguments: ClassVar[tuple[str, ...]] = ("sigmas",)
+    predictions: ClassVar[tuple[str, ...]] = ("flow_prediction",)
 
     def __init__(  # noqa: PLR0917 - the order of the published one
         self,

@@ -89,6 +89,7 @@ class LTXVideoPipeline(TextToVideoPipeline):
     fps: ClassVar[float] = 25.0
     joins_texts: ClassVar[bool] = True
     text_width: ClassVar[str] = "caption_channels"
+    predictions: ClassVar[tuple[str, ...]] = ("flow_prediction",)
     schedule_arguments: ClassVar[tuple[str, ...]] = ("sigmas", "mu")
 
     def __init__(self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any) -> None:
