@@ -59,6 +59,12 @@ class Pipeline(CheckpointCalls, LoraAdapters, MemoryCalls):
             value = adopted(value, name, type(self))
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hooks that transformers leaves on its models, which no pickle takes."""
+        for module in self._modules().values():
+            _drop_captures(module)
+        return dict(vars(self))
+
     @property
     def components(self) -> dict[str, Any]:
         """The components by name, in the order in which a call uses them; absent ones are None."""
@@ -161,6 +167,15 @@ def hand_over(module: nn.Module, following: nn.Module) -> None:
         leaving.rest()
     if (coming := offload_of(following)) is not None:
         coming.prefetch()
+
+
+def _drop_captures(module: nn.Module) -> None:
+    """Take off what transformers has put on a model to note its states; it puts it on again where they are asked for."""
+    for part in module.modules():
+        for key, hook in list(part._forward_hooks.items()):  # noqa: SLF001
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del part._forward_hooks[key]  # noqa: SLF001
+        vars(part).pop("_output_capturing_hooks_installed", None)
 
 
 def _save(component: Any, folder: Path, how: Mapping[str, Any]) -> None:
