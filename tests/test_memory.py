@@ -15,7 +15,9 @@ from vramkit.memory import (
     CgroupLimit,
     available_ram_bytes,
     cgroup_limits,
+    format_apart,
     format_bytes,
+    format_enough,
     module_bytes,
     parse_bytes,
     probe_link_gbps,
@@ -61,6 +63,14 @@ def test_printed_sizes_are_read_back_within_their_digits(count: int) -> None:
 )
 def test_sizes_are_printed_with_three_digits(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@given(st.integers(0, 2**43), st.integers(1, 2**20))
+def test_two_sizes_are_printed_apart_and_the_larger_is_enough(less: int, difference: int) -> None:
+    below, above = format_apart(less, less + difference)
+    assert below != above
+    assert parse_bytes(below) <= less < less + difference <= parse_bytes(above)
+    assert above == format_enough(less + difference)
 
 
 def test_modules_are_counted_once_where_they_are_tied() -> None:

@@ -18,7 +18,9 @@ __all__ = [
     "CgroupLimit",
     "available_ram_bytes",
     "cgroup_limits",
+    "format_apart",
     "format_bytes",
+    "format_enough",
     "module_bytes",
     "parse_bytes",
     "probe_link_gbps",
@@ -57,6 +59,23 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}" if abs(count) < 1000 else f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.3g} GiB" if abs(count) < 1000 else f"{count:.0f} GiB"
+
+
+def format_enough(count: int) -> str:
+    """Print a size with two decimals so that what is printed is enough: ``26.61 GiB``."""
+    return _hundredths(count, up=True)
+
+
+def format_apart(less: int, more: int) -> tuple[str, str]:
+    """Print two sizes of which the second is larger so that this is seen: as `format_enough`, the first rounded down."""
+    return _hundredths(less, up=False), _hundredths(more, up=True)
+
+
+def _hundredths(count: int, *, up: bool) -> str:
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{(-(-count * 100 // unit) if up else count * 100 // unit) / 100:.12g} {name}"
+    return f"{count} B"
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

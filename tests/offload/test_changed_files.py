@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from vramkit.errors import StoreError
 from vramkit.offload import Offload, apply_group_offloading
 from vramkit.offload.checkpoint import write_checkpoint
 from vramkit.offload.disk import FileReader, MappedFile, SpillFile, remove_rubbish
+from vramkit.offload.watch import is_resting
 
 LEVELS = ["block_level", "leaf_level", "model_level"]
 
@@ -82,7 +85,7 @@ def test_a_file_that_is_renamed_over_is_still_there(case: Case) -> None:
     assert torch.equal(module.blocks[2].up.weight, model.blocks[2].up.weight)
 
 
-@pytest.mark.parametrize("way", ["edit", "adapt", "state_dict", "read", "save"])
+@pytest.mark.parametrize("way", ["edit", "adapt", "state_dict", "read", "print", "pickle", "save"])
 def test_whatever_touches_weights_names_the_file(way: str, case: Case, tmp_path: Path) -> None:
     _, module, offload, file = case
 
@@ -95,6 +98,8 @@ def test_whatever_touches_weights_names_the_file(way: str, case: Case, tmp_path:
         "adapt": lambda: offload.adapt(slots=3),
         "state_dict": module.state_dict,
         "read": lambda: module.blocks[2].up.weight + 1,
+        "print": lambda: repr(held.weight),
+        "pickle": lambda: pickle.dumps(held.weight),
         "save": lambda: write_checkpoint(tmp_path / "saved", {"weight": held.weight}),
     }
     held = nn.Linear(1, 1)
@@ -104,6 +109,30 @@ def test_whatever_touches_weights_names_the_file(way: str, case: Case, tmp_path:
         ways[way]()
     assert offload.is_active
     assert not (tmp_path / "saved").exists()
+
+
+def test_weights_of_a_file_that_was_cut_are_refused_after_remove(case: Case) -> None:
+    model, module, offload, file = case
+    x = tokens(8)
+    os.truncate(file, 4096)
+    with pytest.raises(StoreError, match=r"4,096 bytes"):
+        offload.remove()
+    offload.remove()
+    lost = module.blocks[2].up.weight
+    assert is_resting(lost)  # else what follows would end the process
+    ways: list[Callable[[], object]] = [
+        *(lambda: module(x), module.state_dict, lambda: copy.deepcopy(module), lambda: pickle.dumps(module)),
+        *(lambda: lost.data, lambda: repr(lost), lambda: copy.deepcopy(lost), lambda: lost.as_subclass(torch.Tensor)),
+        lambda: apply_group_offloading(module, "cpu"),
+    ]
+    for touch in ways:
+        with torch.no_grad(), pytest.raises(StoreError, match=r"4,096 bytes and had .* Load the model again"):
+            touch()
+    lost.data = torch.zeros_like(model.blocks[2].up.weight)
+    assert not lost.any()
+    module.load_state_dict(model.state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(module(x), model(x))
 
 
 def test_direct_reads_are_of_the_file_that_was_opened(tmp_path: Path) -> None:

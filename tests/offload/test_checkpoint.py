@@ -224,6 +224,7 @@ def test_index_lists_tensors_of_all_shards(tmp_path: Path) -> None:
         ({"a": "..\\one.safetensors"}, "outside the folder"),
         ({"a": ".."}, "outside the folder"),
         ({"a": ""}, "outside the folder"),
+        ({}, "its weight_map lists no tensors; download it again"),
         ({"a": 3}, "expected .*weight_map"),
         (["one.safetensors"], "expected .*weight_map"),
         (None, "expected .*weight_map"),
@@ -235,6 +236,20 @@ def test_index_that_cannot_be_trusted_is_an_error(weight_map: Any, message: str,
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=rf"model\.safetensors\.index\.json.*{message}"):
         read_checkpoint(shards(folder, weight_map))
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+@pytest.mark.parametrize("weight_map", [{}, {"a": "x-00001-of-00002.safetensors"}])
+def test_index_of_an_earlier_save_is_named_with_the_file_beside_it(
+    weight_map: dict[str, str], variant: str, tmp_path: Path
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / f"x{variant}.safetensors")
+    index = tmp_path / f"x.safetensors.index{variant}.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        CheckpointError, match=rf"earlier save: delete it, and x{variant}\.safetensors beside it is read"
+    ):
+        read_checkpoint(index)
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "weights.pt", "weights.pth", "weights.ckpt", "weights.pkl", "weights"])

@@ -329,6 +329,27 @@ def test_autocast_keeps_no_copies_of_the_weights(options: dict[str, Any]) -> Non
     offload.remove()
 
 
+class OpensAutocast(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.as_tensor(super().forward(x))
+
+
+@pytest.mark.parametrize("level", ["block", "leaf", "half_resident"])
+def test_autocast_that_a_forward_opens_keeps_no_copies_of_weights_that_travel(level: str) -> None:
+    model = OpensAutocast(*(nn.Sequential(nn.Linear(256, 256), nn.LayerNorm(256)) for _ in range(40))).eval()
+    module, x = copy.deepcopy(model), torch.randn(2, 256)
+    offload = apply_group_offloading(module, "cpu", **LEVELS[level])
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(3):
+            with LiveBytes(module.parameters()) as count:
+                assert torch.equal(module(x), expected)
+    stats, layer_bytes = offload.stats(), 256 * 256 * 4
+    assert count.peak_bytes < stats.resident_bytes // 2 + stats.slots * stats.slot_bytes + 2 * layer_bytes
+    offload.remove()
+
+
 @pytest.mark.parametrize("level", ["block", "leaf", "half_resident", "model"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_the_first_pass_may_be_in_a_transform(level: str, mode: Any) -> None:

@@ -104,6 +104,14 @@ class TestOneAtATime:
         assert len(said) == CLIP["num_inference_steps"]
         assert torch.equal(frames(other, **CLIP), expected)
 
+    @pytest.mark.parametrize("name", ["HunyuanVideo", "Wan2.1 image-to-video"])  # which ask encoders for their states
+    def test_pipelines_are_pickled_after_a_call(self, name: str, stock: Stock) -> None:
+        make = partial(frames, **FAMILIES[name].clip, num_inference_steps=1, output_type="latent")
+        pipeline = stock.pipeline(name)
+        expected = make(pipeline)
+        for copied in (pickle.loads(pickle.dumps(pipeline)), copy.deepcopy(pipeline), pipeline):
+            assert torch.equal(make(copied), expected)
+
     def test_copies_of_a_scheduler_are_free(self, pipeline: Any) -> None:
         copies: list[Any] = []
 

@@ -141,6 +141,8 @@ class TestWrongArguments:
         [
             ({"frame_rate": 0}, "frame_rate is 0; expected frames per second, above 0"),
             ({"guidance_rescale": "much"}, "guidance_rescale is 'much'"),
+            ({"timesteps": 3}, "timesteps is 3; expected a list of numbers"),
+            ({"timesteps": "abc"}, "timesteps is 'abc'; expected a list of numbers"),
             ({"timesteps": []}, "expected falling numbers"),
             ({"timesteps": [500, 600, 100]}, r"timesteps is \[500, 600, 100\]; expected falling numbers"),
             ({"timesteps": [1001, 100]}, "from 1000 at most to above 0"),
@@ -152,7 +154,12 @@ class TestWrongArguments:
                 NO_PROMPT | ready() | {"prompt_attention_mask": None},
                 r"prompt_attention_mask is None; expected \(1, 12\)",
             ),
-            (NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 5)}, r"is \(1, 5\); expected \(1, 12\)"),
+            (
+                NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 5)},
+                r"has shape \(1, 5\); expected \(1, 12\)",
+            ),
+            (NO_PROMPT | ready() | {"prompt_attention_mask": "all"}, "prompt_attention_mask is a str"),
+            (NO_PROMPT | ready() | {"prompt_attention_mask": torch.ones(1, 12).to_sparse()}, "expected a dense tensor"),
             ({"negative_prompt_embeds": torch.zeros(1, 12, 32)}, "negative_prompt_attention_mask is None"),
             ({"prompt_attention_mask": torch.ones(1, 5)}, "give both or none"),
         ],

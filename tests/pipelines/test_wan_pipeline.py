@@ -67,8 +67,11 @@ class TestWrongArguments:
         ("arguments", "message"),
         [
             (NEGATIVE | {"negative_prompt": "x"}, "both negative_prompt"),
-            ({"prompt": None, "prompt_embeds": ready()["prompt_embeds"][0]}, "prompt_embeds is .*12, 32"),
-            ({"prompt": None, "prompt_embeds": "x"}, "prompt_embeds is str"),
+            (
+                {"prompt": None, "prompt_embeds": ready()["prompt_embeds"][0]},
+                r"has shape \(12, 32\); expected \(prompts, ",
+            ),
+            ({"prompt": None, "prompt_embeds": "x"}, "prompt_embeds is a str"),
             (ready("negative_", lengths=(7, 7)), "1 prompts and 2 negative"),
             (
                 {"prompt": None, **ready(), "negative_prompt_embeds": NEGATIVE["negative_prompt_embeds"][..., :16]},

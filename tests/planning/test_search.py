@@ -68,8 +68,10 @@ def test_the_nearest_budget_that_fits_is_named_and_does() -> None:
     assert "2 GiB of activations" in refused.value.binds
     nearest = refused.value.nearest_bytes
     assert search(profile(), MACHINE, nearest).peak_bytes <= nearest
-    with pytest.raises(PlanInfeasible):
+    with pytest.raises(PlanInfeasible) as refused:
         search(profile(), MACHINE, nearest - 1)
+    given, _, named = str(refused.value).partition("fits vram=")[2].partition("The nearest budget that fits is ")
+    assert given.partition(":")[0] != named.partition(";")[0]
 
 
 def test_a_budget_above_the_card_is_refused() -> None:

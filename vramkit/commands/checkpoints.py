@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["describe_weights", "load", "models_of", "outline", "place", "resolve_dtype"]
 
 # Components that no check looks into.
-_STAND_INS = (*TEXT_ENCODERS, *TOKENIZERS, *IMAGE_ENCODERS, *IMAGE_PROCESSORS)
+_ENCODERS = (*TEXT_ENCODERS, *IMAGE_ENCODERS)
+_PREPARERS = (*TOKENIZERS, *IMAGE_PROCESSORS)
 
 
 def family_of(model: str, images: Mapping[str, Any]) -> Any:
@@ -56,8 +57,10 @@ def outline(model: str, family: Any = None) -> Any:
     root = local_folder(model, allow_patterns=["*.json", "*/*.json"])
     stand_ins: dict[str, Any] = {}
     for name, entry in read_model_index(root).items():
-        if is_component(entry) and entry[1] in _STAND_INS:
-            stand_ins[name] = object()
+        if is_component(entry) and entry[1] in _ENCODERS:
+            stand_ins[name] = nn.Module()
+        elif is_component(entry) and entry[1] in _PREPARERS:
+            stand_ins[name] = _prepares_nothing
         elif is_component(entry) and entry[1] in MODELS and (root / name / CONFIG_NAME).is_file():
             stand_ins[name] = _without_weights(root / name / CONFIG_NAME)
     pipeline: Any = (family or Pipeline.class_of(model)).from_pretrained(model, **stand_ins)
@@ -67,6 +70,10 @@ def outline(model: str, family: Any = None) -> Any:
             f"{model} has no {' and no '.join(missing)}, without which there is no clip from a prompt"
         )
     return pipeline
+
+
+def _prepares_nothing(*_args: object, **_kwargs: object) -> NoReturn:
+    raise AssertionError("an outline was asked to encode")
 
 
 def _without_weights(path: Path) -> nn.Module:

@@ -21,7 +21,7 @@ from vramkit.demo.sweep import Point, plot_sweep
 from vramkit.demo.worker import CPU_MARGIN_BYTES, FRAMES, LINK, TRACE, Request, plan_clip
 from vramkit.errors import ConfigError, PlanInfeasible, VramkitError
 from vramkit.machine import resolve_device
-from vramkit.memory import format_bytes
+from vramkit.memory import format_apart, format_bytes
 from vramkit.pipelines.calling.video import export_to_video
 from vramkit.timeline import MIB, Trace, plot
 
@@ -137,8 +137,8 @@ def _floor(checkpoint: Path, preset: Preset, budget_bytes: int, device: str) -> 
     try:
         return plan_clip(str(checkpoint), preset, budget_bytes, there).floor_bytes + kept_bytes
     except PlanInfeasible as error:
-        least = format_bytes(error.nearest_bytes + kept_bytes)
-        raise ConfigError(f"--budget is {format_bytes(budget_bytes)}; the least that fits is {least}") from error
+        given, least = format_apart(budget_bytes, error.nearest_bytes + kept_bytes)
+        raise ConfigError(f"--budget is {given}; the least that fits is {least}") from error
 
 
 def _draw(outcome: Outcome, out: Path, device: str) -> None:

@@ -254,6 +254,8 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f'{path}: expected {{"weight_map": {{tensor: shard file}}}}; download the index again')
+    if not weight_map:
+        raise CheckpointError(f"{path}: its weight_map lists no tensors; {_instead_of(path)}")
     shards = {shard: _read_file(_shard_path(path, shard)) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
@@ -270,8 +272,17 @@ def _shard_path(index: Path, shard: str) -> Path:
     except OSError:  # a name that no file can have
         is_there = False
     if not is_there:
-        raise CheckpointError(f"{index}: shard {shard} is missing from {index.parent}; download it again")
+        raise CheckpointError(f"{index}: shard {shard} is missing from {index.parent}; {_instead_of(index)}")
     return path
+
+
+def _instead_of(index: Path) -> str:
+    """Say what to do about an index whose tensors are not there."""
+    stem, _, variant = index.name.removesuffix(".json").partition(".safetensors.index")
+    single = index.with_name(f"{stem}{variant}.safetensors")
+    if single.is_file():
+        return f"it may be left of an earlier save: delete it, and {single.name} beside it is read"
+    return "download it again"
 
 
 def _existing(path: Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vramkit import hooks
-from vramkit.errors import ConflictError
+from vramkit.errors import ConflictError, StoreError
 from vramkit.memory import format_bytes, module_bytes, tensor_bytes
 from vramkit.offload.assembly import partitioned
 from vramkit.offload.backend import backend_for
@@ -23,6 +23,7 @@ from vramkit.offload.resting import RestingPlace
 from vramkit.offload.stats import Counters, OffloadStats
 from vramkit.offload.turns import Turns, chosen_turns
 from vramkit.offload.uses import Uses
+from vramkit.offload.watch import refuse_lost
 
 __all__ = ["Offload"]
 
@@ -81,7 +82,7 @@ class Offload:
 
         Raises:
             StoreError: a file that weights rest in was cut or written to. The module is taken off all the same, and its
-                weights are lost.
+                weights are lost: of a file that was cut, whoever touches one gets a StoreError until it is replaced.
         """
         self._is_edited = False
         try:
@@ -393,7 +394,11 @@ class Offload:
     def _end(self) -> None:
         self._stop()
         self._turns.remove(self)
-        self._place.close()
+        try:
+            self._place.close()
+        except StoreError:
+            refuse_lost(self.module)
+            raise
 
 
 def _share(config: OffloadConfig) -> str:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from vramkit.planning.answers import any_number, bare
 from vramkit.planning.ledger import Ledger
+from vramkit.planning.recurrent import recurrent_kernels
 
 __all__ = ["Device"]
 
@@ -31,6 +32,7 @@ class Device(TorchFunctionMode):
             F.rms_norm: self._rms_norm,
             torch.rms_norm: self._rms_norm,
             F.multi_head_attention_forward: self._multi_head_attention,
+            **(recurrent_kernels(self._run) if device.type == "cpu" else {}),
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

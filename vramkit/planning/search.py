@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from vramkit.errors import ConfigError, PlanInfeasible
-from vramkit.memory import GIB, format_bytes
+from vramkit.memory import GIB, format_apart, format_bytes, format_enough
 from vramkit.planning.components import PHASES
 from vramkit.planning.dealing import Choice, Dealer, ample_room, fit_together, most_room, seconds_of, simplest
 from vramkit.planning.holding import Holding, phase_peaks, room_before
@@ -46,9 +46,8 @@ def search(
         ConfigError: the budget is above the card.
     """
     if machine.card_bytes is not None and vram_bytes > machine.card_bytes:
-        raise ConfigError(
-            f"vram={format_bytes(vram_bytes)} was given, but {machine.device} has {format_bytes(machine.card_bytes)}"
-        )
+        card, given = format_apart(machine.card_bytes, vram_bytes)
+        raise ConfigError(f"vram={given} was given, but {machine.device} has {card}")
     budget_bytes = vram_bytes - machine.margin_bytes
     found: list[tuple[float, Variant, dict[str, Choice]]] = []
     for variant in profile.variants:
@@ -58,9 +57,10 @@ def search(
             found.append((dealer.seconds(choices, budget_bytes), variant, choices))
     floor_bytes, binds = _floor(profile, machine)
     if not found:
+        given, nearest = format_apart(vram_bytes, floor_bytes)
         raise PlanInfeasible(
-            f"no plan of {profile.model} fits vram={format_bytes(vram_bytes)}: {binds}. The nearest budget that fits is "
-            f"{_rounded_up(floor_bytes)}; a smaller call (picture, frames, tokens, batch) needs less",
+            f"no plan of {profile.model} fits vram={given}: {binds}. The nearest budget that fits is "
+            f"{nearest}; a smaller call (picture, frames, tokens, batch) needs less",
             nearest_bytes=floor_bytes,
             binds=binds,
         )
@@ -124,14 +124,6 @@ def _floor(profile: Profile, machine: Machine) -> tuple[int, str]:
     return size_bytes + machine.margin_bytes, binds
 
 
-def _rounded_up(size_bytes: int) -> str:
-    """Print a size so that what is printed is enough."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size_bytes >= unit:
-            return f"{-(-size_bytes * 100 // unit) / 100:g} {name}"
-    return f"{size_bytes} B"
-
-
 def _notes(plan: Plan) -> Iterator[str]:
     """Say what makes other bytes than a resident run that nothing was chosen for."""
     if plan.decode is not None and plan.decode.mode == "tiles":
@@ -154,7 +146,7 @@ def _crowded(plan: Plan, works: Sequence[Work]) -> Iterator[str]:
             yield (
                 f"{format_bytes(each.spare_bytes)} are free beside the activations of {each.name}: torch's allocator gives "
                 f"memory back and takes it again where it finds no hole, which takes time; it need not with "
-                f"vram={_rounded_up(plan.vram_bytes + missing)}"
+                f"vram={format_enough(plan.vram_bytes + missing)}"
             )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from vramkit.device_memory import memory_of
 from vramkit.errors import ConcurrentUseError, ConflictError, PlanInfeasible
-from vramkit.memory import format_bytes
+from vramkit.memory import format_apart, format_bytes
 from vramkit.planning.calls import Example, PlannedCall, module_calls, pipeline_call
 from vramkit.planning.components import components_of, entry_points_of, phase_of
 from vramkit.planning.examples import example_of, key_of
@@ -189,13 +189,11 @@ class WatchedCalls:
             if not self.regime.is_on or peak_bytes <= plan.vram_bytes:
                 return
             more = peak_bytes - plan.peak_bytes
-            taken = f"a call took {format_bytes(peak_bytes)}"
+            given, taken = format_apart(plan.vram_bytes, peak_bytes)
+            taken = f"a call took {taken}"
             if ran_out:  # cuDNN then takes another algorithm, which wants no workspace
                 taken = "memory ran out within a call, which went on with less or by other, slower kernels,"
-            told = (
-                f"{taken} where {format_bytes(plan.peak_bytes)} were predicted and {format_bytes(plan.vram_bytes)} "
-                "were given"
-            )
+            told = f"{taken} where {format_bytes(plan.peak_bytes)} were predicted and {given} were given"
             try:
                 self.regime.refuse_running()
                 self._planner.keep_free(more, note=f"{told}: {format_bytes(more)} are kept free since")

@@ -12,6 +12,7 @@ gives new bytes beside old ones. So a file is looked at before it is touched, an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -81,6 +82,13 @@ class MappedFile:
             f"{self.path} {what}, so weights that rest in it are lost. Load the model again; replace a file that is in use "
             "by renaming a new one over it"
         )
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it has become shorter, so that to touch the end of a mapping would end the process."""
+        with contextlib.suppress(OSError, ValueError):
+            return os.fstat(self._file.fileno()).st_size < self.size_bytes
+        return False
 
     def acknowledge(self) -> None:
         """Take the file as it is now for what it is to be: it was written to by us."""

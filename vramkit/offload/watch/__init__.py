@@ -12,6 +12,7 @@ module is offloaded, which change nothing that they are (name, type checks, attr
 """
 
 from vramkit.offload.watch.at_rest import Keeper, data_at_rest, is_resting, released, resting
+from vramkit.offload.watch.lost import refuse_lost
 from vramkit.offload.watch.on_show import (
     data_of,
     forget_data,
@@ -28,6 +29,7 @@ __all__ = [
     "data_of",
     "forget_data",
     "is_resting",
+    "refuse_lost",
     "released",
     "resting",
     "shown",

@@ -86,14 +86,22 @@ class _Resting(Watched):
     def as_subclass(self, kind: type[torch.Tensor]) -> torch.Tensor:
         """Answer from the device inside a pass: torch does not ask the class about this method either."""
         tensor = cast("torch.Tensor", self)
-        placed = _on_device(tensor, torch.Tensor.as_subclass)
+        placed = _on_device_or_checked(tensor, torch.Tensor.as_subclass)
         return as_they_were([tensor], lambda: (tensor if placed is None else placed).as_subclass(kind))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        placed = _on_device(cast("torch.Tensor", self), copy.deepcopy)
+        placed = _on_device_or_checked(cast("torch.Tensor", self), copy.deepcopy)
         copied: torch.Tensor = super().__deepcopy__(memo) if placed is None else copy.deepcopy(placed)
         memo[id(self)] = copied
         return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _check(cast("torch.Tensor", self))
+        return super().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        _check(cast("torch.Tensor", self))
+        return super().__repr__()
 
     @classmethod
     def __torch_function__(
@@ -258,10 +266,18 @@ def _others(tensor: torch.Tensor, keeper: Keeper) -> tuple[weakref.ref[Keeper], 
     return tuple(ref for ref in getattr(type(tensor), "keepers", ()) if ref() is not None and ref() is not keeper)
 
 
-def _on_device(tensor: torch.Tensor, reader: Callable[..., Any]) -> torch.Tensor | None:
-    """Return what is on the device for `tensor` inside a pass, else None."""
+def _check(tensor: torch.Tensor) -> None:
+    for keeper in _keepers_of(tensor):
+        keeper.check(tensor)
+
+
+def _on_device_or_checked(tensor: torch.Tensor, reader: Callable[..., Any]) -> torch.Tensor | None:
+    """Return what is on the device for `tensor` inside a pass; else None, where its memory may be touched."""
     reading = next((keeper for keeper in _keepers_of(tensor) if keeper.is_inside()), None)
-    return None if reading is None else reading.serve(tensor, reader)
+    if reading is None:
+        _check(tensor)
+        return None
+    return reading.serve(tensor, reader)
 
 
 def _resting_class(kind: type[torch.Tensor], keepers: tuple[weakref.ref[Keeper], ...]) -> type[torch.Tensor]:

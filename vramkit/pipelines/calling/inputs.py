@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -40,6 +41,38 @@ def check_finite(**numbers: Any) -> None:
             raise ConfigError(f"{name} is {number!r}; expected a finite number")
 
 
+def falling_numbers(name: str, given: Any, *, most: float, to_zero: bool) -> list[float]:
+    """Return the schedule that a call is given as plain numbers; refuse one that does not fall from ``most`` at most."""
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise ConfigError(f"{name} is {given!r}; expected a list of numbers, one for each step")
+    numbers = [plain_number(number) for number in given]
+    check_finite(**{f"{name}[{at}]": number for at, number in enumerate(numbers)})
+    falling = all(before >= after for before, after in pairwise(numbers))  # a step of no length does no harm
+    if not numbers or numbers[0] > most or not falling or not (numbers[-1] > 0 or (to_zero and numbers[-1] == 0)):
+        end = "0 at least" if to_zero else "above 0"
+        raise ConfigError(f"{name} is {numbers}; expected falling numbers, from {most:g} at most to {end}")
+    return numbers
+
+
+def check_tensor(
+    name: str, given: Any, shape: Sequence[int | str], *, floating: bool = True, because: str = ""
+) -> None:
+    """Refuse what is no dense tensor of such a shape; names in it stand for any number from one up."""
+    expected = f"({', '.join(map(str, shape))}){because and f', {because}'}"
+    if not isinstance(given, torch.Tensor):
+        raise ConfigError(f"{name} is a {type(given).__name__}; expected a tensor of shape {expected}")
+    if given.is_complex() or (floating and not given.is_floating_point()):
+        raise ConfigError(f"{name} is {given.dtype}; expected {'floating' if floating else 'real'} values")
+    if given.layout is not torch.strided:
+        raise ConfigError(f"{name} is {given.layout}; expected a dense tensor: give {name}.to_dense()")
+    fits = all(
+        size > 0 if isinstance(wanted, str) else size == wanted
+        for wanted, size in zip(shape, given.shape, strict=False)
+    )
+    if given.ndim != len(shape) or not fits:
+        raise ConfigError(f"{name} has shape {tuple(given.shape)}; expected {expected}")
+
+
 def check_choices(name: str, given: Sequence[str], known: Sequence[str]) -> None:
     """Refuse names outside ``known``."""
     unknown = [choice for choice in given if choice not in known]
@@ -56,13 +89,12 @@ def check_size(height: int, width: int, *, multiple: int) -> None:
             raise ConfigError(f"{name} is {pixels}; expected a multiple of {multiple}, for example {near}")
 
 
-def check_scheduler(scheduler: Any, asked: Sequence[str]) -> None:
-    """Refuse schedulers that these pipelines cannot drive; ``asked`` is what set_timesteps is given beside steps."""
+def check_scheduler(scheduler: Any, asked: Sequence[str], predictions: Sequence[str]) -> None:
+    """Refuse schedulers that these pipelines cannot drive.
+
+    ``asked`` is what set_timesteps is given beside steps; ``predictions`` are those of the model, any if there are none.
+    """
     name = type(scheduler).__name__
-    if not all(hasattr(scheduler, needed) for needed in ("step", "set_timesteps", "timesteps")):
-        raise ConfigError(
-            f"the scheduler is a {name}; expected one of vramkit, such as UniPCMultistepScheduler.from_config(config)"
-        )
     way = (
         f"take pipeline.scheduler = vramkit.{name}.from_config(scheduler.config), or another scheduler that vramkit has"
     )
@@ -75,6 +107,14 @@ def check_scheduler(scheduler: Any, asked: Sequence[str]) -> None:
         raise ConfigError(f"the scheduler's {name}.set_timesteps takes no {' and no '.join(missing)}; {way}")
     if (deviation := float(getattr(scheduler, "init_noise_sigma", 1.0))) != 1:
         raise ConfigError(f"the scheduler {name} asks for noise of deviation {deviation:g}, expected 1; {way}")
+    kind = (
+        "flow_prediction" if name.startswith("FlowMatch") else getattr(scheduler, "config", {}).get("prediction_type")
+    )
+    if predictions and kind is not None and kind not in predictions:
+        raise ConfigError(
+            f"the scheduler {name} goes by {kind}, and this checkpoint's model makes {' or '.join(predictions)}: take the "
+            "scheduler of the checkpoint, or one of its family"
+        )
 
 
 def warn_caller(message: str) -> None:
@@ -142,13 +182,7 @@ def _count(name: str, texts: Prompt, embeds: torch.Tensor | None) -> int | None:
     if texts is not None and embeds is not None:
         raise ConfigError(f"both {name} and {name}_embeds are given: give one of the two")
     if embeds is not None:
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
-            shape = getattr(embeds, "shape", type(embeds).__name__)
-            raise ConfigError(f"{name}_embeds is {shape}; expected a tensor [prompts, tokens, channels]")
-        if not embeds.is_floating_point():
-            raise ConfigError(
-                f"{name}_embeds is {embeds.dtype}; expected floating values, the states of the text encoder"
-            )
+        check_tensor(f"{name}_embeds", embeds, ("prompts", "tokens", "channels"))
         return embeds.shape[0]
     if texts is None:
         return None
@@ -163,14 +197,8 @@ def check_noise(
     shape: tuple[int, ...], generator: Generators, latents: torch.Tensor | None, *, device: torch.device
 ) -> None:
     """Refuse given latents of another shape, and generators that cannot make the noise."""
-    if latents is not None and not isinstance(latents, torch.Tensor):
-        raise ConfigError(f"latents is a {type(latents).__name__}; expected a tensor of shape {shape}")
-    if latents is not None and not latents.is_floating_point():
-        raise ConfigError(f"latents is {latents.dtype}; expected floating values")
-    if latents is not None and tuple(latents.shape) != shape:
-        raise ConfigError(
-            f"latents has shape {tuple(latents.shape)}; height, width, frames and prompts ask for {shape}"
-        )
+    if latents is not None:
+        check_tensor("latents", latents, shape, because="as height, width, frames and prompts ask for")
     if isinstance(generator, list) and len(generator) != shape[0]:
         raise ConfigError(
             f"there is a list of {len(generator)} generators for {shape[0]} clips: give one for each clip"

@@ -22,6 +22,7 @@ from vramkit.offload.disk import staged_folder
 from vramkit.offload.offloaded import editable
 from vramkit.pipelines.calling.checkpoints import CheckpointCalls, check_names
 from vramkit.pipelines.calling.memory import MemoryCalls
+from vramkit.pipelines.calling.parts import check_component
 from vramkit.pipelines.loading.absent import Absent
 from vramkit.pipelines.loading.arguments import saving_arguments
 from vramkit.pipelines.loading.components import MODEL_INDEX
@@ -49,12 +50,20 @@ class Pipeline(CheckpointCalls, LoraAdapters, MemoryCalls):
         """What a call with these arguments runs in, where several ranks make it (`vramkit.distributed.parallelize`)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let ready models of diffusers become ours where they are put in; see `adopted`."""
+        """Check components where they are put in, and let ready models of diffusers become ours; see `adopted`."""
+        if name in self.component_names:
+            check_component(name, value)
         if name in _ADOPTED and isinstance(value, nn.Module):
             from vramkit.pipelines.loading.adoption import adopted  # noqa: PLC0415 - most models are ours already
 
             value = adopted(value, name, type(self))
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hooks that transformers leaves on its models, which no pickle takes."""
+        for module in self._modules().values():
+            _drop_captures(module)
+        return dict(vars(self))
 
     @property
     def components(self) -> dict[str, Any]:
@@ -158,6 +167,15 @@ def hand_over(module: nn.Module, following: nn.Module) -> None:
         leaving.rest()
     if (coming := offload_of(following)) is not None:
         coming.prefetch()
+
+
+def _drop_captures(module: nn.Module) -> None:
+    """Take off what transformers has put on a model to note its states; it puts it on again where they are asked for."""
+    for part in module.modules():
+        for key, hook in list(part._forward_hooks.items()):  # noqa: SLF001
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del part._forward_hooks[key]  # noqa: SLF001
+        vars(part).pop("_output_capturing_hooks_installed", None)
 
 
 def _save(component: Any, folder: Path, how: Mapping[str, Any]) -> None:

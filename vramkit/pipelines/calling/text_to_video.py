@@ -174,6 +174,7 @@ class TextToVideoPipeline(Pipeline):
     joins_texts: ClassVar[bool] = False  # whether callbacks are given both texts of guidance as prompt_embeds
     text_width: ClassVar[str] = "text_embed_dim"  # the option of the transformer that counts the channels of a text
     schedule_arguments: ClassVar[tuple[str, ...]] = ()  # what set_timesteps is asked beside the number of steps
+    predictions: ClassVar[tuple[str, ...]] = ()  # what the transformer makes, as schedulers name it; () for anything
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +303,7 @@ class TextToVideoPipeline(Pipeline):
         for name in ("transformer", "scheduler"):
             if getattr(self, name) is None:
                 raise ConfigError(f"this pipeline has no {name}: load the checkpoint with it, or set pipeline.{name}")
-        check_scheduler(self.scheduler, self.schedule_arguments)
+        check_scheduler(self.scheduler, self.schedule_arguments, self.predictions)
         if self.vae is None and output_type != "latent":
             raise ConfigError('this pipeline has no vae: ask for output_type="latent", or set pipeline.vae')
         if self._guidance == "paired" and "others" not in inspect.signature(self.transformer.forward).parameters:

@@ -43,6 +43,7 @@ class CogVideoXVideoPipeline(T5ToVideoPipeline):
 
     fps: ClassVar[float] = 8.0
     joins_texts: ClassVar[bool] = True
+    predictions: ClassVar[tuple[str, ...]] = ("v_prediction", "epsilon", "sample")
     component_names: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
     def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:

@@ -25,6 +25,8 @@ from vramkit.pipelines.calling.inputs import (
     check_finite,
     check_noise,
     check_prompts,
+    check_tensor,
+    falling_numbers,
     make_noise,
     whole_latent_frames,
 )
@@ -80,6 +82,7 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
     )
     fps: ClassVar[float] = 24.0
     schedule_arguments: ClassVar[tuple[str, ...]] = ("sigmas",)
+    predictions: ClassVar[tuple[str, ...]] = ("flow_prediction",)
 
     def __init__(  # noqa: PLR0917 - the order of the published one
         self,
@@ -193,6 +196,9 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
             max_sequence_length=max_sequence_length,
         )
         check_finite(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
+        levels = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        if sigmas is not None:
+            levels = falling_numbers("sigmas", sigmas, most=1, to_zero=True)
         check_template(prompt_template)
         num_frames = whole_latent_frames(num_frames, factor=self.vae_scale_factor_temporal, down=True)
         prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
@@ -208,7 +214,6 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
         shape = self._latent_shape(prompts * num_videos_per_prompt, height, width, num_frames)
         check_noise(shape, generator, latents, device=self.device)
 
-        levels = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else sigmas
         self.scheduler.set_timesteps(sigmas=levels, device=self.device)
         self._begin(guidance_scale=guidance_scale, attention_kwargs=attention_kwargs)
         self._true_cfg_scale = true_cfg_scale if len(texts) > 1 else 1.0
@@ -333,19 +338,16 @@ class HunyuanVideoPipeline(TextToVideoPipeline):
             raise ConfigError(f"{name}prompt_embeds is given without {name}pooled_prompt_embeds: give both")
         if text.pooled is None and (self.text_encoder_2 is None or self.tokenizer_2 is None):
             raise ConfigError(f"this pipeline has no text_encoder_2 or tokenizer_2: give {name}pooled_prompt_embeds")
-        if text.pooled is not None and (text.pooled.ndim != 2 or text.pooled.shape[0] != prompts):
-            raise ConfigError(
-                f"{name}pooled_prompt_embeds has shape {tuple(text.pooled.shape)}; expected ({prompts}, channels)"
-            )
+        if text.pooled is not None:
+            config = None if self.transformer is None else self.transformer.config
+            channels = getattr(config, "pooled_projection_dim", "channels")
+            because = "what text_encoder_2 of this checkpoint makes"
+            check_tensor(f"{name}pooled_prompt_embeds", text.pooled, (prompts, channels), because=because)
         if text.mask is None:
             return
         if text.embeds is None:
             raise ConfigError(f"{name}prompt_attention_mask belongs to {name}prompt_embeds: give both or none")
-        if text.mask.shape != text.embeds.shape[:2]:
-            raise ConfigError(
-                f"{name}prompt_attention_mask has shape {tuple(text.mask.shape)}; {name}prompt_embeds asks for "
-                f"{tuple(text.embeds.shape[:2])}"
-            )
+        check_tensor(f"{name}prompt_attention_mask", text.mask, text.embeds.shape[:2], floating=False)
 
     def _latent_shape(self, clips: int, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         return (

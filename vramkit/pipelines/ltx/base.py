@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,8 +22,9 @@ from vramkit.pipelines.calling.inputs import (
     check_finite,
     check_noise,
     check_prompts,
+    check_tensor,
+    falling_numbers,
     make_noise,
-    plain_number,
     whole_latent_frames,
 )
 from vramkit.pipelines.calling.pipeline import execution_device
@@ -89,6 +89,7 @@ class LTXVideoPipeline(TextToVideoPipeline):
     fps: ClassVar[float] = 25.0
     joins_texts: ClassVar[bool] = True
     text_width: ClassVar[str] = "caption_channels"
+    predictions: ClassVar[tuple[str, ...]] = ("flow_prediction",)
     schedule_arguments: ClassVar[tuple[str, ...]] = ("sigmas", "mu")
 
     def __init__(self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any) -> None:
@@ -214,7 +215,8 @@ class LTXVideoPipeline(TextToVideoPipeline):
         check_finite(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, frame_rate=frame_rate)
         if frame_rate <= 0:
             raise ConfigError(f"frame_rate is {frame_rate}; expected frames per second, above 0")
-        timesteps = _checked_timesteps(timesteps)
+        if timesteps is not None:
+            timesteps = falling_numbers("timesteps", timesteps, most=1000, to_zero=False)
         num_frames = whole_latent_frames(num_frames, factor=self._rate, down=True)
         grid = self._grid(height, width, num_frames)
         prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
@@ -372,12 +374,13 @@ class LTXVideoPipeline(TextToVideoPipeline):
                 )
             if text.mask is not None:
                 raise ConfigError(f"{text.name}_attention_mask belongs to {text.name}_embeds: give both or none")
-        elif text.mask is None or text.mask.shape != text.embeds.shape[:2]:
-            given = None if text.mask is None else tuple(text.mask.shape)
+        elif text.mask is None:
             raise ConfigError(
-                f"{text.name}_attention_mask is {given}; expected {tuple(text.embeds.shape[:2])}, ones for the tokens of "
+                f"{text.name}_attention_mask is None; expected {tuple(text.embeds.shape[:2])}, ones for the tokens of "
                 f"{text.name}_embeds that count"
             )
+        else:
+            check_tensor(f"{text.name}_attention_mask", text.mask, text.embeds.shape[:2], floating=False)
 
 
 def tokens_of(video: Tensor) -> Tensor:
@@ -389,18 +392,6 @@ def _noise_levels(steps: int) -> Sequence[float]:
     """Even noise levels from 1 to 1 / steps, before they are shifted."""
     levels: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
     return levels
-
-
-def _checked_timesteps(timesteps: Sequence[float] | None) -> list[float] | None:
-    """Timesteps as plain numbers; refuses those that do not fall from 1000 at most to above 0."""
-    if timesteps is None:
-        return None
-    timesteps = [plain_number(timestep) for timestep in timesteps]
-    check_finite(**{f"timesteps[{i}]": timestep for i, timestep in enumerate(timesteps)})
-    falling = all(before >= after for before, after in pairwise(timesteps))  # a step of no length does no harm
-    if not timesteps or timesteps[0] > 1000 or timesteps[-1] <= 0 or not falling:
-        raise ConfigError(f"timesteps is {list(timesteps)}; expected falling numbers, from 1000 at most to above 0")
-    return timesteps
 
 
 def _per_clip(name: str, value: float | Sequence[float] | None, clips: int) -> list[float] | None:

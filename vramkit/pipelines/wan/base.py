@@ -54,6 +54,7 @@ class WanVideoPipeline(T5ToVideoPipeline):
 
     vae_in_fp32: ClassVar[bool] = True
     text_width: ClassVar[str] = "text_dim"
+    predictions: ClassVar[tuple[str, ...]] = ("flow_prediction",)
 
     transformer_2: Any
     boundary_ratio: float | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from vramkit.errors import ConfigError
 from vramkit.pipelines.calling.calls import pipeline_call
 from vramkit.pipelines.calling.image_to_video import for_clips
-from vramkit.pipelines.calling.inputs import Generators, Prompt
+from vramkit.pipelines.calling.inputs import Generators, Prompt, check_tensor
 from vramkit.pipelines.calling.known import Beside, FirstFrame, Known
 from vramkit.pipelines.calling.pictures import Pictures
 from vramkit.pipelines.calling.pipeline import execution_device
@@ -296,18 +296,13 @@ class WanImageToVideoPipeline(WanVideoPipeline):
         config = self.transformer.config
         if config.image_dim is None:
             raise ConfigError("image_embeds is given, and this checkpoint has no image encoder: leave it out")
-        shape = tuple(embeds.shape)
-        if embeds.ndim == 3 and config.pos_embed_seq_len is not None and 2 * shape[1] == config.pos_embed_seq_len:
-            embeds = embeds.reshape(-1, config.pos_embed_seq_len, shape[2]) if shape[0] % 2 == 0 else embeds
-        tokens = config.pos_embed_seq_len or embeds.shape[1]
-        if (
-            embeds.ndim != 3
-            or embeds.shape[0] not in (1, size.prompts)
-            or embeds.shape[1:] != (tokens, config.image_dim)
-        ):
+        check_tensor("image_embeds", embeds, ("pictures", "tokens", config.image_dim))
+        shape, tokens = tuple(embeds.shape), config.pos_embed_seq_len
+        if tokens is not None and 2 * shape[1] == tokens and shape[0] % 2 == 0:
+            embeds = embeds.reshape(-1, tokens, shape[2])
+        if embeds.shape[0] not in (1, size.prompts) or embeds.shape[1] != (tokens or shape[1]):
             raise ConfigError(
-                f"image_embeds has shape {shape}; expected (1 or {size.prompts}, {config.pos_embed_seq_len or 'tokens'}, "
-                f"{config.image_dim})"
+                f"image_embeds has shape {shape}; expected (1 or {size.prompts}, {tokens or 'tokens'}, {config.image_dim})"
             )
         return embeds
 
