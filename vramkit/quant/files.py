@@ -38,10 +38,11 @@ def save_quantized(
 ) -> None:
     """Write a quantized or cast model, or a pipeline with such models, so that it loads without the original weights.
 
-    ``from_pretrained`` of the folder finds out by itself. Only safetensors and JSON are written.
+    ``from_pretrained`` of vramkit's models and pipelines finds out by itself, `load_quantized` loads it into any
+    module; that of transformers does not know such files. Only safetensors and JSON are written.
 
     Args:
-        module: a model of vramkit or transformers, or a `Pipeline`; any other module is loaded by `load_quantized`.
+        module: a model of vramkit or of another library, or a `Pipeline`.
         folder: made if it is missing.
         variant: of the names of the weights' files.
         max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
