@@ -15,10 +15,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from quant.configs import ALIKE_COMPILED, CONFIGS
 from torch import nn
 
-from vramkit.errors import ConflictError, UnsupportedTensorError
+from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
 from vramkit.memory import module_bytes
 from vramkit.offload import apply_group_offloading, offload_of
-from vramkit.quant import adopt, quantize
+from vramkit.quant import adopt, quantize, save_quantized
 
 WAYS: dict[str, dict[str, Any]] = {
     "block": {"offload_type": "block_level"},
@@ -139,6 +139,8 @@ def test_modules_of_bitsandbytes_are_adopted(kind: str, way: str, tmp_path: Path
     own = network(lora=False)
     quantize(own, CONFIGS[kind])
     assert len(adopt(net)) == 6
+    with pytest.raises(ConfigError, match="quantized elsewhere"):
+        save_quantized(net, tmp_path / "saved")
     apply_group_offloading(net, "cpu", offload_to_disk_path=folder, **WAYS[way])
     with torch.no_grad():
         for _ in range(2):

@@ -38,16 +38,17 @@ def save_quantized(
 ) -> None:
     """Write a quantized or cast model, or a pipeline with such models, so that it loads without the original weights.
 
-    ``from_pretrained`` of the folder finds out by itself. Only safetensors and JSON are written.
+    ``from_pretrained`` of vramkit's models and pipelines finds out by itself, `load_quantized` loads it into any
+    module; that of transformers does not know such files. Only safetensors and JSON are written.
 
     Args:
-        module: a model of vramkit or transformers, or a `Pipeline`; any other module is loaded by `load_quantized`.
+        module: a model of vramkit or of another library, or a `Pipeline`.
         folder: made if it is missing.
         variant: of the names of the weights' files.
         max_shard_size: bytes, or text such as "10GB"; a larger model is split and gets an index.
 
     Raises:
-        ConfigError: the module is not quantized.
+        ConfigError: the module is not quantized, or its weights were quantized elsewhere (`adopt`).
     """
     if not isinstance(module, nn.Module):
         module.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)  # a pipeline, model by model
@@ -55,7 +56,13 @@ def save_quantized(
     found = quantization_of(module)
     config_used = _stored_as(module) if found is None else found.config
     if config_used is None:
-        raise ConfigError(f"{type(module).__name__} is not quantized; quantize it first, or use save_pretrained")
+        name = type(module).__name__
+        if not all(map(is_plain, module.parameters())):
+            raise ConfigError(
+                f"{name} has weights that were quantized elsewhere, so that no config says how they are stored; keep "
+                "the files that they were loaded from, or quantize the original weights by vramkit.quant and save those"
+            )
+        raise ConfigError(f"{name} is not quantized; quantize it first, or use save_pretrained")
     with editable(module), staged_folder(folder) as stage:
         tensors, notes = _packed(module, handler_for(config_used))
         stem, config = _published(module)

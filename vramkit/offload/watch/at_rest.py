@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
@@ -285,5 +287,31 @@ def _resting_class(kind: type[torch.Tensor], keepers: tuple[weakref.ref[Keeper],
     classes: dict[Any, type[torch.Tensor]] = latest.__dict__.setdefault("_resting_classes", {}) if latest else {}
     key = kind, tuple(map(id, keepers))  # of references, which are one for each keeper
     if key not in classes:
-        classes[key] = derived(kind, _Resting, {"keepers": keepers})
+        classes[key] = derived(kind, _Resting, {"keepers": keepers, **_methods(kind)})
     return classes[key]
+
+
+def _methods(kind: type[torch.Tensor]) -> dict[str, Any]:
+    """Return the methods that a class of wrappers has beyond torch's, which torch does not ask the class about either."""
+    if not hasattr(kind, "__tensor_flatten__"):
+        return {}
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__[: kind.__mro__.index(torch.Tensor)]):
+        found |= {name: member for name, member in vars(base).items() if isinstance(member, types.FunctionType)}
+    return {name: _answering(each) for name, each in found.items() if not name.startswith("_") and name not in _OWN}
+
+
+def _answering(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method that reads inner tensors and its own class find those of what is on the device, or of what it was."""
+
+    @functools.wraps(method)
+    def answering(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_saved = sys._getframe(1).f_code.co_name == "_save_to_state_dict"  # noqa: SLF001 (of whoever called it)
+        is_internal = not torch._C._is_torch_function_enabled()  # noqa: SLF001 (of code that wants the tensor itself)
+        placed = None if is_saved or is_internal else _on_device(self, method)
+        return as_they_were([self], method, self if placed is None else placed, *args, **kwargs)
+
+    return answering
+
+
+_OWN = frozenset(vars(_Resting))
