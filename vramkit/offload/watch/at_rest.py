@@ -308,7 +308,9 @@ def _answering(method: Callable[..., Any]) -> Callable[..., Any]:
     def answering(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         is_saved = sys._getframe(1).f_code.co_name == "_save_to_state_dict"  # noqa: SLF001 (of whoever called it)
         is_internal = not torch._C._is_torch_function_enabled()  # noqa: SLF001 (of code that wants the tensor itself)
-        placed = None if is_saved or is_internal else _on_device(self, method)
+        if is_saved:
+            _check(self)
+        placed = None if is_saved or is_internal else _on_device_or_checked(self, method)
         return as_they_were([self], method, self if placed is None else placed, *args, **kwargs)
 
     return answering
