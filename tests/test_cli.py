@@ -362,13 +362,13 @@ class TestErrors:
             cli.main(["demo"])
 
     @pytest.mark.parametrize(
-        ("changes", "said"), [({"identical": False}, "differ"), ({"within_budget": False}, "raise --budget")]
+        ("changes", "said"), [({"is_right": False}, "differ"), ({"within_budget": False}, "raise --budget")]
     )
     def test_of_a_demo_that_did_not_hold(
         self, changes: dict[str, bool], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         class Outcome:
-            identical = True
+            is_right = True
             within_budget = True
 
         for name, value in changes.items():

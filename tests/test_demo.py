@@ -173,7 +173,8 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[job
 class TestJob:
     def test_both_clips_are_the_same_bytes(self, finished: tuple[job.Outcome, str, Path]) -> None:
         outcome, _, _ = finished
-        assert outcome.identical
+        assert outcome.is_right
+        assert all(run.is_same_clip(outcome.resident) for run in outcome.budgeted)
         assert outcome.within_budget
         assert outcome.resident.frames.shape == (TINY.num_frames, TINY.height, TINY.width, 3)
         assert outcome.resident.frames.std() > 0.05
@@ -211,13 +212,28 @@ class TestJob:
         frames = outcome.resident.frames.copy()
         frames.view(np.uint8).reshape(-1)[0] ^= 1
         other = dataclasses.replace(tight, budgeted=[dataclasses.replace(run, frames=frames)])
-        assert not other.identical
+        assert not other.is_right
         nan = dataclasses.replace(outcome.resident, frames=np.full_like(frames, np.nan))
-        assert not dataclasses.replace(outcome, resident=nan, budgeted=[nan]).identical
+        assert not dataclasses.replace(outcome, resident=nan, budgeted=[nan]).is_right
         text = io.StringIO()
         job.print_outcome(other, Console(file=text, width=100))
         assert "(above)" in text.getvalue()
         assert "NO" in text.getvalue()
+
+    def test_a_decode_in_parts_may_round(self, finished: tuple[job.Outcome, str, Path]) -> None:
+        """Small budgets ask for it, and what they give is no defect."""
+        outcome, _, _ = finished
+        frames = outcome.resident.frames
+        for decode, off, told in (
+            ("8 stripes", 1e-5, "rounded: 8 stripes"),
+            ("8 stripes", 0.1, None),
+            ("8 stripes", np.nan, None),
+            ("tiles", 0.1, "blended: tiles"),
+            ("whole", 1e-5, None),
+        ):
+            run = dataclasses.replace(outcome.budgeted[0], frames=frames + np.float32(off), decode=decode)
+            assert run.likeness(outcome.resident) == told
+            assert dataclasses.replace(outcome, budgeted=[run]).is_right == (told is not None)
 
     def test_a_failing_worker_is_an_error(self, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
         monkeypatch.setattr(job, "_START", "import sys; sys.exit('error: its own message')")
@@ -323,7 +339,8 @@ def test_the_main_job(shorter: dict[str, int], tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(job, "_START", START_SHORTER)
     preset = dataclasses.replace(SMALL, sweep=(), **shorter)
     outcome = job.run_demo(preset, out=tmp_path / "out", device="cpu", console=Console(file=io.StringIO()))
-    assert outcome.identical
+    assert outcome.is_right
+    assert all(run.is_same_clip(outcome.resident) for run in outcome.budgeted)
     assert outcome.within_budget
     assert outcome.weights_bytes > 1.9 * outcome.budgeted[0].budget_bytes
     assert outcome.resident.trace.peak_bytes > outcome.weights_bytes

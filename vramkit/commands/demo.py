@@ -45,7 +45,7 @@ def demo(
         fresh=fresh,
         console=Console(),
     )
-    if not outcome.identical:
+    if not outcome.is_right:
         raise VramkitError("the clips differ: this is a defect of vramkit or of this machine, please report it")
     if not outcome.within_budget:
         raise VramkitError("a run went above its budget, as the table says: raise --budget")

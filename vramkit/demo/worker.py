@@ -1,6 +1,6 @@
 """One generation of the demo in a process of its own, so that its memory is measured alone.
 
-`main` is given a `Request` as JSON, and writes frames.npy, trace.json and link.json into its folder.
+`main` is given a `Request` as JSON, and writes frames.npy, trace.json and facts.json into its folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FRAMES = "frames.npy"
 TRACE = "trace.json"
-LINK = "link.json"  # {"seconds": that what was streamed takes on the link alone}
+FACTS = "facts.json"  # {"link_s": seconds of what was streamed on the link alone, "decode": how the plan decodes}
 # Budgets on the CPU count process memory: this much is kept for what is no tensor, as plans do by themselves on a GPU.
 CPU_MARGIN_BYTES = 64 * 2**20
 _PAGE_BYTES = 4096
@@ -105,7 +105,8 @@ def generate(request: Request) -> None:
         frames = _run(pipeline, preset, timeline)
     np.save(folder / FRAMES, frames)
     timeline.save(folder / TRACE)
-    (folder / LINK).write_text(json.dumps({"seconds": 0.0 if fitted is None else _link_s(fitted)}), encoding="utf-8")
+    facts = {} if fitted is None else {"link_s": _link_s(fitted), "decode": str(fitted.plan.decode)}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def make_resident(pipeline: WanPipeline, device: torch.device) -> None:
