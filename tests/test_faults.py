@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no part of the installed package
 
 from benchmarks.faults import BROKEN, configs, headers
-from benchmarks.faults.__main__ import RESULTS, kinds, main
+from benchmarks.faults._runs import RESULTS, kinds, main
 from benchmarks.rows import Results
 
 
@@ -54,6 +56,15 @@ def test_counts_are_kept_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "headers: 20 tried in" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["nonsense", "--out", str(out)])
+
+
+def test_the_command_shares_cases_among_processes(tmp_path: Path) -> None:
+    """Processes that are started anew cannot import what lies in a package's ``__main__``."""
+    out, root = tmp_path / "faults.json", Path(__file__).parents[1]
+    command = [sys.executable, "-m", "benchmarks.faults", "headers", "--count", "8", "--jobs", "2", "--out", str(out)]
+    subprocess.run(command, cwd=root, check=True, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True)
+    (row,) = Results.read(out).rows
+    assert (row["jobs"], sum(row["outcomes"].values())) == (2, 8)
 
 
 def test_the_kept_results_are_of_full_runs() -> None:
