@@ -198,6 +198,12 @@ def named(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield (f"{prefix}.{name}" if prefix else name), child, name
 
 
+def all_arrived(module: nn.Module, parts: Assembly, backend: Backend, state: State) -> bool:
+    """Let every group travel, and tell whether each module is shown what `state` says."""
+    found = arrived(parts, backend)
+    return all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+
+
 def loaded(state: State, weights: State) -> nn.Module:
     with torch.device("meta"):
         module = Net().eval().requires_grad_(False)
@@ -258,8 +264,7 @@ def test_adapters_beside_layers_of_a_file_travel_as_one(
     kinds = [[store.kind for _, _, store in sorted(group.stores)] for group in parts.groups]
     assert all("registered" not in each[:-1] for each in kinds)  # behind the others, in one copy
     assert len([each for each in kinds if each[-1] == "registered"]) >= BLOCKS
-    found = arrived(parts, backend)
-    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    assert all_arrived(module, parts, backend, state)
     place.close()
 
 
@@ -271,8 +276,7 @@ def test_views_of_others_serve_stores_that_ask_for_files(
     module = loaded(state, file_views(state, tmp_path)[0])
     parts, place = placed(module, backend, store=kind)
     assert {store.kind for group in parts.groups for _, _, store in group.stores} == {kind}
-    found = arrived(parts, backend)
-    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    assert all_arrived(module, parts, backend, state)
     place.close()
 
 
@@ -284,8 +288,7 @@ def test_what_is_written_to_disk_is_locked_or_read_there(
     state = copy.deepcopy(module.state_dict())
     parts, place = placed(module, backend, store=store, disk_folder=tmp_path / "spill")
     assert {s.kind for group in parts.groups for _, _, s in group.stores} == {store or "mapped"}
-    found = arrived(parts, backend)
-    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    assert all_arrived(module, parts, backend, state)
     place.close()
     assert not list((tmp_path / "spill").iterdir())
 
@@ -317,8 +320,7 @@ def test_memory_of_which_others_locked_a_part_is_staged(driver: Driver, backend:
         parts, place = placed(module, backend)
     assert {store.kind for _, _, store in parts.groups[0].stores} == {"registered"}
     assert {store.kind for _, _, store in parts.groups[1].stores} == {"pageable"}
-    found = arrived(parts, backend)
-    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    assert all_arrived(module, parts, backend, state)
     place.close()
 
 
@@ -390,8 +392,7 @@ def test_mapped_files_of_ours_serve_as_before(driver: Driver, backend: Backend, 
     load_mapped(module, tmp_path / "m.safetensors")
     parts, place = placed(module, backend)
     assert {store.kind for group in parts.groups for _, _, store in group.stores} == {"mapped"}
-    found = arrived(parts, backend)
-    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    assert all_arrived(module, parts, backend, state)
     place.close()
 
 
@@ -412,6 +413,5 @@ def test_read_only_mappings_that_others_share_are_views_of_their_file(
     module = loaded(state, weights)
     parts, place = placed(module, backend)
     assert {store.kind for group in parts.groups for _, _, store in group.stores} == {"mapped"}
-    found = arrived(parts, backend)
-    assert all(torch.equal(found[f"{id(child)}.{name}"], state[full]) for full, child, name in named(module))
+    assert all_arrived(module, parts, backend, state)
     place.close()
