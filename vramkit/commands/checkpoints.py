@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_weights", "load", "models_of", "outline", "place", "resolve_dtype"]
 
-# Components that no check looks into.
+# Components of which checks look at the kind alone, so that stand-ins do.
 _ENCODERS = (*TEXT_ENCODERS, *IMAGE_ENCODERS)
 _PREPARERS = (*TOKENIZERS, *IMAGE_PROCESSORS)
 

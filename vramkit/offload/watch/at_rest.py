@@ -117,7 +117,7 @@ class _Resting(Watched):
         inside: dict[int, Keeper] = {}
         for key, tensor in found.items():
             keepers = _keepers_of(tensor)
-            reading = next((keeper for keeper in keepers if keeper.is_inside()), None)
+            reading = _reading(keepers)
             if reading is not None and not _is_for_a_state_dict(func):
                 inside[key] = reading
                 continue
@@ -199,10 +199,12 @@ def _before_touching(
 
 def _is_for_a_state_dict(func: Callable[..., Any]) -> bool:
     """Tell whether a weight is detached to be written into a state dict: that is of what rests, also inside a pass."""
-    if func is not torch.Tensor.detach:
-        return False
-    frame = sys._getframe(2)  # noqa: SLF001 (of whoever called the operation)
-    return frame.f_code.co_name == "_save_to_state_dict"
+    return func is torch.Tensor.detach and _writes_a_state_dict(2)
+
+
+def _writes_a_state_dict(depth: int) -> bool:
+    """Tell whether the function that is `depth` calls above the one that asks writes a state dict."""
+    return sys._getframe(depth + 1).f_code.co_name == "_save_to_state_dict"  # noqa: SLF001
 
 
 def _is_view_of(result: Any, tensor: torch.Tensor) -> bool:
@@ -264,6 +266,11 @@ def _keepers_of(tensor: torch.Tensor) -> list[Keeper]:
     return [keeper for keeper in keepers if keeper is not None and keeper.knows(tensor)]
 
 
+def _reading(keepers: Iterable[Keeper]) -> Keeper | None:
+    """Return the one in whose pass the calling thread is, or None."""
+    return next((keeper for keeper in keepers if keeper.is_inside()), None)
+
+
 def _others(tensor: torch.Tensor, keeper: Keeper) -> tuple[weakref.ref[Keeper], ...]:
     return tuple(ref for ref in getattr(type(tensor), "keepers", ()) if ref() is not None and ref() is not keeper)
 
@@ -275,7 +282,7 @@ def _check(tensor: torch.Tensor) -> None:
 
 def _on_device_or_checked(tensor: torch.Tensor, reader: Callable[..., Any]) -> torch.Tensor | None:
     """Return what is on the device for `tensor` inside a pass; else None, where its memory may be touched."""
-    reading = next((keeper for keeper in _keepers_of(tensor) if keeper.is_inside()), None)
+    reading = _reading(_keepers_of(tensor))
     if reading is None:
         _check(tensor)
         return None
@@ -306,7 +313,7 @@ def _answering(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def answering(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_saved = sys._getframe(1).f_code.co_name == "_save_to_state_dict"  # noqa: SLF001 (of whoever called it)
+        is_saved = _writes_a_state_dict(1)
         is_internal = not torch._C._is_torch_function_enabled()  # noqa: SLF001 (of code that wants the tensor itself)
         if is_saved:
             _check(self)
