@@ -239,6 +239,32 @@ def _links() -> str:
     return table_of(("link", "GB/s asked, given", "", "s (of its floor)", "same bytes"), lines)
 
 
+def _ram() -> str:
+    """A pass with so much RAM left, weights in files on a disk, from ``suite.json``."""
+    rows = [row for row in rows_of("suite") if row.get("case") == "ram"]
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["options"]["left_bytes"]):
+        read = {"read": row.get("peer", {}).get("stores", {}).get("pageable")}
+        first = [row.get(name) or 0 for name in ("load_s", "setup_s", "first_s")]
+        lines.append(
+            [
+                row["machine"].removeprefix("RAM "),
+                row["way"],
+                outcome(row),
+                gib(row.get("peer", {}), "locked_bytes"),
+                gib(read, "read"),
+                f"{sum(first):.0f}" if all(first) else "",
+                gib(row, "allocated_bytes"),
+                _YES[row.get("same_bytes")],
+            ]
+        )
+    heads = (
+        "RAM left", "", "s (of its floor)", "page-locked, GiB", "read in each pass, GiB", "load to first result, s",
+        "peak, GiB", "same bytes",
+    )  # fmt: skip
+    return table_of(heads, lines)
+
+
 def _again() -> str:
     """Rows that were measured a second time, on another machine of the kind: seconds, and what is claimed of them."""
     lines = []
@@ -275,6 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "encodes": functools.partial(_ways, "encode", "umt5-xxl transformers bf16 512 tokens"),
     "cards": _cards,
     "links": _links,
+    "ram": _ram,
     "fits": _fits,
     "again": _again,
     "decodes": _decodes,

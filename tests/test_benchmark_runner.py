@@ -188,7 +188,7 @@ def test_pages_and_reports_say_what_the_committed_files_say() -> None:
                 "budgets",
                 "budgets-33",
             ),
-            *("peers", "ways", "encodes", "cards", "links", "guide", "loaders", "again"),
+            *("peers", "ways", "encodes", "cards", "links", "ram", "guide", "loaders", "again"),
             *("growth", "adapters", "applying", "loading"),
         },
     ]
