@@ -16,6 +16,7 @@ from vramkit.errors import ConflictError, StoreError
 from vramkit.memory import format_bytes, module_bytes, tensor_bytes
 from vramkit.offload.assembly import partitioned
 from vramkit.offload.backend import backend_for
+from vramkit.offload.collector import collector_paused
 from vramkit.offload.config import OffloadConfig
 from vramkit.offload.engine import Engine
 from vramkit.offload.partition import moved_bytes
@@ -117,21 +118,11 @@ class Offload:
 
     def __repr__(self) -> str:
         """Return a short table: what streams through which slots, what stays, where the rest lies."""
-        stats, name = self.stats(), type(self.module).__name__
+        name = type(self.module).__name__
         if self._engine is None:
             return f"Offload of {name}: removed"
-        places = [f"{format_bytes(size)} {kind}" for kind, size in stats.stores.items()]
-        rows = {
-            "streams": f"{format_bytes(stats.streamed_bytes)} in {stats.groups} groups ({', '.join(places) or 'nothing'})",
-            "slots": f"{stats.slots} of {format_bytes(stats.slot_bytes)}",
-            "stays": format_bytes(stats.resident_bytes),
-            "tables": format_bytes(stats.table_bytes),
-            "on the device": f"{format_bytes(stats.held_bytes)} now",
-            "page-locked": format_bytes(stats.pinned_bytes),
-            "so far": f"{stats.passes} passes, {format_bytes(stats.loaded_bytes)} loaded, stalled {stats.stall_s:.3g} s",
-        }
         where = f"{self.config.granularity.replace('_', ' ')} on {self.config.device}"
-        return "\n".join([f"Offload of {name}, {where}", *(f"  {title:<14}{text}" for title, text in rows.items())])
+        return "\n".join([f"Offload of {name}, {where}", *self.stats().lines()])
 
     # --- memory
 
@@ -318,6 +309,7 @@ class Offload:
             self._stop()
             self._start(on_device)
 
+    @collector_paused()
     def _start(self, on_device: dict[int, torch.Tensor] | None = None, *, or_less: bool = True) -> None:
         """Have an engine, with less than `_granted` where there is no room for that, if it may be less."""
         asked = self._granted
@@ -386,6 +378,7 @@ class Offload:
                 stacklevel=2,
             )
 
+    @collector_paused()
     def _stop(self) -> None:
         if self._engine is not None:
             self._returned_bytes += self._engine.close() + self._engine.returned_bytes

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+
+from vramkit.memory import format_bytes
 
 __all__ = ["Counters", "OffloadStats"]
 
@@ -54,3 +57,17 @@ class OffloadStats:
     """How long the computing thread was held up by a worker thread (disk and pageable stores)."""
     returned_bytes: int
     """Weight bytes that were copied from the device to the host: none while models run, some when applying or removing."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line of text for each of the figures that users ask for."""
+        places = [f"{format_bytes(size)} {kind}" for kind, size in self.stores.items()]
+        rows = {
+            "streams": f"{format_bytes(self.streamed_bytes)} in {self.groups} groups ({', '.join(places) or 'nothing'})",
+            "slots": f"{self.slots} of {format_bytes(self.slot_bytes)}",
+            "stays": format_bytes(self.resident_bytes),
+            "tables": format_bytes(self.table_bytes),
+            "on the device": f"{format_bytes(self.held_bytes)} now",
+            "page-locked": format_bytes(self.pinned_bytes),
+            "so far": f"{self.passes} passes, {format_bytes(self.loaded_bytes)} loaded, stalled {self.stall_s:.3g} s",
+        }
+        return (f"  {title:<14}{text}" for title, text in rows.items())

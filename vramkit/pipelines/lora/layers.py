@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vramkit.casting.narrow import NarrowTensor
 from vramkit.errors import ConfigError
 from vramkit.extras import extra
+from vramkit.offload.collector import collector_paused
 from vramkit.pipelines.lora.keys import LoraWeights
 from vramkit.pipelines.lora.merged import MergedTensor, add_product
 from vramkit.tensors import is_plain
@@ -48,6 +49,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if _is_lora(module)}
 
 
+@collector_paused()
 def insert(model: nn.Module, adapter: str, weights: Mapping[str, LoraWeights], dtype: torch.dtype) -> None:
     """Put an adapter beside the linear layers that `weights` names.
 
