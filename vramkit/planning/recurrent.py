@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -44,5 +45,15 @@ def _layers(function: Any, steps: Any, run: Callable[[Any, Any, Any], Any], *arg
 
 
 def _is_of_library(function: Any, given: torch.Tensor, state: Any) -> bool:
-    """Whether oneDNN's kernel runs, which keeps no more than single steps do."""
-    return function is torch.lstm and given.dtype == torch.float32 and state[0].shape[-1] == state[1].shape[-1]
+    """Whether oneDNN's kernel runs, which keeps no more than single steps do: for narrow dtypes on some processors only."""
+    is_plain = function is torch.lstm and state[0].shape[-1] == state[1].shape[-1]
+    return is_plain and given.dtype in _dtypes_of_library()
+
+
+@functools.cache
+def _dtypes_of_library() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return frozenset()
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    narrow = [dtype for dtype, name in checks.items() if getattr(torch.ops.mkldnn, name)()]
+    return frozenset([torch.float32, *narrow])
