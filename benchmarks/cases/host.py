@@ -102,8 +102,10 @@ def unloaded(built: Built, way: str, bench: Bench) -> Unloaded:
     """Offload a stack with copies left out, after the passes that form its units."""
     level = way.removeprefix("vramkit ")
     with without_copies(), torch.no_grad():
-        # Small units stay apart, so that there are as many groups as layers.
-        offload = apply_group_offloading(built.model, bench.device, offload_type=f"{level}_level")
+        apart = 1 if level == "block" else None  # as many groups as layers, also of small ones
+        offload = apply_group_offloading(
+            built.model, bench.device, offload_type=f"{level}_level", num_blocks_per_group=apart
+        )
         for _ in range(3):
             built.model(built.x)
     return Unloaded(lambda: built.model(built.x), lambda: {"groups": offload.stats().groups}, offload.remove)

@@ -8,6 +8,7 @@ from modules import AttentionNet, Block, BlockNet, NestedNet, TableNet, TwiceNet
 from torch import nn
 
 from vramkit.memory import module_bytes
+from vramkit.offload import apply_group_offloading
 from vramkit.offload.partition import Unit, partition, slot_bytes_for
 
 
@@ -33,6 +34,34 @@ def test_blocks_travel_in_groups_and_the_last_group_may_be_smaller() -> None:
     units = partition(net, granularity="block_level", blocks_per_group=3).units
     blocks = [group for group in names(net, units) if group[0].startswith("blocks")]
     assert blocks == [[f"blocks.{i}" for i in part] for part in (range(3), range(3, 6), range(6, 7))]
+
+
+def _linears(count: int, width: int, *, device: str = "cpu") -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(count)))
+
+
+def test_small_blocks_travel_together_unless_their_number_is_given() -> None:
+    stack = _linears(320, 8)
+    units = partition(stack, granularity="block_level").units
+    assert [len(unit.entries) for unit in units] == [10] * 32  # a 32nd of the model each
+    assert [entry for unit in units for entry in unit.entries] == list(stack)
+    assert len(partition(stack, granularity="block_level", blocks_per_group=1).units) == 320
+    assert max(map(unit_bytes, partition(stack, granularity="block_level", unit_bytes=600).units)) == 512
+    offload = apply_group_offloading(stack, "cpu")
+    assert offload.stats().groups == 32
+    offload.remove()
+    offload = apply_group_offloading(stack, "cpu", num_blocks_per_group=1)
+    assert offload.stats().groups == 320
+    offload.remove()
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "together"),
+    [(2048, 400, 1), (1024, 400, 4), (1024, 40, 1), (1024, 3, 1)],  # 16 MiB each, and 4: of 400 or of few
+)
+def test_blocks_that_reach_the_speed_of_the_link_travel_alone(width: int, count: int, together: int) -> None:
+    units = partition(_linears(count, width, device="meta"), granularity="block_level").units
+    assert {len(unit.entries) for unit in units} == {together}
 
 
 def test_named_blocks_are_the_only_ones() -> None:

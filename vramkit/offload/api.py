@@ -61,7 +61,8 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         offload_device: where weights rest; only ``"cpu"``. Files are chosen by `store` or `offload_to_disk_path`.
         offload_type: ``"block_level"``: the blocks of every ``ModuleList`` or ``Sequential``, at any depth;
             ``"leaf_level"``: single layers, small neighbours joined; ``"model_level"``: everything for each call.
-        num_blocks_per_group: consecutive blocks that travel together at block level (default 1).
+        num_blocks_per_group: consecutive blocks that travel together at block level. None: each by itself, but of small ones
+            as many as make 16 MiB, or a 32nd of the model: a copy below that does not reach the speed of the link.
         non_blocking: accepted; copies never block where the memory allows that.
         use_stream: False keeps one group on the device at a time (slots=1); otherwise loading overlaps computing.
         record_stream: accepted and needless: slots are never freed while a copy or a computation uses them.

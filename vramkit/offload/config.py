@@ -30,7 +30,7 @@ class OffloadConfig:
 
     device: torch.device
     granularity: Granularity
-    blocks_per_group: int = 1
+    blocks_per_group: int | None = None
     block_names: tuple[str, ...] | None = None
     slots: int = 2
     unit_bytes: int | None = None
@@ -97,9 +97,9 @@ class OffloadConfig:
         return cls(
             device=usable_device(onload_device),
             granularity=_choice("offload_type", offload_type, get_args(Granularity)),
-            blocks_per_group=_at_least_one(
-                "num_blocks_per_group", 1 if num_blocks_per_group is None else num_blocks_per_group
-            ),
+            blocks_per_group=None
+            if num_blocks_per_group is None
+            else _at_least_one("num_blocks_per_group", num_blocks_per_group),
             block_names=None if block_modules is None else _submodules(module, block_modules),
             slots=_at_least_one("slots", _default_slots(offload_type, use_stream) if slots is None else slots),
             unit_bytes=None if unit_bytes is None else _at_least_one("unit_bytes", _size("unit_bytes", unit_bytes)),

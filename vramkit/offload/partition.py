@@ -61,7 +61,7 @@ def partition(
     root: nn.Module,
     *,
     granularity: Granularity,
-    blocks_per_group: int = 1,
+    blocks_per_group: int | None = None,
     block_names: Sequence[str] | None = None,
     unit_bytes: int | None = None,
     slots: int = 2,
@@ -73,7 +73,8 @@ def partition(
         root: any module, also on the meta device.
         granularity: block_level makes a unit of every block of every block list, at any depth; leaf_level makes units as
             small as single layers, joined up to a size that travels at link speed; model_level makes one of everything.
-        blocks_per_group: consecutive blocks in one unit (block_level).
+        blocks_per_group: consecutive blocks in one unit (block_level); None: one, and of small ones as many as reach the
+            speed of the link together, at most a 32nd of all.
         block_names: names of containers, or of single modules, that are blocks; None finds block lists.
         unit_bytes: upper bound that units are cut to, and joined up to, where modules allow.
         slots: how many slots the ring will have.
@@ -198,6 +199,7 @@ class _Cutter:
         self._names = {id(module): name for name, module in root.named_modules()}
         self._own = {id(module): _own_bytes(module) for module in root.modules()}
         self._total = sum(self._own.values())
+        self._small_bytes = min(_SMALL_BYTES, self._total // _SMALL_SHARE)  # up to here, small ones are joined
         self._fixed: dict[int, list[Unit]] = {}  # blocks that are cut already; the units of a group stand at its first
         self._sizes: dict[int, int] = {}  # of whole subtrees, as long as no more is left out
         self._left_out: frozenset[int] = frozenset()
@@ -254,16 +256,16 @@ class _Cutter:
     def leaf_bytes(self, slots: int) -> int:
         """Return the size that leaf units are joined up to: what a slot must hold anyway, and enough for link speed."""
         sizes = [self._bytes_of_unit(unit) for unit in self.cut(self._root, 0)]
-        return max(slot_bytes_for(sizes, slots), min(_SMALL_BYTES, self._total // _SMALL_SHARE))
+        return max(slot_bytes_for(sizes, slots), self._small_bytes)
 
     def _bytes_of_unit(self, unit: Unit) -> int:
         return sum(self._own[id(holder)] for holder in unit.holders)
 
     def by_blocks(
-        self, lists: Sequence[Sequence[nn.Module]], blocks_per_group: int, unit_bytes: int | None
+        self, lists: Sequence[Sequence[nn.Module]], blocks_per_group: int | None, unit_bytes: int | None
     ) -> list[Unit]:
         """Make units of `blocks_per_group` blocks, and of what is large outside the blocks."""
-        for group in self._grouped(lists, blocks_per_group):
+        for group in self._grouped(lists, blocks_per_group, unit_bytes):
             if unit_bytes is None or sum(map(self._bytes, group)) <= unit_bytes:
                 units = [self.unit(*group)]
             else:
@@ -272,15 +274,22 @@ class _Cutter:
         sizes = [self._bytes_of_unit(unit) for units in self._fixed.values() for unit in units]
         return self.cut(self._root, max(sizes, default=0) if unit_bytes is None else unit_bytes)
 
-    def _grouped(self, lists: Sequence[Sequence[nn.Module]], count: int) -> Iterator[list[nn.Module]]:
+    def _grouped(
+        self, lists: Sequence[Sequence[nn.Module]], count: int | None, unit_bytes: int | None
+    ) -> Iterator[list[nn.Module]]:
         """Take `count` consecutive blocks at a time: of a list, or, where times are known, of all lists as they run."""
+        most = self._small_bytes if unit_bytes is None else min(unit_bytes, self._small_bytes)
         times = self.times
+
+        def is_full(group: list[nn.Module], block: nn.Module) -> bool:
+            return sum(map(self._bytes, (*group, block))) > most if count is None else len(group) == count
+
         if times is not None:
             lists = [sorted((block for blocks in lists for block in blocks), key=lambda block: times.first([block]))]
         for blocks in lists:
             group: list[nn.Module] = []
             for block in blocks:
-                if group and (len(group) == count or not self._go_together(self.unit(*group), self.unit(block))):
+                if group and (is_full(group, block) or not self._go_together(self.unit(*group), self.unit(block))):
                     yield group
                     group = []
                 group.append(block)
