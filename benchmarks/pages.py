@@ -30,24 +30,28 @@ def rendered(text: str) -> str:
     return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
-def _quantized() -> str:
-    """Kinds of weights at 81 frames, from ``suite-h200.json``: resident beside bf16, streamed beside resident."""
+def _quantized(name: str, frames: int) -> str:
+    """Kinds of weights: resident beside bf16, streamed beside resident; those that were measured."""
     names = {
         "bf16": "vramkit bf16",
         "fp8 storage": "vramkit fp8",
         "fp8 products": "vramkit fp8-mm",
         "nf4": "vramkit nf4",
+        "int8 of bitsandbytes": "vramkit int8",
         "bf16, model of diffusers": "diffusers bf16",
         "fp8 casting of diffusers": "diffusers fp8",
+        "nf4, model of diffusers": "diffusers nf4",
     }
-    own = functools.partial(row_of, "suite-h200", case="quantized")
+    own = functools.partial(row_of, name, case="quantized")
     lines = []
     for label, kind in names.items():
-        subject = f"wan-14b {kind} 832x480x81"
-        plain = own(subject=f"wan-14b {kind.split(' ')[0]} bf16 832x480x81", way="resident")
+        subject = f"wan-14b {kind} 832x480x{frames}"
+        plain = own(subject=f"wan-14b {kind.split(' ')[0]} bf16 832x480x{frames}", way="resident")
         resident = own(subject=subject, way="resident")
+        if not resident.get("s"):
+            continue
         streamed = [own(subject=subject, way=way) for way in ("vramkit block", "vramkit leaf", "diffusers leaf stream")]
-        beside = f" ({resident['s'] / plain['s']:.2f})" if plain is not resident else ""
+        beside = f" ({resident['s'] / plain['s']:.2f})" if plain.get("s") and plain is not resident else ""
         peaks = [gib(row, "allocated_bytes") for row in (resident, *streamed)]
         lines.append(
             [
@@ -286,7 +290,8 @@ def _again() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "wan14b": wan14b,
     "quant14b": quant14b,
-    "quantized": _quantized,
+    "quantized": functools.partial(_quantized, "suite-h200", 81),
+    "quantized-5": functools.partial(_quantized, "suite", 5),
     "families": families,
     "guide": _guide,
     "growth": growth,
