@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,31 @@ def test_only_what_holds_a_moved_tensor_is_rebuilt() -> None:
     assert kwargs["move"][0].device == META
     assert kwargs["move"][1] is cache
     assert goes[1]["a"][0] is near  # what was given is not written to
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level", "model_level"])
+def test_a_tensor_without_values_is_refused(level: str) -> None:
+    module = Curious().eval()
+    x = tokens(48)
+    expected = module(x).detach()
+    offload = apply_group_offloading(module, "cpu", offload_type=level, exclude_kwargs=["shape"])
+    absent, part = x.to("meta"), module.blocks[1]
+    calls: list[Callable[[], object]] = [
+        lambda: module(absent),
+        lambda: module(x, [{"deep": (x, absent)}]),
+        lambda: module(x, state=absent),
+        lambda: part(absent),
+    ]
+    module.seen.clear()
+    with torch.no_grad():
+        for call in calls:
+            with pytest.raises(ConfigError, match=r"a tensor of \[2, 6, 48\], torch.float32, on the meta device"):
+                call()
+            assert not module.seen
+            assert torch.equal(module(x), expected)
+            module.seen.clear()
+        assert torch.equal(module(x, shape=absent), expected)
+    offload.remove()
 
 
 def test_gradients_are_found_in_containers() -> None:

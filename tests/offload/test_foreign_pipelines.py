@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from foreign_pipelines import PIPELINES
@@ -19,7 +20,7 @@ from vramkit import hooks
 from vramkit.errors import ConflictError
 from vramkit.offload import Turns, apply_group_offloading, apply_model_offload, load_mapped
 from vramkit.offload.checkpoint import write_checkpoint
-from vramkit.offload.facade import _report_device
+from vramkit.offload.facade import _answer_for
 
 WAYS: dict[str, dict[str, Any]] = {
     "block": {"slots": 1},
@@ -66,7 +67,7 @@ def test_pipeline_is_where_its_models_compute() -> None:
     pipe = PIPELINES["WanPipeline"].make("WanPipeline")
     record: list[hooks.Attachment] = []
     for part in modules_of(pipe).values():
-        _report_device(part, torch.device("cuda", 1), record)
+        _answer_for(part, torch.device("cuda", 1), record)
     assert pipe.device == pipe._execution_device == torch.device("cuda", 1)
     for attachment in reversed(record):
         attachment.remove()
@@ -235,3 +236,26 @@ def test_another_librarys_offloading_is_refused_over_ours() -> None:
     offload.remove()
     pipe.enable_model_cpu_offload(device="cpu")
     assert hasattr(pipe.transformer, "_hf_hook")
+
+
+@pytest.mark.parametrize(
+    "way", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+)
+def test_group_offloading_of_diffusers_is_refused_over_ours_at_once(way: dict[str, Any]) -> None:
+    name = "WanPipeline"
+    pipe, resident = (PIPELINES[name].make(name) for _ in range(2))
+    offload = apply_group_offloading(pipe.transformer, "cpu", slots=1)
+    device = torch.device("cpu")
+    applied: list[Callable[[], object]] = [
+        lambda: pipe.transformer.enable_group_offload(device, **way),
+        lambda: diffusers.hooks.apply_group_offloading(pipe.transformer, device, **way),
+        lambda: diffusers.hooks.apply_group_offloading(nn.ModuleDict({"of": pipe.transformer}), device, **way),
+    ]
+    for apply in applied:
+        with pytest.raises(ConflictError, match=r"group offloading of diffusers to WanTransformer3DModel.*remove\(\)"):
+            apply()
+    assert not any(hasattr(part, "_diffusers_hook") or hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
+    assert_equal(quietly(name, pipe), quietly(name, resident))
+    offload.remove()
+    pipe.transformer.enable_group_offload(device, **way)
+    assert_equal(quietly(name, pipe), quietly(name, resident), "removed")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -175,3 +176,31 @@ def test_slots_serve_equal_units_and_hold_the_widest(slots: int) -> None:
 
 def test_slots_fit_the_wide_when_they_are_many() -> None:
     assert slot_bytes_for([4096] * 10 + [8192] * 10, 3) == 8192
+
+
+@pytest.mark.parametrize("granularity", ["block_level", "leaf_level"])
+def test_a_deeper_tree_is_walked_no_more_often(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.own = nn.Linear(4, 4)
+            self.below = Deep(depth - 1) if depth else nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.below(self.own(x))
+
+    walked = [0]
+    children = nn.Module.children
+
+    def counted(module: nn.Module) -> Iterator[nn.Module]:
+        walked[0] += 1
+        return children(module)
+
+    def walks_for_each_level(depth: int) -> float:
+        net = Deep(depth)
+        walked[0] = 0
+        partition(net, granularity=granularity)
+        return walked[0] / depth
+
+    monkeypatch.setattr(nn.Module, "children", counted)
+    assert walks_for_each_level(80) < 1.2 * walks_for_each_level(20)

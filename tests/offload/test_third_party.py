@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from language_models import llama
 from torch import nn
 
 from vramkit.casting import apply_layerwise_casting
+from vramkit.errors import ConflictError
 from vramkit.offload import apply_group_offloading, apply_model_offload, load_mapped
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -100,3 +103,28 @@ def test_components_of_different_libraries_take_turns() -> None:
         for _ in range(2):
             assert torch.equal(parts["head"](parts["text"](ids).logits), expected)
     turns.remove()
+
+
+ACCELERATES: dict[str, Callable[[nn.Module], object]] = {
+    "cpu_offload": lambda model: accelerate.cpu_offload(model, "cpu"),
+    "cpu_offload_with_hook": lambda model: accelerate.cpu_offload_with_hook(model, "cpu"),
+    "dispatch_model": lambda model: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True),
+}
+
+
+@pytest.mark.parametrize("way", ACCELERATES)
+def test_accelerate_is_refused_over_any_offloaded_module(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+    x = torch.ones(1, 8)
+    with torch.no_grad():
+        expected = model(x)
+        offload = apply_group_offloading(model, "cpu")
+        with pytest.raises(ConflictError, match=r"CPU offloading to Sequential.*remove\(\)"):
+            ACCELERATES[way](model)
+        assert not any(vars(part).keys() & {"_hf_hook", "_old_forward"} for part in model.modules())
+        assert torch.equal(model(x), expected)
+        offload.remove()
+        assert type(model) is nn.Sequential
+        ACCELERATES[way](model)
+        assert torch.equal(model(x), expected)

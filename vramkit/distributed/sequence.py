@@ -27,6 +27,7 @@ from vramkit.distributed.ring import ring_attention
 from vramkit.distributed.traced import exchanged, gathered
 from vramkit.pipelines.networks.attention import Stream, attention
 from vramkit.pipelines.networks.layers import TokenOps, write
+from vramkit.shared_input import shared_input
 from vramkit.uncopied import Uncopied
 from vramkit.wrapper import widened_once
 
@@ -82,8 +83,9 @@ class SequenceShare:
         with widened_once(len(chunks)):
             for stream, part, rows in chunks:
                 normed = stream.norm(stream.tokens[part])
-                keys.put(stream, rows, stream.projections.key(normed, stream.positions(part), ops))
-                values.put(stream, rows, stream.projections.value(normed))
+                with shared_input(normed, uses=2):
+                    values.put(stream, rows, stream.projections.value(normed))
+                    keys.put(stream, rows, stream.projections.key(normed, stream.positions(part), ops))
                 del normed
         key, value = keys.exchanged(), values.exchanged()  # [G + W, h, D] each
         queries = heads.boxes()

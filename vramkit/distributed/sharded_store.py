@@ -24,7 +24,7 @@ from vramkit.distributed.turnstile import Turnstile
 from vramkit.distributed.windows import Pushes, Windows
 from vramkit.errors import RankError
 from vramkit.offload.backend import Arrival
-from vramkit.offload.stores import PartedStore, Store, StoreKind
+from vramkit.offload.stores import JointStore, PartedStore, Store, StoreKind
 
 __all__ = ["ShardedStore"]
 
@@ -34,7 +34,7 @@ _LET_GO_S = 1.0
 _ALIGNMENT = 256  # bytes, as that of leaves in a slot
 
 
-class ShardedStore:
+class ShardedStore(JointStore):
     """A whole group: the stores of its pieces of memory, and the ranks that share the reading."""
 
     needs_thread = True  # ranks meet on the host before they gather

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vramkit.errors import ConfigError
+
 __all__ = ["any_requires_grad", "fields_of", "moved", "moved_call", "with_tensors"]
 
 _HOLD_NOTHING = frozenset({type(None), bool, int, float, str})
@@ -18,16 +20,27 @@ _HOLD_NOTHING = frozenset({type(None), bool, int, float, str})
 def moved_call(
     args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, unmoved_kwargs: Container[str] = ()
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with tensors on `device`, except keyword arguments named in `unmoved_kwargs`."""
+    """Return the arguments of a call with tensors on `device`, except keyword arguments named in `unmoved_kwargs`.
+
+    Raises:
+        ConfigError: a tensor is on the meta device, and so has no values.
+    """
     new_kwargs = {name: value if name in unmoved_kwargs else moved(value, device) for name, value in kwargs.items()}
     return moved(args, device), new_kwargs
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Return `value` with tensors on `device`; see `with_tensors`."""
+    """Return `value` with tensors on `device`; see `with_tensors` and, for errors, `moved_call`."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+        if tensor.device == device:
+            return tensor
+        if tensor.is_meta:
+            raise ConfigError(
+                f"an offloaded module was given a tensor of {list(tensor.shape)}, {tensor.dtype}, on the meta device, which "
+                "has no values; expected one on a device that has memory: make it outside of torch.device('meta')"
+            )
+        return tensor.to(device, non_blocking=True)
 
     return with_tensors(value, move)
 

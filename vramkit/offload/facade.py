@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ class Facade:
             hooks.set_attribute(part, "_apply", self._applying(part), record)
             hooks.set_attribute(part, "__deepcopy__", self._copying(part), record)
             hooks.set_attribute(part, "__reduce_ex__", self._reducing(part), record)
-        _report_device(module, self._engine.config.device, record)
+        _answer_for(module, self._engine.config.device, record)
 
     def _applying(self, part: nn.Module) -> Callable[..., nn.Module]:
         def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:  # noqa: ARG001
@@ -115,21 +116,39 @@ class _NoForwardOfAccelerate:
         raise AttributeError("_old_forward")
 
     def __set__(self, module: nn.Module, _forward: Any) -> None:
-        raise ConflictError(
-            f"You are trying to apply model/sequential CPU offloading to {type(module).__name__}, whose weights vramkit "
-            "moves already; call offload_of(module).remove() first, or leave its offloading as it is"
-        )
+        raise _conflict("model/sequential CPU offloading", module)
 
 
-def _report_device(module: nn.Module, device: torch.device, record: list[hooks.Attachment]) -> None:
-    """Let a module whose class has a property `device` (where its first parameter lies) say where it computes.
+class _NoHookOfAccelerate:
+    """In the place of the attribute by which diffusers' group offloading asks first if others move a module's weights.
 
-    Such modules are those of pipelines, whose ``enable_model_cpu_offload()`` is refused by them as well.
+    Everybody else who asks for it learns that accelerate does not.
+    """
+
+    def __get__(self, module: nn.Module | None, _kind: type[nn.Module]) -> Any:
+        asking = sys._getframe(1).f_globals.get("__name__")  # noqa: SLF001
+        if module is not None and asking == "diffusers.hooks.group_offloading":
+            raise _conflict("group offloading of diffusers", module)
+        raise AttributeError("_hf_hook")
+
+
+def _conflict(what: str, module: nn.Module) -> ConflictError:
+    return ConflictError(
+        f"You are trying to apply {what} to {type(module).__name__}, whose weights vramkit moves already; call "
+        "offload_of(module).remove() first, or leave its offloading as it is"
+    )
+
+
+def _answer_for(module: nn.Module, device: torch.device, record: list[hooks.Attachment]) -> None:
+    """Let a module refuse those who begin to move its weights too, by what they ask it or set first.
+
+    One whose class has a property `device` (where its first parameter lies) says where it computes. Such are those of
+    pipelines, whose ``enable_model_cpu_offload()`` is refused by them as well.
     """
     kind = type(module)
-    if not isinstance(getattr(kind, "device", None), property):
-        return
-    answers = {"device": property(lambda _self: device), "_old_forward": _NoForwardOfAccelerate()}
+    answers: dict[str, Any] = {"_old_forward": _NoForwardOfAccelerate(), "_hf_hook": _NoHookOfAccelerate()}
+    if isinstance(getattr(kind, "device", None), property):
+        answers["device"] = property(lambda _self: device)
     derived = derived_class(kind, answers)
 
     def undo() -> None:

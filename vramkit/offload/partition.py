@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Literal
 
 from torch import nn
@@ -201,21 +202,24 @@ class _Cutter:
         self._total = sum(self._own.values())
         self._small_bytes = min(_SMALL_BYTES, self._total // _SMALL_SHARE)  # up to here, small ones are joined
         self._fixed: dict[int, list[Unit]] = {}  # blocks that are cut already; the units of a group stand at its first
-        self._sizes: dict[int, int] = {}  # of whole subtrees, as long as no more is left out
+        self._subtrees: dict[int, list[nn.Module]] = {}  # as long as no more is left out; so are their sizes
+        self._sizes: dict[int, int] = {}
         self._left_out: frozenset[int] = frozenset()
         self.times: Times | None = None
 
     def leave_out(self, modules: Iterable[nn.Module]) -> None:
         """Let `modules` be part of no unit."""
         self._left_out |= {id(module) for module in modules}
+        self._subtrees.clear()
         self._sizes.clear()
 
-    def _modules(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Walk `module` and what is below it, without what was left out."""
-        if id(module) not in self._left_out:
-            yield module
-            for child in module.children():
-                yield from self._modules(child)
+    def _modules(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Return `module` and what is below it, without what was left out."""
+        if id(module) in self._left_out:
+            return ()
+        if id(module) not in self._subtrees:
+            self._subtrees[id(module)] = [module, *chain.from_iterable(map(self._modules, module.children()))]
+        return self._subtrees[id(module)]
 
     def _bytes(self, module: nn.Module) -> int:
         size = self._sizes.get(id(module))
@@ -303,7 +307,7 @@ class _Cutter:
         size = self._bytes(module)
         if not size:
             return []
-        is_divided = bool(self._fixed) and any(id(part) in self._fixed for part in module.modules())
+        is_divided = bool(self._fixed) and not self._fixed.keys().isdisjoint(map(id, self._modules(module)))
         can_be_whole = not is_divided and _is_called(module) and (size <= target_bytes or self._is_whole(module))
         if can_be_whole and (self.times is None or self._is_whole(module)):
             return [self.unit(module)]

@@ -13,9 +13,10 @@ peer           another device                              by one asynchronous c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -63,13 +64,14 @@ class PartedStore(Store, Protocol):
         """Return a store of the bytes from `start` to `stop` of this one."""
 
 
-@runtime_checkable
-class JointStore(Protocol):
+class JointStore(ABC):
     """A store for each of whose fills other ranks wait."""
 
+    @abstractmethod
     def reserve(self) -> None:
         """Take a place for the next fill, in the order in which this is called among all such stores."""
 
+    @abstractmethod
     def begin(self, target: torch.Tensor) -> Arrival:
         """Do as `fill` does, but for what others send, which the result stands for.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from vramkit.casting.api import DEFAULT_SKIP_PATTERNS
 from vramkit.casting.coverage import Coverage, count, warn_if_little
 from vramkit.casting.narrow import SCALED_DTYPES
 from vramkit.casting.weights import Reason, Role, Skips, Weight, owner_of, reasons_to_leave, weights_of
-from vramkit.errors import ConfigError, ConflictError
+from vramkit.errors import ConfigError, ConflictError, UnsupportedTensorError
 from vramkit.memory import format_bytes, tensor_bytes
 from vramkit.offload.backend import accelerator_for
 from vramkit.offload.inventory import refuse_foreign_hooks
@@ -24,7 +25,7 @@ from vramkit.offload.offloaded import editable, refuse_part_of_offloaded
 from vramkit.quant.config import QuantConfig
 from vramkit.quant.handler import Handler
 from vramkit.quant.registry import as_config, handler_for
-from vramkit.tensors import is_plain
+from vramkit.tensors import is_plain, kind_of, materializes
 from vramkit.wrapper import WrapperTensor
 
 __all__ = [
@@ -119,20 +120,52 @@ def quantize(module: nn.Module, config: Any, *, skip_modules: Sequence[str] | No
 
 
 def dequantize(module: nn.Module) -> None:
-    """Give the layers of `module` ordinary weights again, rounded as they were stored. Does nothing if none is quantized."""
-    found = quantization_of(module)
-    if found is None:
-        return
-    handler = handler_for(found.config)
-    with editable(module):
-        done: dict[int, nn.Parameter] = {}
-        for name in found.quantized:
-            owner, key = owner_of(module, name)
-            weight = getattr(owner, key)
-            if id(weight) not in done:
-                done[id(weight)] = nn.Parameter(handler.dequantize(weight), requires_grad=False)
-            setattr(owner, key, done[id(weight)])
-    delattr(module, _ATTRIBUTE)
+    """Give `module` ordinary weights again, rounded as they were stored, of the dtype that they compute in.
+
+    Whoever stored them in less: `quantize`, `adopt`, a file, `apply_layerwise_casting`, or another library whose tensors say
+    how they are widened (quanto, torchao). Weights that adapters are added to at each use stay so. Does nothing if there is
+    nothing to widen.
+
+    Raises:
+        UnsupportedTensorError: a weight that does not say how it is widened, or whose layer would quantize it again; nothing
+            is changed then.
+        ConflictError: `module` belongs to a larger module that is offloaded.
+    """
+    stored = [
+        (part, key)
+        for name, part in module.named_modules()
+        for key, weight in part.named_parameters(recurse=False)
+        if _is_stored(weight, part, f"{name}.{key}" if name else key)
+    ]
+    if stored:
+        refuse_part_of_offloaded(module)
+        with editable(module):
+            done: dict[int, nn.Parameter] = {}  # tied weights stay tied
+            for owner, key in stored:
+                weight = getattr(owner, key)
+                if id(weight) not in done:
+                    done[id(weight)] = nn.Parameter(weight.dequantize(), requires_grad=False)
+                setattr(owner, key, done[id(weight)])
+    for part in module.modules():
+        vars(part).pop(_ATTRIBUTE, None)
+
+
+def _is_stored(weight: torch.Tensor, owner: nn.Module, name: str) -> bool:
+    """Tell whether a weight is to be widened, or refuse it."""
+    if is_plain(weight) or materializes(weight):
+        return False
+    kind = kind_of(weight)
+    if kind.dequantize is torch.Tensor.dequantize:
+        raise UnsupportedTensorError(
+            f"{name} is a {kind.__name__}, which does not say how it is widened. Of bitsandbytes? Call "
+            "vramkit.quant.adopt(module) first; else load the original weights"
+        )
+    if type(owner).__module__.startswith("optimum.quanto."):
+        raise UnsupportedTensorError(
+            f"{name} belongs to a {type(owner).__name__} of quanto, which would quantize an ordinary weight again at each "
+            "call; put the torch layer that it was made of in its place first, with this weight and its bias"
+        )
+    return True
 
 
 def adopt(module: nn.Module) -> tuple[str, ...]:
@@ -151,12 +184,13 @@ def adopt(module: nn.Module) -> tuple[str, ...]:
         ConfigError: a layer is not quantized yet; nothing is changed then.
     """
     found: dict[str, nn.Linear] = {}
+    dtype = _common_dtype(module) or torch.float16
     for name, layer in module.named_modules():
         kind = _BITSANDBYTES_LAYERS.get(type(layer).__name__) if name else None
         if kind is None or not type(layer).__module__.startswith("bitsandbytes."):
             continue
         old: Any = layer
-        weight = importlib.import_module(kind).adopted(old)
+        weight = importlib.import_module(kind).adopted(old, dtype)
         new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
         new.weight = nn.Parameter(weight, requires_grad=False)
         new.bias = old.bias
@@ -164,6 +198,15 @@ def adopt(module: nn.Module) -> tuple[str, ...]:
     for name, linear in found.items():
         module.set_submodule(name, linear)
     return tuple(found)
+
+
+def _common_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype that most numbers of ordinary floating parameters have, or None if there is none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if is_plain(parameter) and parameter.is_floating_point():
+            numbers[parameter.dtype] += parameter.numel()
+    return max(numbers, key=numbers.__getitem__, default=None)
 
 
 def quantization_of(module: nn.Module) -> Quantization | None:

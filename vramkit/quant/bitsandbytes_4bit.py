@@ -74,12 +74,13 @@ class Bits4Tensor(QuantizedTensor):
         return out.to(given)
 
 
-def adopted(layer: Any) -> Bits4Tensor:
+def adopted(layer: Any, dtype: torch.dtype) -> Bits4Tensor:
     """Return the weight of a ``bitsandbytes.nn.Linear4bit`` as a tensor of ours, around the same bytes.
 
     Raises:
         ConfigError: it is not quantized yet.
     """
+    del dtype  # bitsandbytes notes it
     if not getattr(layer.weight, "bnb_quantized", False):
         raise ConfigError(
             "a Linear4bit is quantized when it is moved to a device first; call .to(device) on the module"

@@ -65,8 +65,10 @@ class Bits8Tensor(QuantizedTensor):
         return out
 
 
-def adopted(layer: Any) -> Bits8Tensor:
+def adopted(layer: Any, dtype: torch.dtype) -> Bits8Tensor:
     """Return the weight of a ``bitsandbytes.nn.Linear8bitLt`` as a tensor of ours, around the same bytes.
+
+    It computes as its bias does, or, where it has none, as `dtype`: bitsandbytes does not note it.
 
     Raises:
         ConfigError: it is not quantized yet, or keeps wide weights.
@@ -78,7 +80,7 @@ def adopted(layer: Any) -> Bits8Tensor:
             ".to(device) on the module (with has_fp16_weights=True it never is: use nn.Linear)"
         )
     parts = {"stored": layer.weight.data.as_subclass(torch.Tensor).detach(), "absmax": absmax.detach()}
-    dtype = torch.float16 if layer.bias is None else layer.bias.dtype
+    dtype = dtype if layer.bias is None else layer.bias.dtype
     return Bits8Tensor(parts, parts["stored"].shape, dtype, (float(layer.state.threshold),))
 
 

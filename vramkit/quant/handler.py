@@ -60,11 +60,6 @@ class Handler(ABC):
         layer that owns it, offloading and adapters treat it as any weight.
         """
 
-    def dequantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return an ordinary tensor of the shape and dtype that `weight` reports."""
-        wide: torch.Tensor = weight.dequantize()
-        return wide
-
     def finished(self, layer: nn.Module) -> nn.Module:
         """Return what stands in for a layer whose weight is quantized: the layer itself, where nothing else is needed."""
         return layer

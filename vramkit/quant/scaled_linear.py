@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vramkit.casting.narrow import NarrowTensor, row_scales
 from vramkit.quant.tensor import autocast_dtype
+from vramkit.shared_input import made_once
 
 __all__ = ["ScaledLinear", "narrow_rows", "scaled_mm_problem"]
 
@@ -54,8 +55,9 @@ class ScaledLinear(nn.Linear):
             return F.linear(x, weight, self.bias)
         if x.device.type != self.multiplies_on or not x.numel():
             return F.linear(x, weight, self.bias)
-        x = x.to(autocast_dtype(x) or x.dtype)  # autocast does not know fp8 products
-        stored, scale = narrow_rows(x.reshape(-1, self.in_features))
+        given, dtype = x, autocast_dtype(x) or x.dtype
+        x = x.to(dtype)  # autocast does not know fp8 products
+        stored, scale = made_once(given, dtype, lambda: narrow_rows(x.reshape(-1, self.in_features)))
         fused_bias = self.bias if x.dtype == torch.bfloat16 else None
         out = torch._scaled_mm(  # noqa: SLF001 (torch has no public name for it in the versions that are declared)
             stored,

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from vramkit import tensors
+from vramkit.errors import ConflictError
 from vramkit.offload.watch.base import ALIAS, SHOWN, Watched, derived, has_memory_of
 
 __all__ = ["data_of", "forget_data", "shown", "stand_in", "stands_for", "with_data", "written_through_data"]
@@ -68,6 +69,15 @@ def _noted(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return noted
 
 
+def _refuse_unlike(tensor: torch.Tensor, given: torch.Tensor) -> None:
+    """Raise ConflictError where the tensor at rest could not take the values of what is `given`."""
+    if (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
+        raise ConflictError(
+            f"a weight of {list(tensor.shape)}, {tensor.dtype}, was given memory of {list(given.shape)}, {given.dtype}, "
+            "while its module is offloaded; resize and cast inside `with offload_of(module).edit():`"
+        )
+
+
 @functools.cache
 def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
     def get_data(self: Any) -> torch.Tensor:
@@ -81,6 +91,7 @@ def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         vars(self)[ALIAS] = cast("Any", kind.data).__get__(self), -1  # no version: that is how the change is found
 
     def set_data(self: Any, value: torch.Tensor) -> None:
+        _refuse_unlike(self, value)
         cast("Any", kind.data).__set__(self, value)
         note_other_memory(self)
 
@@ -88,6 +99,8 @@ def _shown_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         # Torch's parametrizations set a parameter to itself at every use, which would count as a write.
         if isinstance(source, torch.Tensor) and not args and not kwargs and has_memory_of(self, source):
             return cast("torch.Tensor", self)
+        if isinstance(source, torch.Tensor) and not args and not kwargs:
+            _refuse_unlike(self, source)
         kind.set_(self, *(() if source is None else (source, *args)), **kwargs)
         note_other_memory(self)
         return cast("torch.Tensor", self)

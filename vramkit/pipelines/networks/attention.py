@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vramkit.pipelines.networks.layers import TokenOps, write
+from vramkit.shared_input import shared_input
 from vramkit.wrapper import widened_once
 
 __all__ = ["AttentionLayers", "Projections", "Stream", "attention", "cross_attention_", "self_attention_"]
@@ -102,8 +103,9 @@ def self_attention_(streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | 
             normed = None  # frees the last chunk before the next is made; so do the other lines of this kind
             normed = stream.norm(stream.tokens[part])
             rows = slice(start, start + normed.shape[0])
-            stream.projections.key(normed, stream.positions(part), ops, out=keys[rows])
-            stream.projections.value(normed, out=values[rows])
+            with shared_input(normed, uses=2):
+                stream.projections.value(normed, out=values[rows])
+                stream.projections.key(normed, stream.positions(part), ops, out=keys[rows])
             start = rows.stop
     with widened_once(len(chunks)):
         for stream, part in reversed(chunks):  # the last chunk first: it is normed already
@@ -127,8 +129,9 @@ def cross_attention_(
 
     With keys and values [T', H, D] `beside` it they attend to those too, by themselves, and what comes of both is added.
     """
-    keys = stream.projections.key(text, None, ops)
-    values = stream.projections.value(text)
+    with shared_input(text, uses=2):
+        values = stream.projections.value(text)
+        keys = stream.projections.key(text, None, ops)
     chunks = ops.chunks(stream.tokens)
     with widened_once(len(chunks)):
         for part in chunks:
