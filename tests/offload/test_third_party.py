@@ -112,19 +112,33 @@ ACCELERATES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+class Located(nn.Sequential):
+    """Says where it is, as models of transformers and diffusers do."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
 @pytest.mark.parametrize("way", ACCELERATES)
-def test_accelerate_is_refused_over_any_offloaded_module(way: str) -> None:
+def test_accelerate_is_refused_over_an_offloaded_module(way: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+    model = Located(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
     x = torch.ones(1, 8)
     with torch.no_grad():
         expected = model(x)
         offload = apply_group_offloading(model, "cpu")
-        with pytest.raises(ConflictError, match=r"CPU offloading to Sequential.*remove\(\)"):
+        with pytest.raises(ConflictError, match=r"CPU offloading to Located.*remove\(\)"):
             ACCELERATES[way](model)
         assert not any(vars(part).keys() & {"_hf_hook", "_old_forward"} for part in model.modules())
         assert torch.equal(model(x), expected)
         offload.remove()
-        assert type(model) is nn.Sequential
+        assert type(model) is Located
         ACCELERATES[way](model)
         assert torch.equal(model(x), expected)
+
+
+def test_a_module_that_does_not_say_where_it_is_keeps_its_class() -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    apply_group_offloading(model, "cpu")
+    assert type(model) is nn.Sequential

@@ -140,15 +140,20 @@ def _conflict(what: str, module: nn.Module) -> ConflictError:
 
 
 def _answer_for(module: nn.Module, device: torch.device, record: list[hooks.Attachment]) -> None:
-    """Let a module refuse those who begin to move its weights too, by what they ask it or set first.
+    """Let a module whose class has a property `device` (where its first parameter lies) say where it computes.
 
-    One whose class has a property `device` (where its first parameter lies) says where it computes. Such are those of
-    pipelines, whose ``enable_model_cpu_offload()`` is refused by them as well.
+    Such modules are those of pipelines. They refuse those who begin to move their weights too, by what those ask or set
+    first: ``enable_model_cpu_offload()`` of a pipeline, accelerate, group offloading of diffusers. Other modules keep their
+    class, which callers may compare.
     """
     kind = type(module)
-    answers: dict[str, Any] = {"_old_forward": _NoForwardOfAccelerate(), "_hf_hook": _NoHookOfAccelerate()}
-    if isinstance(getattr(kind, "device", None), property):
-        answers["device"] = property(lambda _self: device)
+    if not isinstance(getattr(kind, "device", None), property):
+        return
+    answers = {
+        "device": property(lambda _self: device),
+        "_old_forward": _NoForwardOfAccelerate(),
+        "_hf_hook": _NoHookOfAccelerate(),
+    }
     derived = derived_class(kind, answers)
 
     def undo() -> None:
