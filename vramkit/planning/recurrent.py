@@ -58,10 +58,10 @@ def _bytes_of_layer(given: torch.Tensor, state: torch.Tensor, weights: Any, opti
     """What is there while oneDNN computes the last layer, of which its operator shows the result alone.
 
     These are its weights in another order, zeros as large as those where it has no biases, and the products of all steps,
-    for a batch of one in 32 bits too; what the layer before made, one direction of it once more, and a copy of it where it is
-    wider than a state; what this one makes; and the transposed input of the first layer. What it takes beside that for states
-    and padding was measured with torch 2.13: it is at most what is added for it here, except for a batch of one (8 % of all
-    below it with 256 numbers a step).
+    for a batch of one in 32 bits too; what the layer before made, one direction of it once more, and a copy of it where it
+    is wider than a state; what this one makes; and the transposed input of the first layer. What it takes beside that for
+    states and padding was measured with torch 2.13: it is at most what is added for it here, except for a batch of one
+    (8 % of all below it with 256 numbers a step).
     """
     has_biases, layers, _, _, is_bidirectional, batch_first = options
     positions, products, width = given.shape[:-1].numel(), weights[0].shape[0], state.shape[-1]
