@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from allocated_bytes import AllocatedBytes
 from families import FAMILIES, Stock, models_of, seeded
 from foreign_pipelines import part
-from live_bytes import LiveBytes
 from torch import nn
 
 import vramkit
@@ -26,6 +26,7 @@ from vramkit.errors import ConcurrentUseError, ConfigError, ConflictError
 from vramkit.memory import GIB, MIB, module_bytes
 from vramkit.planning.calls import arguments_of
 
+RANDOM_STATES = 2 * 5056  # bytes of the states of two generators, which no rehearsal makes
 TINY_WAN = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": 16}
 
 
@@ -49,12 +50,11 @@ def floor_of(pipeline: Any, **call: Any) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_clip_within_its_budget(family: str, stock: Stock) -> None:
     pipeline, call = stock.pipeline(family), call_of(family)
-    weights = [tensor for part in models_of(pipeline).values() for tensor in (*part.parameters(), *part.buffers())]
-    with LiveBytes(weights) as count:
+    with AllocatedBytes() as count:
         expected = clip(pipeline, **call)
     with fit(pipeline, GIB, device="cpu", **call) as fitted:
         predicted = max(phase.activation_bytes for phase in fitted.plan.phases)
-        assert count.peak_bytes <= predicted <= count.peak_bytes * 1.05
+        assert count.peak_bytes - RANDOM_STATES <= predicted <= count.peak_bytes * 1.05
         assert all(each.granularity == "resident" for each in fitted.plan.components)
         assert torch.equal(clip(pipeline, **call), expected)
         budget = fitted.plan.floor_bytes + 20_000

@@ -9,9 +9,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from allocated_bytes import AllocatedBytes
 from foreign_pipelines import MORE_PIPELINES, PIPELINES
-from live_bytes import LiveBytes
-from torch import nn
 
 from vramkit import Plan, PlanInfeasible, fit, plan
 from vramkit.memory import GIB
@@ -42,9 +41,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", ROWS)
 def test_the_same_bytes_within_a_budget(name: str) -> None:
     pipe = ROWS[name].make(name)
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-    with LiveBytes(weights) as count:
+    with AllocatedBytes() as count:
         expected = called(name, pipe)
     ample = plan(pipe, GIB, device="cpu", **given(name))
     predicted = max(phase.activation_bytes for phase in ample.phases)

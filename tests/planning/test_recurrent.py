@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
+from allocated_bytes import AllocatedBytes
 from torch import nn
 
 from vramkit import fit
@@ -30,7 +30,10 @@ class Recurrent(nn.Module):
         (nn.GRU, {}),
         (nn.GRU, {"num_layers": 2, "bias": False}),
         (nn.GRU, {"bidirectional": True}),
+        (nn.LSTM, {}),
+        (nn.LSTM, {"bias": False}),
         (nn.LSTM, {"num_layers": 2}),
+        (nn.LSTM, {"num_layers": 2, "bias": False, "bidirectional": True}),
         (nn.LSTM, {"bidirectional": True}),
         (nn.LSTM, {"proj_size": 16}),
         (nn.RNN, {}),
@@ -40,11 +43,17 @@ class Recurrent(nn.Module):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 def test_plans_count_the_products_of_all_steps(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
     net, x = Recurrent(kind, options).eval().to(dtype), torch.randn(4, 100, WIDTH).to(dtype)
-    with torch.no_grad(), LiveBytes(net.parameters()) as taken:
+    with torch.no_grad(), AllocatedBytes() as taken:
         expected = net(x)
     with fit(net, "64MiB", device="cpu", example=x) as fitted, torch.no_grad():
         plan: Any = fitted.plan
         assert not plan.notes  # it was rehearsed
         planned_bytes = plan.peak_bytes - sum(each.device_bytes for each in plan.components)
         assert torch.equal(net(x), expected)
-    assert 0.99 * taken.peak_bytes <= planned_bytes <= 1.3 * taken.peak_bytes
+    # torch's own layers let go of products early, where plans keep those of each direction.
+    most = 1.1 if kind is nn.LSTM and "proj_size" not in options and _has_library(dtype) else 1.8
+    assert 0.99 * taken.peak_bytes <= planned_bytes <= most * taken.peak_bytes
+
+
+def _has_library(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["laid_out", "workspace_bytes"]
+__all__ = ["has_channels_innermost", "laid_out", "workspace_bytes"]
 
 _CHANNELS_INNERMOST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def laid_out(result: torch.Tensor, given: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the result of a convolution with its channels innermost where `given`, input or weight, lie so."""
-    if any(map(_has_channels_innermost, given)):
+    if any(map(has_channels_innermost, given)):
         return result.contiguous(memory_format=_CHANNELS_INNERMOST.get(result.ndim, torch.contiguous_format))
     return result
 
@@ -31,12 +31,12 @@ def workspace_bytes(result: torch.Tensor, given: torch.Tensor, weight: torch.Ten
     if layout is None or not given.is_floating_point() or is_by_position or is_by_channel:
         return 0
     is_narrowed = given.ndim == 5 and given.element_size() == 4 and result.shape[1] < 4
-    if is_narrowed or not _has_channels_innermost(given):
+    if is_narrowed or not has_channels_innermost(given):
         return given.nbytes + result.nbytes + weight.nbytes
     return weight.nbytes + (0 if given.is_contiguous(memory_format=layout) else given.nbytes)
 
 
-def _has_channels_innermost(tensor: torch.Tensor) -> bool:
+def has_channels_innermost(tensor: torch.Tensor) -> bool:
     """Whether kernels take `tensor` [B, C, ...] as lying with its channels innermost, rows outside of columns and so on."""
     least = 1
     for dim in (1, *reversed(range(2, tensor.ndim)), 0):

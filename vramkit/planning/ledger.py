@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vramkit.planning.answers import Answers, Results, noted, tensors_of
 from vramkit.planning.convolutions import workspace_bytes
+from vramkit.planning.cpu_convolutions import workspace_bytes_on_cpu
 from vramkit.planning.holes import Course, Lives, is_small
 from vramkit.planning.operators import Operator, operator_of
 from vramkit.wrapper import widened_in_this_loop
@@ -47,10 +48,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, owners: Mapping[int, str], results: Results, *, on_accelerator: bool = False) -> None:
         """Take the component that each storage (by its address in C) of a weight belongs to, and what was made before.
 
-        Convolutions of accelerators have workspaces.
+        Convolutions have other workspaces on accelerators than on the CPU.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_accelerator = on_accelerator
+        self._workspace_bytes = workspace_bytes if on_accelerator else workspace_bytes_on_cpu
         self.live_bytes = self.peak_bytes = self.flops = 0
         self.segments = [Segment("", 0)]
         self._owners = owners
@@ -77,8 +79,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         note = self.ignore if self._is_on_host(given) else self.enter
         for tensor in tensors_of((result,)):
             note(tensor)
-        if self._on_accelerator and operator.is_convolution:
-            size_bytes = workspace_bytes(result, *args)
+        if operator.is_convolution:
+            size_bytes = self._workspace_bytes(result, *args)
             self.raise_peak(size_bytes)
             self._dies(self._is_made(size_bytes))
         return result
