@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,16 @@ def read_checkpoint(files: str | os.PathLike[str] | Sequence[str | os.PathLike[s
     A dtype that torch does not have is an error of the entry, when it is used.
 
     Raises:
+        ConfigError: something else than paths was given.
         CheckpointError: a file is missing, pickled, truncated, damaged or points outside its folder; names file and tensor.
     """
-    paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(file) for file in files]
+    given = [files] if isinstance(files, str | os.PathLike | bytes) or not isinstance(files, Iterable) else [*files]
+    for file in given:
+        if not isinstance(file, str | os.PathLike):
+            raise ConfigError(
+                f"{file!r} was given for a file; expected a path, a sequence of them, or that of an index"
+            )
+    paths = list(map(Path, given))
     if not paths:
         raise CheckpointError("no checkpoint file was given; expected a .safetensors file or a .safetensors.index.json")
     entries: dict[str, TensorEntry] = {}
