@@ -97,14 +97,17 @@ class Results:
 
     @classmethod
     def kept_in(cls, path: Path, *, title: str = "suite") -> Results:
-        """Read the file that rows will be put into, or begin it: one that takes none is known before they are measured.
+        """Read the file that rows will be put into; one that takes none is known before they are measured.
 
         Raises:
             ValueError: it holds something else, or cannot be written.
         """
-        results = cls.read(path) if path.exists() else cls(title=title)
+        is_new = not path.exists()
+        results = cls(title=title) if is_new else cls.read(path)
         try:
             results.write(path)
+            if is_new:
+                path.unlink()
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error}; give another file by --out") from error
         return results
