@@ -49,6 +49,20 @@ def test_what_maps_no_names_is_refused_by_name(key_map: Any, tmp_path: Path) -> 
         load_mapped(on_meta(BlockNet), path, key_map=key_map)
 
 
+@pytest.mark.parametrize("weight_map", [{"x": "two.safetensors"}, None, [], {"x": 5}], ids=str)
+def test_a_shard_that_is_given_alone_is_told_of_its_index(weight_map: Any, tmp_path: Path) -> None:
+    state = BlockNet().state_dict()
+    save_file({"head.weight": state["head.weight"]}, tmp_path / "one.safetensors")
+    if isinstance(weight_map, dict):
+        weight_map |= {"head.weight": "one.safetensors"}
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    is_told = isinstance(weight_map, dict) and "two.safetensors" in weight_map.values()
+    said = re.escape(f"give all shards, or {index}, which lists them") if is_told else "belongs to another model"
+    with pytest.raises(CheckpointError, match=f"lacks tensors of the module.*{said}"):
+        load_mapped(on_meta(BlockNet), tmp_path / "one.safetensors")
+
+
 def test_what_is_no_module_gets_no_weights(tmp_path: Path) -> None:
     path = save(BlockNet(), tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match=r"a type was given; expected a torch.nn.Module"):

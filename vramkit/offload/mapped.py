@@ -13,7 +13,7 @@ from torch import nn
 
 from vramkit import tensors
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.offload.checkpoint import StoredEntry, TensorEntry, read_checkpoint
+from vramkit.offload.checkpoint import StoredEntry, TensorEntry, index_beside, read_checkpoint
 from vramkit.offload.config import refuse_no_module
 from vramkit.offload.places import Place, places_of
 from vramkit.offload.scaled import computes_as, with_scales
@@ -254,10 +254,13 @@ def _wrong_rows(entry: TensorEntry, expected: str) -> CheckpointError:
 
 def _refuse(names: Sequence[str], problem: str, entries: Mapping[str, TensorEntry]) -> None:
     if names:
-        files = ", ".join(sorted({str(entry.file.path) for entry in entries.values()})) or "the checkpoint"
-        raise CheckpointError(
-            f"{files} {problem}: {_listed(names)}; the checkpoint belongs to another model or configuration"
-        )
+        files = {entry.file.path for entry in entries.values()}
+        index = index_beside(files)
+        advice = "the checkpoint belongs to another model or configuration"
+        if index is not None:
+            advice = f"give all shards, or {index}, which lists them"
+        where = ", ".join(sorted(map(str, files))) or "the checkpoint"
+        raise CheckpointError(f"{where} {problem}: {_listed(names)}; {advice}")
 
 
 def _listed(names: Sequence[str]) -> str:
