@@ -3,7 +3,7 @@
     python -m benchmarks --list                                   # the keys of all rows
     python -m benchmarks --case forward --peer vramkit,diffusers --match "wan-14b 832x480x81"
     python -m benchmarks --case cards --folder /dev/shm/weights --minutes 9
-    python -m benchmarks --smoke --out smoke.json                 # tiny, on the CPU
+    python -m benchmarks --smoke                                  # tiny, on the CPU, into smoke.json
 
 Rows that the file has already, of the same machine, versions and allocator, are measured again; ``--missing`` leaves
 those out, so that a long list is worked off by several commands. Everything on the device is always measured before
@@ -21,11 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.bench import Bench
+from benchmarks.numbers import above_nothing, at_least_one
 from benchmarks.rows import Results, Row, Setting, key_of
 from benchmarks.runner import CASES, run
 from benchmarks.selection import missing, settings_of, with_references
+from vramkit.offload.config import usable_device
 
 OUT = Path("benchmarks/results/suite.json")
+SMOKE_OUT = Path("smoke.json")  # tiny shapes shall not take the place of what was measured
 _ALLOCATOR = "expandable_segments:True"  # reserved stays close to allocated; for everybody alike
 
 
@@ -66,13 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--match", default="", help="words that must be in the key of a row")
     parser.add_argument("--list", action="store_true", help="list the rows, measure nothing")
     parser.add_argument("--missing", action="store_true", help="leave out rows that the file has")
-    parser.add_argument("--minutes", type=float, help="end after so long; what is left over is said")
+    parser.add_argument("--minutes", type=above_nothing, help="end after so long; what is left over is said")
     parser.add_argument(
-        "--row-s", type=float, default=float("inf"), help="end a row after so long; it is an error then"
+        "--row-s", type=above_nothing, default=float("inf"), help="end a row after so long; it is an error then"
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file; rows of other keys stay in it")
+    parser.add_argument(
+        "--out", type=Path, help=f"JSON file; rows of other keys stay in it (default: {OUT}, with --smoke {SMOKE_OUT})"
+    )
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept (default: RAM or a temporary folder)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--warm-up-s", type=float, default=1.5, help="seconds of calls that are not counted")
     parser.add_argument("--device", default="", help="default: cuda:0")
     parser.add_argument("--allocator", default=_ALLOCATOR, help="PYTORCH_CUDA_ALLOC_CONF of every process")
@@ -84,43 +89,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns 2 if `--minutes` left something over, else 0."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    scale = "smoke" if args.smoke else "full"
     try:
-        settings = list(
-            settings_of(
-                args.case.split(","), scale, peers=tuple(filter(None, args.peer.split(","))), words=args.match.split()
-            )
-        )
+        settings = _settings(args)
+        if args.list:
+            for setting in settings:
+                print(" | ".join(filter(None, key_of(setting.key))))
+            return 0
+        if args.device or not args.smoke:
+            usable_device(args.device or "cuda:0", "--device")
+        out = args.out or (SMOKE_OUT if args.smoke else OUT)
+        results, folder = Results.kept_in(out), args.folder and _folder(args.folder)
     except ValueError as error:
         parser.error(str(error))
-    settings = [dataclasses.replace(setting, timeout_s=min(setting.timeout_s, args.row_s)) for setting in settings]
-    if args.list:
-        for setting in settings:
-            print(" | ".join(filter(None, key_of(setting.key))))
-        return 0
-    from benchmarks.checkpoints import room_for
-    from benchmarks.measure import environment
-    from benchmarks.peers import versions
-
-    where = None if args.smoke or args.folder else room_for(30 * 10**9)
+    where = None if args.smoke or folder else _roomy()
     with tempfile.TemporaryDirectory(prefix="vramkit-benchmarks-", dir=where) as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        bench = Bench(
-            folder=folder, scale=scale, repeats=args.repeats, warm_up_s=args.warm_up_s, device_name=args.device
-        )
-        # With the settings of the processes: what is asked of torch here has to be the same there.
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = args.allocator
-        run_of = environment(allocator=args.allocator, scale=scale, peers=versions())
-        run_of |= {"repeats": args.repeats, "warm_up_s": args.warm_up_s, "command_device": args.device}
-        results = Results.read(args.out) if args.out.exists() else Results()
-        if args.missing:
-            settings = missing(settings, results, run_of)
-        settings = with_references(settings, scale, results, run_of)
-        left = measured(settings, bench, results, run_of, out=args.out, minutes=args.minutes)
+        left = _measured(settings, results, args, out=out, folder=folder or Path(temporary))
     if left:
         print(f"{left} rows are left: the same command with --missing goes on")
     return 2 if left else 0
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    """Return the rows that are asked for; ValueError where there are none."""
+    peers, words = tuple(filter(None, args.peer.split(","))), args.match.split()
+    found = list(settings_of(args.case.split(","), _scale(args), peers=peers, words=words))
+    if not found:
+        raise ValueError(
+            f"no row has --case {args.case}, --peer {args.peer!r} and --match {args.match!r}; --list names all"
+        )
+    return [dataclasses.replace(setting, timeout_s=min(setting.timeout_s, args.row_s)) for setting in found]
+
+
+def _measured(settings: list[Setting], results: Results, args: argparse.Namespace, *, out: Path, folder: Path) -> int:
+    """Measure what is asked for; returns how many rows were left over."""
+    from benchmarks.measure import environment
+    from benchmarks.peers import versions
+
+    scale = _scale(args)
+    bench = Bench(folder=folder, scale=scale, repeats=args.repeats, warm_up_s=args.warm_up_s, device_name=args.device)
+    # With the settings of the processes: what is asked of torch here has to be the same there.
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = args.allocator
+    run_of = environment(allocator=args.allocator, scale=scale, peers=versions())
+    run_of |= {"repeats": args.repeats, "warm_up_s": args.warm_up_s, "command_device": args.device}
+    if args.missing:
+        settings = missing(settings, results, run_of)
+    settings = with_references(settings, scale, results, run_of)
+    return measured(settings, bench, results, run_of, out=out, minutes=args.minutes)
+
+
+def _scale(args: argparse.Namespace) -> str:
+    return "smoke" if args.smoke else "full"
+
+
+def _roomy() -> Path | None:
+    from benchmarks.checkpoints import room_for
+
+    return room_for(30 * 10**9)
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--folder {path} cannot be made: {error}") from error
+    return path
 
 
 if __name__ == "__main__":

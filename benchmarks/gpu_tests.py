@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from benchmarks.numbers import at_least_one
 from benchmarks.rows import Results, Row
 
 OUT = Path("benchmarks/results/gpu_tests.json")
@@ -143,20 +144,32 @@ def _memchecked(sanitizer: str, names: list[str], report: Path) -> int:
     return errors
 
 
+def _has_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run them; returns 1 if one failed, if there was none, or if an error was found."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_tests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=10, help="that share the device (default: 10)")
+    parser.add_argument("--processes", type=at_least_one, default=10, help="that share the device (default: 10)")
     parser.add_argument("--memcheck", metavar="PATH", help="of compute-sanitizer, to run few tests under it")
     parser.add_argument("--out", type=Path, default=OUT, help=f"JSON file (default: {OUT})")
     args = parser.parse_args(arguments)
     from benchmarks.measure import environment
 
+    try:
+        if not _has_device():
+            raise ValueError("this machine has no CUDA device, so that all of them would be left out")
+        Results.kept_in(args.out, title="gpu_tests")
+    except ValueError as error:
+        parser.error(str(error))
     kind = "memcheck" if args.memcheck else "whole"
     found = {"run_of": kind} | (memchecked(args.memcheck, args.processes) if args.memcheck else whole(args.processes))
-    results = Results.read(args.out) if args.out.exists() else Results(title="gpu_tests")
+    results = Results.kept_in(args.out, title="gpu_tests")
     results.rows = [row for row in results.rows if row.get("run_of", "whole") != kind]
     results.add([found], environment())
     results.write(args.out)

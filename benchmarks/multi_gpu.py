@@ -43,6 +43,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import vramkit
+from benchmarks.numbers import at_least_one
 from benchmarks.rows import Results, Row
 from vramkit.device_memory import memory_of
 from vramkit.distributed import Mesh, connect
@@ -54,6 +55,8 @@ from vramkit.offload import Offload, apply_group_offloading, load_mapped, parame
 from vramkit.offload.checkpoint import write_checkpoint
 
 GIB = 2**30
+OUT = Path("benchmarks/results/multi_gpu")
+TINY_OUT = Path("tiny_multi_gpu")  # toy sizes shall not take the place of what was measured
 # Of the seconds of one card, on two.
 TARGETS = {
     "link": 0.53,
@@ -405,11 +408,13 @@ def write(out: Path, rows: list[Row], notes: Row) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/multi_gpu"), help="path without an ending")
+    parser.add_argument("--out", type=Path, help=f"path without an ending (default: {OUT}, with --tiny {TINY_OUT})")
     parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
-    parser.add_argument("--ranks", type=int, default=2, help="cards")
+    parser.add_argument("--ranks", type=at_least_one, default=2, help="cards")
     parser.add_argument("--weights", choices=("pushed", "gathered", "apart"), default="pushed", help="how they travel")
-    parser.add_argument("--repeats", type=int, default=3, help="of each side of a case at most, after a first one")
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=3, help="of each side of a case at most, after a first one"
+    )
     parser.add_argument("--limit-s", type=float, default=150.0, help="seconds after which a case ends the run")
     parser.add_argument("--total-s", type=float, default=540.0, help="seconds after which the run ends")
     parser.add_argument("--folder", type=Path, default=None, help="where to keep the checkpoints (default: temporary)")
@@ -417,6 +422,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.cases.split(",") if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    args.out = args.out or (TINY_OUT if args.tiny else OUT)
+    try:
+        if not args.tiny and torch.cuda.device_count() < args.ranks:
+            raise ValueError(
+                f"--ranks {args.ranks}, and this machine has {torch.cuda.device_count()} cards; see --tiny"
+            )
+        Results.kept_in(args.out.with_suffix(".json"), title="multi_gpu")
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as temporary, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -171,7 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     paths = args.files or sorted(RESULTS.glob("*.json"))
     wrong = 0
-    for path, text in remade(paths, () if args.files else PAGES).items():
+    try:
+        texts = remade(paths, () if args.files else PAGES)
+    except ValueError as error:
+        parser.error(str(error))
+    for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         wrong += 1

@@ -82,15 +82,35 @@ class Results:
         """Read a file, also one of a single run as they were written before.
 
         Raises:
-            ValueError: it holds something else.
+            ValueError: it cannot be read, or holds something else.
         """
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as results of a benchmark: {error}") from error
         if not isinstance(found, dict) or "rows" not in found:
             raise ValueError(f"{path} holds no rows of a benchmark")
         if "runs" in found:
             return cls(found["runs"], found["rows"], found["benchmark"])
         notes = {name: value for name, value in found.items() if name not in ("benchmark", "environment", "rows")}
         return cls([found["environment"] | notes], [{"run": 0} | row for row in found["rows"]], found["benchmark"])
+
+    @classmethod
+    def kept_in(cls, path: Path, *, title: str = "suite") -> Results:
+        """Read the file that rows will be put into; one that takes none is known before they are measured.
+
+        Raises:
+            ValueError: it holds something else, or cannot be written.
+        """
+        is_new = not path.exists()
+        results = cls(title=title) if is_new else cls.read(path)
+        try:
+            results.write(path)
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error}; give another file by --out") from error
+        return results
 
     def add(self, rows: Iterable[Row], run: Row) -> None:
         """Take in rows of `run`; those of the same keys go."""

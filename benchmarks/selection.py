@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from benchmarks.peers import PEERS
 from benchmarks.rows import Results, Row, Setting, is_comparable, key_of
 from benchmarks.runner import case_named
 
@@ -16,8 +17,10 @@ def settings_of(
     """List the settings of cases; of these libraries only (and everything on the device), with all of `words` in the key.
 
     Raises:
-        ValueError: there is no such case.
+        ValueError: there is no such case or library.
     """
+    if unknown := sorted(set(peers) - set(PEERS)):
+        raise ValueError(f"there is no library {unknown[0]!r}; there are {', '.join(PEERS)}")
     for name in cases:
         for setting in case_named(name).settings(scale):
             chosen = not peers or setting.way.split(" ")[0] in (*peers, "resident")

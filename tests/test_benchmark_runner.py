@@ -156,6 +156,57 @@ def test_a_row_is_ended_after_as_long_as_the_command_says(tmp_path: Path, monkey
     assert given == [SETTING.timeout_s]
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--case", "nonsense"], "there is no case 'nonsense'"),
+        (["--peer", "nonsense"], "there is no library 'nonsense'; there are resident, vramkit"),
+        (["--case", "host", "--match", "nonsense"], "no row has .*--list names all"),
+        (["--repeats", "0"], "'0' was given; expected a whole number"),
+        (["--minutes", "-1"], "'-1' was given; expected a number above 0"),
+        (["--row-s", "x"], "'x' was given; expected a number above 0"),
+        (["--device", "nonsense"], "--device='nonsense' is not a device"),
+        (["--device", "cuda:99"], "but this machine has"),
+        (["--out", "{tmp}"], "cannot be read as results"),
+        (["--out", "{tmp}/cut.json"], "cut.json cannot be read as results of a benchmark: Unterminated string"),
+        (["--out", "{tmp}/cut.json/x.json"], "x.json cannot be written"),
+        (["--folder", "{tmp}/cut.json"], "--folder .* cannot be made"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_line_before_anything_is(
+    words: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "run", lambda *_, **__: pytest.fail("something was measured"))
+    (tmp_path / "cut.json").write_text('{"benchmark": "su')
+    with pytest.raises(SystemExit, match="2"):
+        main(["--smoke", *(word.format(tmp=tmp_path) for word in words)])
+    assert re.search(error, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_rows_of_a_device_that_is_not_there_are_refused_and_tiny_ones_go_into_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "run", lambda setting, *_, **__: [setting.row(s=1.0)])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="2"):
+            main(["--case", "host"])
+        assert not (tmp_path / command.OUT).exists()
+    assert main(["--smoke", "--case", "host", "--match", "bf16 block"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["smoke.json"]
+
+
+@pytest.mark.parametrize("name", ["cut.json", "missing.json"])
+def test_a_file_that_holds_no_results_is_no_report(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.json").write_text('{"benchmark": "su')
+    with pytest.raises(SystemExit, match="2"):
+        report_main([str(tmp_path / name)])
+    assert f"{name} cannot be read as results of a benchmark" in capsys.readouterr().err
+
+
 def test_what_a_row_is_compared_with_is_measured_before_it_once_for_a_machine() -> None:
     cards = [setting for setting in case_named("cards").settings("smoke") if setting.way == "vramkit fit"]
     run = {"device": "A", "scale": "smoke"}

@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no part of the installed package
 
-from benchmarks.faults import BROKEN, configs, headers
+from benchmarks.faults import BROKEN, _runs, configs, headers
 from benchmarks.faults._runs import RESULTS, kinds, main
 from benchmarks.rows import Results
 
@@ -56,6 +56,26 @@ def test_counts_are_kept_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "headers: 20 tried in" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["nonsense", "--out", str(out)])
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--count", "0"], "'0' was given; expected a whole number of at least 1"),
+        (["--count", "-3"], "expected a whole number of at least 1"),
+        (["--jobs", "0"], "expected a whole number of at least 1"),
+        (["--out", "{tmp}/cut.json"], "cannot be read as results"),
+        (["--out", "{tmp}/cut.json/x.json"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_counted_or_kept_is_told_before_anything_is_tried(
+    words: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_runs, "tried", lambda *_: pytest.fail("something was tried"))
+    (tmp_path / "cut.json").write_text('{"benchmark": "fau')
+    with pytest.raises(SystemExit, match="2"):
+        main(["headers", "--out", str(tmp_path / "x.json"), *(word.format(tmp=tmp_path) for word in words)])
+    assert error in capsys.readouterr().err
 
 
 def test_the_command_shares_cases_among_processes(tmp_path: Path) -> None:

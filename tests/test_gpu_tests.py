@@ -85,6 +85,7 @@ def test_checked_runs_have_a_row_beside_the_whole(
         )
 
     monkeypatch.setattr(gpu_tests.subprocess, "run", run)
+    monkeypatch.setattr(gpu_tests, "_has_device", lambda: True)
     out = tmp_path / "out.json"
     assert main(["--out", str(out)]) == 0
     for _ in range(2):
@@ -103,6 +104,7 @@ def test_a_checked_process_that_leaves_no_report_has_failed(tmp_path: Path, monk
         return SimpleNamespace(stdout="tests/gpu/a.py::test[1]\n1 test collected\n")
 
     monkeypatch.setattr(gpu_tests.subprocess, "run", run)
+    monkeypatch.setattr(gpu_tests, "_has_device", lambda: True)
     out = tmp_path / "out.json"
     assert main(["--memcheck", "sanitizer", "--out", str(out)]) == 1
     assert Results.read(out).rows[0]["failures"] == "tests/gpu/a.py::test[1]"
@@ -113,3 +115,14 @@ def test_what_is_checked_is_there() -> None:
     for name in gpu_tests._CHECKED:
         path, _, test = name.partition("::")
         assert f"def {test}(" in (folder / path).read_text(encoding="utf-8")
+
+
+def test_without_a_device_no_counts_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_tests.subprocess, "run", lambda *_, **__: pytest.fail("tests were run"))
+    monkeypatch.setattr(gpu_tests, "_has_device", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "out.json")])
+    assert "this machine has no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import torch
 from modules import BlockNet, mapped_copy, tokens
 
 import vramkit
-from vramkit.errors import ConfigError, ConflictError
+from vramkit.errors import ConfigError, ConflictError, StoreError
 from vramkit.offload import apply_group_offloading
 from vramkit.offload.backend import AcceleratorBackend
 from vramkit.offload.group import ModuleGroup
@@ -126,14 +128,37 @@ def test_a_second_trace_and_no_device_are_refused() -> None:
         pytest.fail("it ran")
 
 
-@pytest.mark.parametrize(("name", "said"), [("run.txt", r"\.json, \.html, \.png"), ("none/run.json", "no such folder")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("run.txt", r"\.json, \.html, \.png"),
+        ("none/run.json", "no such folder"),
+        ("folder.json", "is a folder; give the name of a file"),
+        ("/proc/run.json", "its folder takes no files"),
+    ],
+)
 def test_a_path_of_nonsense_is_refused_before_anything_runs(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
     with pytest.raises(ConfigError, match=said), vramkit.trace(tmp_path / name):
+        pytest.fail("it ran")
+    with pytest.raises(ConfigError, match=r"written to 5; expected a path"), vramkit.trace(5):  # type: ignore[arg-type]
         pytest.fail("it ran")
     with vramkit.trace() as traced, pytest.raises(ConfigError, match="still on"):
         _ = traced.recording
     with pytest.raises(ConfigError, match="expected a name"):
         traced.recording.save(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("ending", ["json", "html", "png"])
+def test_one_that_cannot_be_written_is_told_by_name_and_leaves_nothing(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with vramkit.trace() as traced:
+        pass
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(StoreError, match="No space left on device"):
+        traced.recording.save(tmp_path / f"run.{ending}")
+    assert not list(tmp_path.iterdir())
 
 
 # --- what is shown

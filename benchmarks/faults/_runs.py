@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.faults import BROKEN
 from benchmarks.faults._cases import prepare
 from benchmarks.measure import environment
+from benchmarks.numbers import at_least_one
 from benchmarks.rows import Results, Row
 
 _WHAT = """Run kinds of faults by name, or all, and keep their counts in benchmarks/results/faults.json.
@@ -75,19 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Row]:
         prog="python -m benchmarks.faults", description=_WHAT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(kinds())}")
-    parser.add_argument("--count", type=int, help="cases of each kind; each kind's own number if left out")
+    parser.add_argument("--count", type=at_least_one, help="cases of each kind; each kind's own number if left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes of each kind")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="processes of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if unknown := set(options.kinds) - set(kinds()):
         parser.error(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(kinds())}")
+    try:
+        Results.kept_in(options.out, title="faults")
+    except ValueError as error:
+        parser.error(str(error))
     rows: dict[str, Row] = {}
     for kind in options.kinds or kinds():
         rows[kind] = tried(kind, options.count, options.seed, options.jobs)
         counts = ", ".join(f"{number} {outcome}" for outcome, number in rows[kind]["outcomes"].items())
         print(f"{kind}: {rows[kind]['count']} tried in {rows[kind]['seconds']} s: {counts}", flush=True)
-        results = Results.read(options.out) if options.out.exists() else Results(title="faults")
+        results = Results.kept_in(options.out, title="faults")
         results.add([rows[kind]], environment())
         results.write(options.out)
     return rows

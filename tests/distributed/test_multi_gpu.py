@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.multiprocessing import ProcessExitedException
@@ -30,3 +32,34 @@ def test_a_case_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(ProcessExitedException):
         multi_gpu.main(["--tiny", "--out", str(tmp_path / "multi_gpu"), "--cases", "link", "--limit-s", "0.01"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--ranks", "99"], "--ranks 99, and this machine has"),
+        (["--tiny", "--ranks", "0"], "expected a whole number of at least 1"),
+        (["--tiny", "--out", "{tmp}/file/x"], "cannot be written"),
+    ],
+)
+def test_what_cannot_run_or_be_kept_is_told_before_ranks_are_started(
+    words: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_gpu.mp, "start_processes", lambda *_, **__: pytest.fail("ranks were started"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        multi_gpu.main(["--out", str(tmp_path / "x"), *(word.format(tmp=tmp_path) for word in words)])
+    assert error in capsys.readouterr().err
+
+
+def test_toy_sizes_have_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outs: list[Path] = []
+
+    def start(_work: Any, args: tuple[Any, ...], **_options: Any) -> Any:
+        outs.append(args[0].out)
+        return SimpleNamespace(join=lambda timeout: True)
+
+    monkeypatch.setattr(multi_gpu.mp, "start_processes", start)
+    multi_gpu.main(["--tiny"])
+    assert outs == [multi_gpu.TINY_OUT]

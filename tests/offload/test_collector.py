@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,6 +69,25 @@ def test_it_is_as_it_was_afterwards_also_where_applying_fails(is_on: bool) -> No
         with pytest.raises(KeyboardInterrupt), collector_paused():
             raise KeyboardInterrupt
         assert gc.isenabled() is is_on
+    finally:
+        gc.enable()
+
+
+def test_it_works_in_a_process_that_another_thread_forks_meanwhile() -> None:
+    def status_of_fork() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    with collector_paused(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(status_of_fork).result(30) == 0
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            assert status_of_fork() == 1  # the user's own wish
     finally:
         gc.enable()
 

@@ -193,6 +193,24 @@ def test_fusing_into_weights_of_a_file_is_refused_until_they_are_taken_in(tmp_pa
 # --- turns
 
 
+def test_another_pipeline_of_a_model_that_keeps_some_weights_wide_is_made_of_its_components(
+    tmp_path: Path,
+) -> None:
+    """`from_pipe` of diffusers would round them, also with the pipeline's own dtype."""
+    pipe = PIPELINES["WanPipeline"].make("WanPipeline")
+    pipe.transformer.save_pretrained(tmp_path)
+    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    expected = quietly("WanPipeline", pipe)
+    offload = apply_group_offloading(pipe.transformer, "cpu", slots=1)
+    second = type(pipe)(**pipe.components)
+    second.set_progress_bar_config(disable=True)
+    assert second.transformer is pipe.transformer
+    assert_equal(quietly("WanPipeline", second), expected)
+    with pytest.raises(ConflictError, match="cannot be cast"):
+        type(pipe).from_pipe(pipe, torch_dtype=torch.bfloat16)
+    offload.remove()
+
+
 def test_components_of_a_loaded_pipeline_take_turns_and_keep_a_budget(tmp_path: Path) -> None:
     made = PIPELINES["WanPipeline"].make("WanPipeline")
     made.save_pretrained(tmp_path)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from modules import CASES, WIDTH, Block, BlockNet, Codec, StatefulNet, TiedNet, mapped_copy, tokens
+from safetensors.torch import load_file, save_model
 from sweeps import sweep
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -136,6 +137,24 @@ def test_buffers_whose_memory_cannot_take_what_the_module_has_keep_it(level: str
 
 
 # --- what the module looks like from outside
+
+
+@pytest.mark.parametrize("options", [{}, {"resident": "20KiB"}, {"offload_type": "model_level"}], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_safetensors_writes_the_model_from_wherever_its_weights_are(
+    place: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """`save_model` refuses a tensor that is part of a larger piece of memory."""
+    model = BlockNet(blocks=3).eval()
+    module, how = placed(model, place, tmp_path)
+    offload = apply_group_offloading(module, "cpu", **how, **options)
+    with torch.no_grad():
+        module(tokens(8))
+    save_model(module, str(tmp_path / "saved.safetensors"))
+    offload.remove()
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @sweep("case level place", product(CASES, LEVELS, PLACES))

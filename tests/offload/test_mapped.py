@@ -36,6 +36,39 @@ def test_meta_module_gets_its_weights_without_copies(tmp_path: Path) -> None:
         assert torch.equal(module(x), model(x))
 
 
+@pytest.mark.parametrize("given", [5, None, b"x.safetensors", [5], {5}], ids=repr)
+def test_what_is_no_path_is_refused_by_name(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"was given for a file; expected a path"):
+        load_mapped(BlockNet(), given)
+
+
+@pytest.mark.parametrize("key_map", [5, "x", lambda _: 5, {"head.weight": 5}], ids=["number", "name", "call", "value"])
+def test_what_maps_no_names_is_refused_by_name(key_map: Any, tmp_path: Path) -> None:
+    path = save(BlockNet(), tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"key_map.*; expected a"):
+        load_mapped(on_meta(BlockNet), path, key_map=key_map)
+
+
+@pytest.mark.parametrize("weight_map", [{"x": "two.safetensors"}, None, [], {"x": 5}], ids=str)
+def test_a_shard_that_is_given_alone_is_told_of_its_index(weight_map: Any, tmp_path: Path) -> None:
+    state = BlockNet().state_dict()
+    save_file({"head.weight": state["head.weight"]}, tmp_path / "one.safetensors")
+    if isinstance(weight_map, dict):
+        weight_map |= {"head.weight": "one.safetensors"}
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    is_told = isinstance(weight_map, dict) and "two.safetensors" in weight_map.values()
+    said = re.escape(f"give all shards, or {index}, which lists them") if is_told else "belongs to another model"
+    with pytest.raises(CheckpointError, match=f"lacks tensors of the module.*{said}"):
+        load_mapped(on_meta(BlockNet), tmp_path / "one.safetensors")
+
+
+def test_what_is_no_module_gets_no_weights(tmp_path: Path) -> None:
+    path = save(BlockNet(), tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"a type was given; expected a torch.nn.Module"):
+        load_mapped(BlockNet, path)  # type: ignore[type-var]
+
+
 def test_module_is_returned_and_its_tensors_are_the_files(tmp_path: Path) -> None:
     model = StatefulNet().eval()
     model.count.fill_(7)

@@ -78,6 +78,24 @@ def test_an_unknown_name_or_a_conflict_offloads_nothing(tmp_path: Path) -> None:
     part.remove()
 
 
+@pytest.mark.parametrize("given", [5, None, "cpu", [], {}, {"scheduler": 5}], ids=repr)
+def test_what_has_no_module_in_it_is_refused_by_name(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"that was given has no torch.nn.Module in it; expected a mapping"):
+        apply_model_offload(given, "cpu")
+
+
+@pytest.mark.parametrize("exclude", ["a", 5, [5], [["a"]]], ids=repr)
+def test_names_to_leave_out_are_a_list(exclude: Any) -> None:
+    with pytest.raises(ConfigError, match=r"exclude=.*; expected a list of names"):
+        apply_model_offload({"a": BlockNet().eval()}, "cpu", exclude=exclude)
+
+
+@pytest.mark.parametrize("given", [5, None, types.SimpleNamespace(components={})], ids=["number", "none", "pipeline"])
+def test_what_is_no_module_has_no_handle_and_says_so(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected a torch.nn.Module. Of a pipeline, give the parts one by one"):
+        offload_of(given)
+
+
 def test_a_component_that_fails_leaves_the_others_usable(tmp_path: Path) -> None:
     models = [BlockNet(blocks=3).eval() for _ in range(2)]
     modules = [mapped_copy(model, tmp_path) for model in models]

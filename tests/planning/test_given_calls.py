@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from foreign_pipelines import PIPELINES
 from torch import nn
 
 from vramkit import fit, plan
-from vramkit.errors import ConfigError, StoreError
+from vramkit.errors import ConfigError, ConflictError, StoreError
 from vramkit.memory import GIB
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -150,3 +154,71 @@ def test_options_of_another_kind_are_refused(option: dict[str, Any], reason: str
     with pytest.raises(ConfigError, match=reason):
         fit(net, GIB, device="cpu", example=torch.randn(2, 64), **option)
     assert type(net) is Net
+
+
+class Holder(Net):
+    """Has something in an attribute, as research code has."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+
+HELD: dict[str, Callable[[], Any]] = {
+    "lock": threading.Lock,
+    "condition": threading.Condition,
+    "module of Python": lambda: math,
+    "in a dict": lambda: {"a": [threading.RLock(), math], "b": (threading.local(),)},
+    "in an object": lambda: SimpleNamespace(lock=threading.Lock(), size=3),
+    "generator": lambda: (number for number in range(3)),
+    "open file": lambda: Path(os.devnull).open(),  # noqa: SIM115
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_module_that_holds_what_has_no_copy_is_planned_for(kind: str) -> None:
+    net, x = Holder(HELD[kind]()).eval(), torch.randn(4, 64)
+    with torch.no_grad():
+        expected = net(x)
+        with fit(net, GIB, device="cpu", example=x) as fitted:
+            assert torch.equal(net(x), expected)
+            assert not any("cannot be rehearsed" in note for note in fitted.plan.notes)
+    assert net.held is not None
+
+
+def test_what_a_rehearsal_would_use_up_is_left_to_the_call() -> None:
+    class Counting(Holder):
+        def forward(self, x: torch.Tensor, mode: str = "thin") -> torch.Tensor:
+            return super().forward(x, mode) * next(self.held)
+
+    net, x = Counting(number for number in range(1, 9)).eval(), torch.randn(4, 64)
+    with torch.no_grad(), fit(net, GIB, device="cpu", example=x) as fitted:
+        assert torch.equal(net(x), net.inner(x))
+        assert torch.equal(net(x), net.inner(x) * 2)
+        assert any("it uses a generator, of which there is no copy" in note for note in fitted.plan.notes)
+
+
+def test_arithmetic_that_fails_with_what_was_given_is_told_as_such() -> None:
+    class PerRow(Net):
+        def forward(self, x: torch.Tensor, mode: str = "thin") -> torch.Tensor:
+            return super().forward(x, mode) * (64 // len(x))
+
+    with pytest.raises(ConfigError, match=r"example= gives PerRow .*, and the call fails: ZeroDivisionError"):
+        fit(PerRow(), GIB, device="cpu", example=torch.randn(0, 64))
+
+
+def test_a_module_that_refuses_to_be_copied_is_refused_by_name() -> None:
+    class Single(Net):
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("there is one of it")
+
+    with pytest.raises(ConfigError, match=r"Single cannot be copied \(RuntimeError: there is one of it\)"):
+        fit(Single(), GIB, device="cpu", example=torch.randn(4, 64))
+
+
+def test_offloading_of_diffusers_is_refused_before_anything_is_copied(pipe: Any) -> None:
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    for refused in (lambda: fit(pipe, GIB, device="cpu"), lambda: plan(pipe, GIB, device="cpu")):
+        with pytest.raises(ConflictError, match="carries diffusers' hook 'group_offloading'"):
+            refused()

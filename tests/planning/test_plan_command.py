@@ -14,7 +14,7 @@ from families import FAMILIES, Stock
 
 from vramkit import Plan, PlanInfeasible, plan
 from vramkit.cli import main
-from vramkit.commands.plan import parse_size
+from vramkit.commands.options import sides
 from vramkit.errors import CheckpointError, ConfigError
 from vramkit.memory import MIB, format_bytes
 from vramkit.planning.skeletons import known_models, skeleton_of
@@ -115,9 +115,26 @@ def test_below_the_floor_the_command_says_what_would_do(stock: Stock, capsys: py
 
 
 def test_sizes() -> None:
-    assert parse_size("832x480") == (832, 480)
+    assert sides("832x480", height=None, width=None) == sides(None, height=480, width=832)
     with pytest.raises(ConfigError, match="832x480"):
-        parse_size("big")
+        sides("big", height=None, width=None)
+    with pytest.raises(ConfigError, match=r"--size 832x480 was given with --height or --width"):
+        sides("832x480", height=None, width=832)
+
+
+def test_every_command_for_clips_takes_their_size_in_one_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}')
+    out = str(tmp_path / "out.mp4")
+    commands = [
+        ["plan", "wan2.1-14b", "--vram", "6GiB"],
+        ["run", "--model", "none", "--prompt", "a cat", "--out", out],
+        ["batch", str(tmp_path / "prompts.jsonl"), "--model", "none", "--out", out],
+    ]
+    for command in commands:
+        assert main([*command, "--size", "big"]) == 1
+        assert "--size 'big'; expected width and height in pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", known_models())

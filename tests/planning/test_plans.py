@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from profiles import MACHINE, profile
@@ -21,8 +22,8 @@ def test_plans_are_frozen() -> None:
         plan.vram_bytes = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 99}', "null"])
-def test_what_is_no_plan_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 99}', "null", None, 5])
+def test_what_is_no_plan_is_refused(text: Any) -> None:
     with pytest.raises(ConfigError, match="plan"):
         Plan.from_json(text)
 

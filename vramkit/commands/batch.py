@@ -32,6 +32,7 @@ from vramkit.commands.options import (
     Ram,
     Resident,
     Seed,
+    Size,
     Slots,
     Steps,
     Store,
@@ -39,6 +40,7 @@ from vramkit.commands.options import (
     Vram,
     Width,
     named_by_option,
+    sides,
 )
 from vramkit.commands.run import Wish
 from vramkit.errors import ConfigError, VramkitError
@@ -73,6 +75,7 @@ def batch(
     negative_prompt: NegativePrompt = None,
     image: FirstImage = None,
     last_image: LastImage = None,
+    size: Size = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -108,8 +111,7 @@ def batch(
         "negative_prompt": negative_prompt,
         "image": _findable(image),
         "last_image": _findable(last_image),
-        "height": height,
-        "width": width,
+        **sides(size, height=height, width=width),
         "frames": frames,
         "steps": steps,
         "guidance": guidance,

@@ -36,6 +36,7 @@ __all__ = [
     "Ram",
     "Resident",
     "Seed",
+    "Size",
     "Slots",
     "Steps",
     "Store",
@@ -45,6 +46,7 @@ __all__ = [
     "check_budget",
     "check_streaming",
     "named_by_option",
+    "sides",
 ]
 
 
@@ -81,6 +83,7 @@ FirstImage = Annotated[
     str | None, typer.Option("--image", help="The picture that the clip begins with: a path or an address.")
 ]
 LastImage = Annotated[str | None, typer.Option(help="The one that it ends with, for a checkpoint trained so.")]
+Size = Annotated[str | None, typer.Option(help='Width and height in pixels at once, such as "832x480".')]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of the clip.")]
@@ -136,6 +139,22 @@ def named_by_option() -> Iterator[None]:
     except ConfigError as error:
         arguments = rf"(?<![\w-])({'|'.join(_OPTIONS)})(?= is|=)"
         raise ConfigError(re.sub(arguments, lambda match: _OPTIONS[match[1]], str(error))) from error
+
+
+def sides(size: str | None, *, height: int | None, width: int | None) -> dict[str, int | None]:
+    """Return height and width, of text such as ``"832x480"`` (width first) where that was given.
+
+    Raises:
+        ConfigError: it is of another form, or was given with one of them.
+    """
+    if size is None:
+        return {"height": height, "width": width}
+    match = re.fullmatch(r"(\d+)[x*](\d+)", size.strip().lower())
+    if match is None:
+        raise ConfigError(f'--size {size!r}; expected width and height in pixels, such as "832x480"')
+    if height is not None or width is not None:
+        raise ConfigError(f"--size {size} was given with --height or --width; leave one of them out")
+    return {"height": int(match[2]), "width": int(match[1])}
 
 
 def check_budget(*, vram: str | None, ram: str | None, allow: str = "exact", by_hand: Mapping[str, object]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
 
-from vramkit.errors import ConfigError
+from vramkit.commands.options import Height, Size, Width, sides
 
-__all__ = ["parse_size", "plan"]
+__all__ = ["plan"]
 
 
 def plan(
@@ -20,7 +19,9 @@ def plan(
     vram: Annotated[str, typer.Option(help='Device memory, such as "6GiB".')],
     ram: Annotated[str | None, typer.Option(help='Bound on host memory, such as "32GiB".')] = None,
     allow: Annotated[str, typer.Option(help="exact, bounded (weights in int8, fp8 or nf4, too) or any.")] = "exact",
-    size: Annotated[str | None, typer.Option(help='Width and height in pixels, such as "832x480".')] = None,
+    size: Size = None,
+    height: Height = None,
+    width: Width = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips at once.")] = None,
     image: Annotated[
@@ -40,10 +41,8 @@ def plan(
     from vramkit.planning.planner import Budget  # noqa: PLC0415
 
     Budget(vram, ram, allow)  # refused before anything is read
-    width, height = (None, None) if size is None else parse_size(size)
     options: dict[str, Any] = {
-        "width": width,
-        "height": height,
+        **sides(size, height=height, width=width),
         "num_frames": frames,
         "batch": batch,
         "num_inference_steps": steps,
@@ -56,15 +55,3 @@ def plan(
     given = {name: value for name, value in options.items() if value is not None}
     found = planning.plan(model, vram, ram=ram, allow=allow, device=device, **given)
     typer.echo(found.to_json() if as_json else explain(found))
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Read width and height from text such as ``"832x480"``.
-
-    Raises:
-        ConfigError: it is of another form.
-    """
-    match = re.fullmatch(r"(\d+)[x*](\d+)", text.strip().lower())
-    if match is None:
-        raise ConfigError(f'--size {text!r}; expected width and height in pixels, such as "832x480"')
-    return int(match[1]), int(match[2])

@@ -35,6 +35,7 @@ from vramkit.commands.options import (
     Ram,
     Resident,
     Seed,
+    Size,
     Slots,
     Steps,
     Store,
@@ -44,6 +45,7 @@ from vramkit.commands.options import (
     check_budget,
     check_streaming,
     named_by_option,
+    sides,
 )
 from vramkit.commands.ranks import joined
 from vramkit.errors import ConfigError, StoreError
@@ -59,6 +61,7 @@ def run(
     negative_prompt: NegativePrompt = None,
     image: FirstImage = None,
     last_image: LastImage = None,
+    size: Size = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -90,8 +93,7 @@ def run(
     """
     call = {
         "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
+        **sides(size, height=height, width=width),
         "num_frames": frames,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -156,7 +158,7 @@ class Wish:
         from vramkit.commands.latents import beside  # noqa: PLC0415
         from vramkit.machine import resolve_device  # noqa: PLC0415
         from vramkit.pipelines.calling.video import check_video  # noqa: PLC0415
-        from vramkit.tracing.recorder import check_ending  # noqa: PLC0415
+        from vramkit.tracing.recorder import check_path  # noqa: PLC0415
 
         self.check_loading()
         if not self.call["prompt"].strip():
@@ -168,7 +170,7 @@ class Wish:
                 "makes its video; or remove it, or choose another --out"
             )
         if self.trace is not None:
-            check_ending(self.trace)
+            check_path(self.trace)
         self.device = resolve_device(self.device) if self.mesh is None else str(self.mesh.device)
         self.open_images()
         outline = self.outline()

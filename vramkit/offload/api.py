@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from vramkit import hooks
 from vramkit.errors import ConfigError, ConflictError
 from vramkit.memory import format_bytes
-from vramkit.offload.config import OffloadConfig
+from vramkit.offload.config import OffloadConfig, refuse_no_module, refuse_no_names
 from vramkit.offload.engine import Engine
 from vramkit.offload.handle import Offload
 from vramkit.offload.offloaded import offload_of
@@ -99,11 +99,7 @@ def apply_group_offloading(  # noqa: PLR0917 (the peers' signature)
         StoreError: the disk folder cannot be written.
     """
     del non_blocking, record_stream, low_cpu_mem_usage  # documented above: what they ask for always holds
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"a {type(module).__name__} was given; expected a torch.nn.Module. Of a pipeline, give the parts one by one "
-            "(pipeline.transformer, pipeline.text_encoder, ...), or let vramkit.fit(pipeline, vram=...) do it for all"
-        )
+    refuse_no_module(module, ", or let vramkit.fit(pipeline, vram=...) do it for all")
     config = OffloadConfig.from_options(
         module,
         onload_device=onload_device,
@@ -162,7 +158,7 @@ class ModelOffload(Uncopied):
 
 
 def apply_model_offload(
-    components: Any, device: torch.device | str = "cuda", *, exclude: Iterable[str] = (), store: str | None = None
+    components: Any, device: torch.device | str = "cuda", *, exclude: Collection[str] = (), store: str | None = None
 ) -> ModelOffload:
     """Put whole components on `device` when they are called; each leaves before the next one needs the room.
 
@@ -170,7 +166,7 @@ def apply_model_offload(
 
     Args:
         components: a mapping name -> module, a sequence of modules, or a pipeline (anything with ``.components``).
-            What is not a module is passed over, and so is a module that is offloaded already.
+            What is not a module is passed over, and so is a module that is offloaded already; one of them must be one.
         device: where components compute.
         exclude: names of components to leave where they are.
         store: as in `apply_group_offloading`.
@@ -179,9 +175,12 @@ def apply_model_offload(
         ConfigError, ConflictError, UnsupportedTensorError: as `apply_group_offloading`; then no component is offloaded.
     """
     named = _modules_of(components)
+    refuse_no_names("exclude", exclude)
     unknown = sorted(set(exclude) - named.keys())
     if unknown:
-        raise ConfigError(f"exclude names {unknown[0]!r}, which is no component; there are {', '.join(named)}")
+        raise ConfigError(
+            f"exclude names {unknown[0]!r}, which is no component; there are {', '.join(map(str, named))}"
+        )
     turns = Turns(budget=0)  # whatever does not run leaves
     offloads: dict[str, Offload] = {}
     try:
@@ -203,8 +202,14 @@ def _modules_of(components: Any) -> dict[str, nn.Module]:
     if isinstance(held, nn.Module):
         held = {type(held).__name__: held}
     if not isinstance(held, Mapping):
-        held = {str(index): component for index, component in enumerate(held)}
-    return {name: component for name, component in held.items() if isinstance(component, nn.Module)}
+        held = {str(at): each for at, each in enumerate(held if isinstance(held, Iterable) else ())}
+    named = {name: component for name, component in held.items() if isinstance(component, nn.Module)}
+    if not named:
+        raise ConfigError(
+            f"the {type(components).__name__} that was given has no torch.nn.Module in it; expected a mapping of names to "
+            "modules, a sequence of modules, or a pipeline (with .components)"
+        )
+    return named
 
 
 def _refuse_offloaded(module: nn.Module) -> None:

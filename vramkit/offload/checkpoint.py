@@ -7,12 +7,13 @@ Pickled checkpoints are refused: reading one runs whatever code it carries.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "StoredEntry",
     "TensorEntry",
     "distinct_weights",
+    "index_beside",
     "index_name",
     "name_of",
     "read_checkpoint",
@@ -140,9 +142,16 @@ def read_checkpoint(files: str | os.PathLike[str] | Sequence[str | os.PathLike[s
     A dtype that torch does not have is an error of the entry, when it is used.
 
     Raises:
+        ConfigError: something else than paths was given.
         CheckpointError: a file is missing, pickled, truncated, damaged or points outside its folder; names file and tensor.
     """
-    paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(file) for file in files]
+    given = [files] if isinstance(files, str | os.PathLike | bytes) or not isinstance(files, Iterable) else [*files]
+    for file in given:
+        if not isinstance(file, str | os.PathLike):
+            raise ConfigError(
+                f"{file!r} was given for a file; expected a path, a sequence of them, or that of an index"
+            )
+    paths = list(map(Path, given))
     if not paths:
         raise CheckpointError("no checkpoint file was given; expected a .safetensors file or a .safetensors.index.json")
     entries: dict[str, TensorEntry] = {}
@@ -283,6 +292,19 @@ def _instead_of(index: Path) -> str:
     if single.is_file():
         return f"it may be left of an earlier save: delete it, and {single.name} beside it is read"
     return "download it again"
+
+
+def index_beside(files: Collection[Path]) -> Path | None:
+    """Return an index beside `files` that lists more shards than these, or None."""
+    given = {file.name for file in files}
+    for index in sorted(index for folder in {file.parent for file in files} for index in folder.glob("*.index*.json")):
+        with contextlib.suppress(OSError, CheckpointError):
+            weight_map = _parse_json(index.read_bytes(), index).get("weight_map")
+            shards = [*weight_map.values()] if isinstance(weight_map, dict) else []
+            is_sound = all(isinstance(shard, str) for shard in shards) and _INDEX.search(index.name)
+            if is_sound and given.intersection(shards) and not given.issuperset(shards):
+                return index
+    return None
 
 
 def _existing(path: Path) -> Path:

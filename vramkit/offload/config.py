@@ -18,7 +18,14 @@ from vramkit.offload.partition import Granularity
 from vramkit.offload.pinning import PinBudget
 from vramkit.offload.stores import Sharing, StoreKind
 
-__all__ = ["OffloadConfig", "device_count", "known_device", "usable_device"]
+__all__ = [
+    "OffloadConfig",
+    "device_count",
+    "known_device",
+    "refuse_no_module",
+    "refuse_no_names",
+    "usable_device",
+]
 
 _LEAST_HALVED_BYTES = 256 * 2**20
 _ENTRY_POINTS = ("encode", "decode", "generate")
@@ -79,7 +86,7 @@ class OffloadConfig:
             )
         named = {"block_modules": block_modules, "exclude_kwargs": exclude_kwargs, "entry_points": entry_points}
         for option, names in named.items():
-            _refuse_no_names(option, names)
+            refuse_no_names(option, names)
         for option, switch in {"use_stream": use_stream, "direct_io": direct_io}.items():
             if not isinstance(switch, bool | None):
                 raise ConfigError(f"{option}={switch!r}; expected True or False")
@@ -232,7 +239,17 @@ def _size(option: str, given: int | str) -> int:
         raise ConfigError(f"{option}={given!r}: {error}") from None
 
 
-def _refuse_no_names(option: str, given: Sequence[str] | None) -> None:
+def refuse_no_module(given: object, instead: str = "") -> None:
+    """Raise ConfigError unless a module was given; `instead` is what else to do with a pipeline."""
+    if not isinstance(given, nn.Module):
+        raise ConfigError(
+            f"a {type(given).__name__} was given; expected a torch.nn.Module. Of a pipeline, give the parts one by one "
+            f"(pipeline.transformer, pipeline.text_encoder, ...){instead}"
+        )
+
+
+def refuse_no_names(option: str, given: Collection[str] | None) -> None:
+    """Raise ConfigError unless `given` is a list of names, or None."""
     if isinstance(given, str):
         raise ConfigError(f"{option}={given!r}; expected a list of names such as [{given!r}]")
     if given is not None and not (isinstance(given, Collection) and all(isinstance(name, str) for name in given)):

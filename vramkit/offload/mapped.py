@@ -13,7 +13,8 @@ from torch import nn
 
 from vramkit import tensors
 from vramkit.errors import CheckpointError, ConfigError
-from vramkit.offload.checkpoint import StoredEntry, TensorEntry, read_checkpoint
+from vramkit.offload.checkpoint import StoredEntry, TensorEntry, index_beside, read_checkpoint
+from vramkit.offload.config import refuse_no_module
 from vramkit.offload.places import Place, places_of
 from vramkit.offload.scaled import computes_as, with_scales
 
@@ -73,11 +74,14 @@ def load_mapped(
         loaded: names of tensors that the files need not hold: the module has them already, or makes them when it runs.
 
     Raises:
-        ConfigError: `dtype` or `keep_fp32` cannot be used.
+        ConfigError: `module` is none, or another argument cannot be used.
         CheckpointError: damaged or missing files, missing or unknown tensors, wrong shapes, scales that do not fit, and
             whatever else would stay on the meta device: buffers that are not saved, tensors in attributes. `module` is
             unchanged then.
     """
+    refuse_no_module(module)
+    if not (key_map is None or callable(key_map) or isinstance(key_map, Mapping)):
+        raise ConfigError(f"key_map={key_map!r}; expected a mapping of names, a function of a name, or None")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype={dtype!r}; expected a floating-point dtype such as torch.bfloat16, or None")
     if isinstance(keep_fp32, str):
@@ -221,6 +225,8 @@ def _parts(entry: TensorEntry, new: Renamed, known: Mapping[str, torch.Tensor]) 
     if isinstance(new, str):
         yield new, entry
         return
+    if not isinstance(new, Rows | tuple | list):
+        raise ConfigError(f"key_map gives {new!r} for {entry.name!r}; expected a name, a tuple of names, Rows or None")
     rows = entry.shape[0] if entry.shape else 0
     for part in (new,) if isinstance(new, Rows) else new:
         if isinstance(part, Rows):
@@ -248,10 +254,13 @@ def _wrong_rows(entry: TensorEntry, expected: str) -> CheckpointError:
 
 def _refuse(names: Sequence[str], problem: str, entries: Mapping[str, TensorEntry]) -> None:
     if names:
-        files = ", ".join(sorted({str(entry.file.path) for entry in entries.values()})) or "the checkpoint"
-        raise CheckpointError(
-            f"{files} {problem}: {_listed(names)}; the checkpoint belongs to another model or configuration"
-        )
+        files = {entry.file.path for entry in entries.values()}
+        index = index_beside(files)
+        advice = "the checkpoint belongs to another model or configuration"
+        if index is not None:
+            advice = f"give all shards, or {index}, which lists them"
+        where = ", ".join(sorted(map(str, files))) or "the checkpoint"
+        raise CheckpointError(f"{where} {problem}: {_listed(names)}; {advice}")
 
 
 def _listed(names: Sequence[str]) -> str:

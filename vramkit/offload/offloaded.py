@@ -10,6 +10,7 @@ from torch import nn
 from vramkit import hooks
 from vramkit.errors import ConflictError
 from vramkit.offload.call_hooks import PassHook
+from vramkit.offload.config import refuse_no_module
 from vramkit.offload.engine import Engine
 from vramkit.offload.handle import Offload
 
@@ -17,7 +18,12 @@ __all__ = ["editable", "offload_of", "refuse_part_of_offloaded"]
 
 
 def offload_of(module: nn.Module) -> Offload | None:
-    """Return the handle of an offloaded `module`, or None."""
+    """Return the handle of an offloaded `module`, or None.
+
+    Raises:
+        ConfigError: it is no module.
+    """
+    refuse_no_module(module)
     for hook in hooks.attached(module, PassHook):
         if isinstance(hook.engine.owner, Offload):
             return hook.engine.owner

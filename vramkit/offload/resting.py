@@ -246,11 +246,11 @@ class RestingPlace:
             return leaf.to(self._backend.device)
         if leaf.device == self._backend.device and span_of(leaf) is None:
             return leaf
-        (spec,), size_bytes = (layout := BufferLayout.of([leaf])).leaves, layout.size_bytes
-        memory = self._backend.memory(size_bytes)
+        (spec,) = BufferLayout.of([leaf]).leaves
+        memory = self._backend.memory(spec.size_bytes)  # no more: safetensors' save_model refuses a part of a storage
         store = self.store(leaf) if leaf.device.type == "cpu" and tensors.is_dense(leaf) else None
         if store is not None and store.kind != "pageable":
-            store.fill(memory[: spec.size_bytes])
+            store.fill(memory)
         else:  # no staging for what travels once: it would stay page-locked
             is_risky = store is not None and self._pins.touches(tensors.byte_view(leaf))
             spec.view(memory).copy_(leaf.clone() if is_risky else leaf)

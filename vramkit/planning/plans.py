@@ -168,7 +168,7 @@ class Plan:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"the text is no plan of vramkit: {error}; give what Plan.to_json() wrote") from error
         if not isinstance(fields, dict) or "version" not in fields:
             raise ConfigError("the text is no plan of vramkit: it has no version; give what Plan.to_json() wrote")

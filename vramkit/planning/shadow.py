@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from vramkit import tensors
+from vramkit.errors import ConfigError
+from vramkit.planning.uncopied import stand_in_for_uncopied
 
 __all__ = ["shadow_of", "shadows_of"]
 
@@ -20,7 +22,13 @@ _KNOWN_BYTES = 2**18  # buffers up to this size keep their values: masks, tables
 
 
 def shadows_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return twins of `modules` whose weights are on the meta device; what they share, their twins share."""
+    """Return twins of `modules` whose weights are on the meta device; what they share, their twins share.
+
+    Of what has no copy in their attributes (generators, open files) they have a stand-in, which no call can use.
+
+    Raises:
+        ConfigError: a module cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for module in modules.values():
         for part in module.modules():
@@ -33,14 +41,29 @@ def shadows_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
             for held in vars(part).values():  # weights that are computed before each call, as weight norms do
                 if isinstance(held, torch.Tensor) and not held.is_leaf:
                     memo[id(held)] = _without_memory(held)
-    kept = list(memo)  # deepcopy puts more into the memo, and keeps what it has copied alive there
-    shared = {key: memo[key] for key in kept}
-    twins = {
-        name: copy.deepcopy(module, shared).requires_grad_(requires_grad=False) for name, module in modules.items()
-    }
+    try:
+        shared = dict(memo)  # deepcopy puts more into the memo, and keeps what it has copied alive there
+        twins = {name: copy.deepcopy(module, shared) for name, module in modules.items()}
+    except Exception:  # noqa: BLE001 - attributes are of any class
+        for module in modules.values():
+            stand_in_for_uncopied(module, memo)
+        shared = dict(memo)
+        twins = {name: _copied(module, shared) for name, module in modules.items()}
+    for twin in twins.values():
+        twin.requires_grad_(requires_grad=False)
     for part in {part: None for twin in twins.values() for part in twin.modules()}:
         vars(part).update({name: _of_twins(held, shared) for name, held in vars(part).items() if callable(held)})
     return twins
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ConfigError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}), and calls are planned for with "
+            "copies that have no memory; run it without fit, by apply_group_offloading"
+        ) from error
 
 
 def shadow_of(pipeline: Any, shadows: Mapping[str, nn.Module]) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vramkit import tensors
+from vramkit.offload.inventory import refuse_foreign_hooks
 from vramkit.offload.memory_map import MemoryMap
 from vramkit.planning.calls import PlannedCall
 from vramkit.planning.components import Component, components_of
@@ -30,8 +31,16 @@ class Twins:
     """Modules without memory, and a pipeline around them if they are of one."""
 
     def __init__(self, target: Any, *, ranks: int = 1) -> None:
-        """Make twins of the modules of `target`, which is only read; so many `ranks` share the decode of a pipeline."""
+        """Make twins of the modules of `target`, which is only read; so many `ranks` share the decode of a pipeline.
+
+        Raises:
+            ConflictError: another library moves or casts the weights of one.
+            ConfigError: one cannot be copied.
+        """
         originals = components_of(target)
+        for component in originals.values():
+            for name, part in component.module.named_modules():
+                refuse_foreign_hooks(name or type(part).__name__, part)
         self.shadows: dict[str, nn.Module] = shadows_of({name: each.module for name, each in originals.items()})
         self.components = {
             name: Component(name, self.shadows[name], each.entry_points, each.phase) for name, each in originals.items()

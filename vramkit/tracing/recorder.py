@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,7 +21,7 @@ from vramkit.tracing.recording import ENDINGS, Event, Kind, Recording
 if TYPE_CHECKING:
     from vramkit.offload.backend import Backend
 
-__all__ = ["Recorder", "Track", "check_ending", "trace", "track_of"]
+__all__ = ["Recorder", "Track", "check_path", "trace", "track_of"]
 
 _ACTIVE: ContextVar[Recorder | None] = ContextVar("vramkit.trace", default=None)
 
@@ -125,7 +126,7 @@ def trace(
         ConflictError: a trace is on already.
     """
     if path is not None:
-        check_ending(path)
+        check_path(path)
     if _ACTIVE.get() is not None:
         raise ConflictError(
             "a trace is on already, and it would miss what another one notes; use that, or end it first"
@@ -153,8 +154,10 @@ def track_of(module: nn.Module, backend: Backend) -> Track | None:
     return None if recorder is None else recorder.track(module, backend)
 
 
-def check_ending(path: str | os.PathLike[str]) -> None:
+def check_path(path: str | os.PathLike[str]) -> None:
     """Raise ConfigError where `path` is nothing that a trace can be written to."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"a trace was to be written to {path!r}; expected a path, or None")
     path = Path(path)
     if path.suffix not in ENDINGS:
         raise ConfigError(
@@ -162,3 +165,11 @@ def check_ending(path: str | os.PathLike[str]) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"a trace was to be written to {str(path)!r}, and there is no such folder; make it first")
+    if path.is_dir():
+        raise ConfigError(f"a trace was to be written to {str(path)!r}, which is a folder; give the name of a file")
+    try:  # permissions do not tell: the disk may be full or read-only
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"a trace was to be written to {str(path)!r}, and its folder takes no files ({error.strerror or error})"
+        ) from error

@@ -88,24 +88,26 @@ class Recording:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it: ``.json`` for Chrome and Perfetto, ``.html`` to look at in any browser, ``.png``.
+        """Write it, whole or not at all: ``.json`` for Chrome and Perfetto, ``.html`` to look at in any browser, ``.png``.
 
         Raises:
             ConfigError: another ending.
+            StoreError: it cannot be written there.
         """
+        from vramkit.offload.disk.writing import atomic_write  # noqa: PLC0415 (engines know the recorder)
         from vramkit.tracing import views  # noqa: PLC0415 (it knows this class)
 
         ending = Path(path).suffix
-        if ending == ".json":
-            Path(path).write_text(json.dumps(self.chrome_trace()), encoding="utf-8")
-        elif ending == ".html":
-            Path(path).write_text(views.page(self), encoding="utf-8")
-        elif ending == ".png":
-            views.picture(self, path)
-        else:
+        if ending not in ENDINGS:
             raise ConfigError(
                 f"a trace was to be written to {str(path)!r}; expected a name that ends in {', '.join(ENDINGS)}"
             )
+        with atomic_write(path) as file:
+            if ending == ".png":
+                views.picture(self, file)
+            else:
+                text = json.dumps(self.chrome_trace()) if ending == ".json" else views.page(self)
+                file.write(text.encode())
 
     def lanes(self) -> list[tuple[str, Kind]]:
         """Return (component, kind) of all that there are events of, component by component."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, BinaryIO
 
 from vramkit.extras import extra
 from vramkit.tracing.recording import Kind, Recording
@@ -45,8 +44,8 @@ def page(recording: Recording) -> str:
     return Template(template).substitute(summary=html.escape(recording.summary()), data=script)
 
 
-def picture(recording: Recording, path: str | os.PathLike[str]) -> None:
-    """Draw lanes over the memory curve."""
+def picture(recording: Recording, file: BinaryIO) -> None:
+    """Draw lanes over the memory curve, as PNG."""
     with extra("plots", needed_for="a plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - draws without a display
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -61,7 +60,7 @@ def picture(recording: Recording, path: str | os.PathLike[str]) -> None:
         ]
         top.broken_barh(spans, (at - 0.4, 0.8), facecolors=_COLOURS[kind])
     top.set_yticks(range(len(lanes)), [f"{component}: {kind}" for component, kind in lanes])
-    top.set_ylim(len(lanes) - 0.5, -0.5)
+    top.set_ylim(max(1, len(lanes)) - 0.5, -0.5)  # of nothing, too
     top.set_title(recording.summary(), fontsize=9)
     seconds = [sample.time_s for sample in recording.memory.samples]
     mebibytes = [sample.used_bytes / _MIB for sample in recording.memory.samples]
@@ -71,4 +70,4 @@ def picture(recording: Recording, path: str | os.PathLike[str]) -> None:
         bottom.axvline(mark.time_s, color="#444444", linewidth=0.8, linestyle=":")
         bottom.annotate(mark.name, (mark.time_s, 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     bottom.set(xlabel="seconds", ylabel=f"{recording.memory.kind}, MiB", ylim=(0, None))
-    figure.savefig(os.fspath(path), dpi=140)
+    figure.savefig(file, format="png", dpi=140)
