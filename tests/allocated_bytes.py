@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+
+
+def is_planned_well(planned_bytes: float, taken_bytes: float, *, least: float, most: float) -> bool:
+    """Tell whether a plan is `least` to `most` times what was taken.
+
+    Plans count kernels as they are on x86 with AVX-512 and products in bf16. Other processors lay tensors out otherwise and
+    compute bf16 in fp32: within a factor of three there.
+    """
+    is_measured = torch.cpu._is_avx512_bf16_supported()  # type: ignore[no-untyped-call]
+    least, most = (least, most) if is_measured else (least / 3, most * 3)
+    return least * taken_bytes <= planned_bytes <= most * taken_bytes
 
 
 class AllocatedBytes:
