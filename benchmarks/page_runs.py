@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.page_cells import figure, row_of, seconds, table_of
 
-__all__ = ["families", "loaders", "quant14b", "wan14b"]
+__all__ = ["families", "loaders", "wan14b"]
 
 
 def wan14b() -> str:
@@ -29,22 +29,6 @@ def wan14b() -> str:
         "", "5 frames, s (of its floor)", "33 frames", "81 frames", "reserved at 81 frames, GiB", "ready after",
     )  # fmt: skip
     return table_of(heads, lines)
-
-
-def quant14b() -> str:
-    """The same with quantized weights, at 5 frames."""
-    names = {
-        "diffusers, nf4, leaf + stream": "diffusers-nf4",
-        "vramkit, nf4, leaf": "ours-nf4",
-        "diffusers, fp8 casting, resident": "diffusers-fp8",
-        "vramkit, fp8 storage, leaf": "ours-fp8",
-        "vramkit, fp8 products, leaf": "ours-fp8-mm",
-    }
-    lines = []
-    for label, case in names.items():
-        resident, streamed = (row_of("quant14b", case=f"{case} {way}", frames=5) for way in ("resident", "leaf level"))
-        lines.append([label, seconds(resident), seconds(streamed)])
-    return table_of(("", "resident, 5 frames", "streamed, s (of its floor)"), lines)
 
 
 def families() -> str:

@@ -15,7 +15,7 @@ _STEPS = ("load_s", "setup_s", "first_s")  # from files to the first result
 def adapters() -> str:
     """Adapters of Wan 14B: loaded, switched, and what a forward takes with one."""
     lines = []
-    for row in _rows("lora"):
+    for row in _rows("lora", "suite-h200"):
         library = row["options"]["subject"]["library"]
         lines.append(
             [
@@ -71,5 +71,5 @@ def loading() -> str:
     return table_of(heads, lines)
 
 
-def _rows(case: str) -> Iterator[Row]:
-    return (row for row in rows_of("suite") if row.get("case") == case)
+def _rows(case: str, name: str = "suite") -> Iterator[Row]:
+    return (row for row in rows_of(name) if row.get("case") == case)

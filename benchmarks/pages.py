@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.page_cells import figure, gib, outcome, row_of, rows_of, seconds, table_of
 from benchmarks.page_growth import growth
-from benchmarks.page_runs import families, loaders, quant14b, wan14b
+from benchmarks.page_runs import families, loaders, wan14b
 from benchmarks.page_setups import adapters, applying, loading
 from benchmarks.rows import KEY, Row, floor_s
 
@@ -289,9 +289,8 @@ def _again() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "wan14b": wan14b,
-    "quant14b": quant14b,
     "quantized": functools.partial(_quantized, "suite-h200", 81),
-    "quantized-5": functools.partial(_quantized, "suite", 5),
+    "quantized-5": functools.partial(_quantized, "suite-h200", 5),
     "families": families,
     "guide": _guide,
     "growth": growth,
