@@ -199,15 +199,6 @@ def test_what_a_rehearsal_would_use_up_is_left_to_the_call() -> None:
         assert any("it uses a generator, of which there is no copy" in note for note in fitted.plan.notes)
 
 
-def test_arithmetic_that_fails_with_what_was_given_is_told_as_such() -> None:
-    class PerRow(Net):
-        def forward(self, x: torch.Tensor, mode: str = "thin") -> torch.Tensor:
-            return super().forward(x, mode) * (64 // len(x))
-
-    with pytest.raises(ConfigError, match=r"example= gives PerRow .*, and the call fails: ZeroDivisionError"):
-        fit(PerRow(), GIB, device="cpu", example=torch.randn(0, 64))
-
-
 def test_a_module_that_refuses_to_be_copied_is_refused_by_name() -> None:
     class Single(Net):
         def __deepcopy__(self, memo: object) -> None:

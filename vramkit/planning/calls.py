@@ -43,7 +43,7 @@ _STEPS = 4  # as many as tell what steps do: schedulers keep up to three results
 _NOTHING = Extent.of(None)
 _PROSE = ("prompt", "text", "lyrics", "caption")  # in the names of arguments that are read, not chosen from
 _SIZES = ("height", "width", "frames", "per_prompt")  # names of arguments that end so are counts from 1 on
-_MISTAKES = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, AssertionError)  # of arguments
+_MISTAKES = (TypeError, AttributeError, LookupError, ValueError, AssertionError)  # of arguments
 _SAY = "say what the call will be by its arguments (height=, prompt=, image= ...)"
 _GIVE = (
     "give a tuple of arguments, a mapping of keyword arguments by their names, or one argument alone (one that is itself a "
