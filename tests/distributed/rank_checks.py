@@ -14,8 +14,8 @@ from typing import Any
 
 import denoisers
 import torch
+from allocated_bytes import AllocatedBytes
 from families import FAMILIES
-from live_bytes import peak_bytes
 from rank_models import WIDTHS, Blocks, blocks
 
 import vramkit
@@ -394,9 +394,9 @@ def decodes_as_planned(mesh: Mesh, family: str, folder: str, tiles: bool) -> tup
     for count in (mesh.size, 1):
         planner = Planner(pipe, Budget("1GiB", None, "exact"), torch.device("cpu"), ranks=count)
         planned.append(next(p.activation_bytes for p in planner.plan(call).phases if p.name == "decode"))
-    with parallelize(pipe, mesh):
-        taken = peak_bytes(lambda: pipe.vae.decode(latents), [*pipe.vae.parameters(), *pipe.vae.buffers()])
-    return taken, *planned
+    with parallelize(pipe, mesh), torch.no_grad(), AllocatedBytes() as taken:
+        pipe.vae.decode(latents)
+    return taken.peak_bytes, *planned
 
 
 class _Meter:

@@ -9,6 +9,7 @@ from typing import Any
 
 import denoisers
 import pytest
+from allocated_bytes import is_planned_well
 from families import Stock
 from rank_group import RankGroup
 from rank_models import blocks
@@ -99,7 +100,7 @@ def test_a_plan_counts_what_the_fullest_rank_decodes(two: RankGroup, wan_folder:
         *two.run("decodes_as_planned", family="Wan2.1", folder=str(wan_folder), tiles=tiles), strict=True
     )
     assert len(set(planned)) == 1
-    assert max(taken) * 0.95 <= planned[0] <= max(taken) * 1.05
+    assert is_planned_well(planned[0], max(taken), least=0.95, most=1.05)
     assert tiles or planned[0] < alone[0] * 0.75
 
 
