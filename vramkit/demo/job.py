@@ -145,12 +145,15 @@ def run_demo(
 def _floor(checkpoint: Path, preset: Preset, budget_bytes: int, device: str) -> int:
     """Return the least budget for the clip; refuse a smaller one before anything is computed."""
     there = torch.device(device)
-    kept_bytes = CPU_MARGIN_BYTES if there.type == "cpu" else 0
     try:
-        return plan_clip(str(checkpoint), preset, budget_bytes, there).floor_bytes + kept_bytes
-    except PlanInfeasible as error:
-        given, least = format_apart(budget_bytes, error.nearest_bytes + kept_bytes)
-        raise ConfigError(f"--budget is {given}; the least that fits is {least}") from error
+        least_bytes = plan_clip(str(checkpoint), preset, 0, there).floor_bytes
+    except PlanInfeasible as error:  # of all ways; a plan that fits tells of those that were looked at
+        least_bytes = error.nearest_bytes
+    least_bytes += CPU_MARGIN_BYTES if there.type == "cpu" else 0
+    if budget_bytes < least_bytes:
+        given, least = format_apart(budget_bytes, least_bytes)
+        raise ConfigError(f"--budget is {given}; the least that fits is {least}")
+    return least_bytes
 
 
 def _draw(outcome: Outcome, out: Path, device: str) -> None:
