@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     kind = "memcheck" if args.memcheck else "whole"
     found = {"run_of": kind} | (memchecked(args.memcheck, args.processes) if args.memcheck else whole(args.processes))
-    results = Results.kept_in(args.out, title="gpu_tests")
+    results = Results.of(args.out, title="gpu_tests")
     results.rows = [row for row in results.rows if row.get("run_of", "whole") != kind]
     results.add([found], environment())
     results.write(args.out)

@@ -400,7 +400,7 @@ def write(out: Path, rows: list[Row], notes: Row) -> None:
     from benchmarks.report import report
 
     file = out.with_suffix(".json")
-    results = Results.read(file) if file.exists() else Results(title="multi_gpu")
+    results = Results.of(file, title="multi_gpu")
     results.add(rows, notes)
     results.write(file)
     out.with_suffix(".md").write_text(report(results))

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from benchmarks.rows import Results, Row, compared, floor_s
 
-__all__ = ["figure", "gib", "on_the_best_link", "outcome", "row_of", "rows_of", "seconds", "table_of"]
+__all__ = [
+    "FIRST_STEPS", "figure", "gib", "on_the_best_link", "outcome", "row_of", "rows_of", "seconds", "seconds_to_first",
+    "table_of",
+]  # fmt: skip
+
+FIRST_STEPS = ("load_s", "setup_s", "first_s")  # from files to the first result
 
 _RESULTS = Path(__file__).parent / "results"
 _GIB = 2**30
@@ -49,6 +54,12 @@ def seconds(row: Row, form: str = ".3f", ratio: str = ".2f", name: str = "s") ->
     """Seconds, and how often their floor they are."""
     times = f" ({row['ratio']:{ratio}})" if row.get("ratio") else ""
     return figure(row, name, form) + times
+
+
+def seconds_to_first(row: Row, form: str) -> str:
+    """Print the seconds from files to the first result; nothing where one of the steps was not timed."""
+    steps = [float(row.get(name) or 0) for name in FIRST_STEPS]
+    return format(sum(steps), form) if all(steps) else ""
 
 
 def outcome(row: Row) -> str:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.page_cells import figure, gib, on_the_best_link, outcome, rows_of, seconds, table_of
+from benchmarks.page_cells import (
+    FIRST_STEPS,
+    figure,
+    gib,
+    on_the_best_link,
+    outcome,
+    rows_of,
+    seconds,
+    seconds_to_first,
+    table_of,
+)
 from benchmarks.rows import Row
 
 __all__ = ["adapters", "applying", "loading"]
-
-_STEPS = ("load_s", "setup_s", "first_s")  # from files to the first result
 
 
 def adapters() -> str:
@@ -51,19 +59,17 @@ def applying() -> str:
 
 def loading() -> str:
     """From files to the first result by who loaded the transformer, each in a process of its own."""
-    lines = []
-    for row in on_the_best_link(list(_rows("loading"))):
-        parts = [float(row.get(name) or 0) for name in _STEPS]
-        lines.append(
-            [
-                row["subject"].partition(" by ")[2],
-                *(figure(row, name, ".1f") for name in _STEPS),
-                f"{sum(parts):.1f}" if all(parts) else "",
-                gib(row, "grown_bytes"),
-                ", ".join(row.get("peer", {}).get("stores", {})),
-                seconds(row) if "s" in row else outcome(row),
-            ]
-        )
+    lines = [
+        [
+            row["subject"].partition(" by ")[2],
+            *(figure(row, name, ".1f") for name in FIRST_STEPS),
+            seconds_to_first(row, ".1f"),
+            gib(row, "grown_bytes"),
+            ", ".join(row.get("peer", {}).get("stores", {})),
+            seconds(row) if "s" in row else outcome(row),
+        ]
+        for row in on_the_best_link(list(_rows("loading")))
+    ]
     heads = (
         "loaded by", "loading, s", "applying, s", "first forward, s", "together, s", "memory it took, GiB", "rests",
         "forward, s (of its floor)",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.page_cells import figure, gib, outcome, row_of, rows_of, seconds, table_of
+from benchmarks.page_cells import figure, gib, outcome, row_of, rows_of, seconds, seconds_to_first, table_of
 from benchmarks.page_growth import growth
 from benchmarks.page_runs import families, loaders, wan14b
 from benchmarks.page_setups import adapters, applying, loading
@@ -103,12 +103,11 @@ def _peers() -> str:
     for way in dict.fromkeys(row["way"] for row in rows):
         short, long = (row_of("suite", case="forward", subject=subject, way=way) for subject in shapes)
         told = long if long.get("s") else short
-        setup = sum(told.get(name) or 0 for name in ("load_s", "setup_s", "first_s"))
         lines.append(
             [
                 way,
                 *(text for row in (short, long) for text in (outcome(row), gib(row, "reserved_bytes"))),
-                f"{setup:.1f}" if setup else "",
+                seconds_to_first(told, ".1f"),
                 gib(told, "rss_bytes"),
                 _YES[told.get("same_bytes")],
             ]
@@ -248,16 +247,15 @@ def _ram() -> str:
     rows = [row for row in rows_of("suite") if row.get("case") == "ram"]
     lines = []
     for row in sorted(rows, key=lambda row: -row["options"]["left_bytes"]):
-        read = {"read": row.get("peer", {}).get("stores", {}).get("pageable")}
-        first = [row.get(name) or 0 for name in ("load_s", "setup_s", "first_s")]
+        peer = row.get("peer", {})
         lines.append(
             [
                 row["machine"].removeprefix("RAM "),
                 row["way"],
                 outcome(row),
-                gib(row.get("peer", {}), "locked_bytes"),
-                gib(read, "read"),
-                f"{sum(first):.0f}" if all(first) else "",
+                gib(peer, "locked_bytes"),
+                gib(peer.get("stores", {}), "pageable"),
+                seconds_to_first(row, ".0f"),
                 gib(row, "allocated_bytes"),
                 _YES[row.get("same_bytes")],
             ]

@@ -96,6 +96,15 @@ class Results:
         return cls([found["environment"] | notes], [{"run": 0} | row for row in found["rows"]], found["benchmark"])
 
     @classmethod
+    def of(cls, path: Path, *, title: str = "suite") -> Results:
+        """Read the file, or begin a new one.
+
+        Raises:
+            ValueError: it cannot be read, or holds something else.
+        """
+        return cls.read(path) if path.exists() else cls(title=title)
+
+    @classmethod
     def kept_in(cls, path: Path, *, title: str = "suite") -> Results:
         """Read the file that rows will be put into; one that takes none is known before they are measured.
 
@@ -103,7 +112,7 @@ class Results:
             ValueError: it holds something else, or cannot be written.
         """
         is_new = not path.exists()
-        results = cls(title=title) if is_new else cls.read(path)
+        results = cls.of(path, title=title)
         try:
             results.write(path)
             if is_new:

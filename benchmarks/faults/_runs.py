@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Row]:
         rows[kind] = tried(kind, options.count, options.seed, options.jobs)
         counts = ", ".join(f"{number} {outcome}" for outcome, number in rows[kind]["outcomes"].items())
         print(f"{kind}: {rows[kind]['count']} tried in {rows[kind]['seconds']} s: {counts}", flush=True)
-        results = Results.kept_in(options.out, title="faults")
+        results = Results.of(options.out, title="faults")
         results.add([rows[kind]], environment())
         results.write(options.out)
     return rows
