@@ -57,6 +57,15 @@ class Projections:
         value: Tensor = self.to_v(tokens).unflatten(-1, (self.heads, -1))
         return value if out is None else write(out, value)
 
+    def key_value(
+        self, tokens: Tensor, table: Tensor | None, ops: TokenOps, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the same tokens, which layers with products in fewer bits narrow once for both."""
+        keys, values = (None, None) if out is None else out
+        with shared_input(tokens, uses=2):
+            value = self.value(tokens, out=values)
+            return self.key(tokens, table, ops, out=keys), value
+
     def _normed(self, x: Tensor, norm: Any, table: Tensor | None, out: Tensor | None, ops: TokenOps) -> Tensor:
         options: dict[str, Any] = {"heads": self.heads, "table": table, "out": out}
         if isinstance(norm, nn.LayerNorm):
@@ -103,9 +112,7 @@ def self_attention_(streams: Sequence[Stream], *, ops: TokenOps, mask: Tensor | 
             normed = None  # frees the last chunk before the next is made; so do the other lines of this kind
             normed = stream.norm(stream.tokens[part])
             rows = slice(start, start + normed.shape[0])
-            with shared_input(normed, uses=2):
-                stream.projections.value(normed, out=values[rows])
-                stream.projections.key(normed, stream.positions(part), ops, out=keys[rows])
+            stream.projections.key_value(normed, stream.positions(part), ops, out=(keys[rows], values[rows]))
             start = rows.stop
     with widened_once(len(chunks)):
         for stream, part in reversed(chunks):  # the last chunk first: it is normed already
@@ -129,9 +136,7 @@ def cross_attention_(
 
     With keys and values [T', H, D] `beside` it they attend to those too, by themselves, and what comes of both is added.
     """
-    with shared_input(text, uses=2):
-        values = stream.projections.value(text)
-        keys = stream.projections.key(text, None, ops)
+    keys, values = stream.projections.key_value(text, None, ops)
     chunks = ops.chunks(stream.tokens)
     with widened_once(len(chunks)):
         for part in chunks:

@@ -136,7 +136,7 @@ class WanCrossAttention(AttentionLayers):
 
     def _keys_and_values(self, image: Tensor, ops: TokenOps) -> tuple[Tensor, Tensor]:
         added = replace(self.projections, to_k=self.add_k_proj, to_v=self.add_v_proj, norm_k=self.norm_added_k)
-        return added.key(image, None, ops), added.value(image)
+        return added.key_value(image, None, ops)
 
 
 class WanConditions(NamedTuple):
