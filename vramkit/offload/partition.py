@@ -288,12 +288,15 @@ class _Cutter:
         def is_full(group: list[nn.Module], block: nn.Module) -> bool:
             return sum(map(self._bytes, (*group, block))) > most if count is None else len(group) == count
 
+        def go_together(group: list[nn.Module], block: nn.Module) -> bool:
+            return times is None or self._go_together(self.unit(*group), self.unit(block))
+
         if times is not None:
             lists = [sorted((block for blocks in lists for block in blocks), key=lambda block: times.first([block]))]
         for blocks in lists:
             group: list[nn.Module] = []
             for block in blocks:
-                if group and (is_full(group, block) or not self._go_together(self.unit(*group), self.unit(block))):
+                if group and (is_full(group, block) or not go_together(group, block)):
                     yield group
                     group = []
                 group.append(block)
