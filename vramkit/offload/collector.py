@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 __all__ = ["collector_paused"]
 
+_PAUSES: set[object] = set()  # those that found the collector at work
+
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
@@ -28,9 +30,6 @@ def collector_paused() -> Iterator[None]:
         if was_enabled:
             gc.enable()
         _PAUSES.discard(pause)
-
-
-_PAUSES: set[object] = set()  # those that found the collector at work
 
 
 def _end_pauses() -> None:
