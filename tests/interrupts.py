@@ -176,6 +176,7 @@ def main() -> None:
     warm = BlockNet().eval()
     apply_group_offloading(warm, "cpu", store="pageable").remove()
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)  # has a thread of its own
+    time.sleep(1)  # the system counts the thread of the warm-up for a moment after it was joined
     TASKS = len(tasks())
     failures = 0
     for name, options in CASES.items():
